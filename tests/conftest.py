@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import redis
+import uvloop
+
+from relstream.server import Binary, Server, ServerNotFound, find_binary
+
+LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
+    "asyncio": asyncio.SelectorEventLoop,
+    "uvloop": uvloop.new_event_loop,
+}
+BINARY = pytest.StashKey[Binary]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("relstream")
+    group.addoption(
+        "--server", metavar="NAME", help="server to test against, such as redis-7.0 or valkey-8.1"
+    )
+    group.addoption("--loop", choices=sorted(LOOPS), default="uvloop", help="event loop to test on")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        config.stash[BINARY] = find_binary(config.getoption("--server"))
+    except ServerNotFound as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"server: {config.stash[BINARY].name}, event loop: {config.getoption('--loop')}"
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    name = config.getoption("--loop")
+    return {name: LOOPS[name]}
+
+
+@pytest.fixture(scope="session")
+def server(pytestconfig: pytest.Config) -> Iterator[Server]:
+    """Shared by all tests: those that stop it, or change it for good, want `make_server`."""
+    with Server(binary=pytestconfig.stash[BINARY]) as server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(server: Server) -> Iterator[str]:
+    """The shared server, without data, scripts, users and settings of earlier tests."""
+    with redis.Redis.from_url(server.url) as admin:
+        admin.flushall()
+        admin.script_flush()
+        admin.config_set("notify-keyspace-events", "")
+        admin.config_set("maxmemory", 0)
+        admin.config_set("maxmemory-policy", "noeviction")
+        for user in admin.acl_users():
+            if user != "default":
+                admin.acl_deluser(user)
+        admin.execute_command(
+            *("ACL", "SETUSER", "default", "reset", "on", "nopass", "~*", "&*", "+@all")
+        )
+        yield server.url
+        # The server hears of a closed connection a little later than the test did.
+        deadline = time.monotonic() + 1
+        while (left := engine_connections(admin)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for connection in left:
+            admin.client_kill_filter(_id=connection["id"])  # the next test is not to blame
+        assert not left, f"connections left behind: {left}"
+
+
+def engine_connections(admin: redis.Redis) -> list[dict[str, str]]:
+    return [c for c in admin.client_list() if c["name"].startswith("relstream")]
+
+
+@pytest.fixture
+def redis_sync(redis_url: str) -> Iterator[redis.Redis]:
+    """To look at the shared server's state, and to change it."""
+    with redis.Redis.from_url(redis_url) as client:
+        yield client
+
+
+@pytest.fixture
+def make_server(pytestconfig: pytest.Config) -> Iterator[Callable[..., Server]]:
+    """Starts servers with the options of `Server`, for this test alone."""
+    with contextlib.ExitStack() as stack:
+
+        def make(**options: Any) -> Server:
+            return stack.enter_context(Server(**{"binary": pytestconfig.stash[BINARY]} | options))
+
+        yield make
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    if pytest_asyncio.is_async_test(request.node):
+        request.getfixturevalue("no_task_left_behind")
+    yield
+    left = [t.name for t in threading.enumerate() if t.name.startswith("relstream")]
+    assert not left, f"threads left behind: {left}"
+
+
+@pytest.fixture
+async def no_task_left_behind() -> AsyncIterator[None]:
+    yield
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    assert not left, f"tasks left behind: {left}"
