@@ -1,0 +1,27 @@
+# cython: auto_pickle=False
+"""The engine's core: replies in, commands out, and the arithmetic between. No I/O, no asyncio.
+
+One file a concern, included as text so that the C compiler sees them as one unit:
+`reader` (RESP), `streams` (entries and pending pages), `pack` (commands), `lbs` (announcements and
+what is owned), `timing` (backoff and jitter), `slots` (Redis Cluster key slots).
+"""
+
+cimport cython
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_FromStringAndSize
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from cpython.memoryview cimport PyMemoryView_FromObject
+from cpython.unicode cimport PyUnicode_AsUTF8AndSize, PyUnicode_DecodeUTF8
+from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport qsort
+from libc.string cimport memchr, memcmp, memcpy, memmove
+
+from relstream.errors import ProtocolError, ReplyError
+
+include "core/reader.pxi"
+include "core/streams.pxi"
+include "core/pack.pxi"
+include "core/lbs.pxi"
+include "core/timing.pxi"
+include "core/slots.pxi"

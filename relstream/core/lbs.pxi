@@ -1,0 +1,191 @@
+# Announcements of data streams, read from the load balancer stream, and what is owned of them.
+
+cdef class Entry:
+    """One announcement of a data stream: an entry of the load balancer stream, and its lock."""
+
+    cdef readonly str data_stream_name
+    cdef readonly bytes lock_key
+    cdef public object info       # the Info object, until it is handed to the application
+    cdef public list again        # further entries that announced the same stream, or None
+    cdef public bint delivered    # STREAM_ADDED was handed to the application
+    cdef public bint finishing    # is being finished or handed over
+    cdef public bint acked        # the server has confirmed its XACK
+    cdef public bint ended        # no longer owned: finished, handed over or lost
+    cdef readonly Py_ssize_t cost # size of the announcement, in bytes
+    cdef Id _id
+
+    @property
+    def id(self):
+        """The entry's id, b"<ms>-<seq>"."""
+        return _id_bytes(self._id)
+
+    @property
+    def id_in_lbs(self):
+        """The entry's id as text, as notifications carry it."""
+        return _id_bytes(self._id).decode()
+
+    def __repr__(self):
+        return f"<Entry {self.data_stream_name!r} {self.id_in_lbs}>"
+
+
+cdef tuple _loosely(dict message):
+    """Name and Info with their keys in any case, the last one winning, as encoding/json reads it."""
+    name = info = None
+    for key, value in message.items():
+        folded = key.casefold()
+        if folded == "datastreamname":
+            name = name if value is None else value  # null leaves a string as it is
+        elif folded == "info":
+            info = value
+    return name, info
+
+
+cdef bytes _lock_key(str name, bytes separator, Id id):
+    cdef Py_ssize_t named, between = PyBytes_GET_SIZE(separator)
+    cdef const char* utf8 = PyUnicode_AsUTF8AndSize(name, &named)
+    cdef char text[41]
+    cdef char* start = _write_id_before(text + 41, id)
+    cdef bytes key = PyBytes_FromStringAndSize(NULL, named + between + (text + 41 - start))
+    cdef char* at = PyBytes_AS_STRING(key)
+    memcpy(at, utf8, named)
+    memcpy(at + named, PyBytes_AS_STRING(separator), between)
+    memcpy(at + named + between, start, text + 41 - start)
+    return key
+
+
+def announcements(Batch batch not None, bytes field not None, bytes separator not None, loads):
+    """Decodes entries of the load balancer stream.
+
+    Returns `(entries, unparseable, gone)`: the good ones as `Entry`; `(index, reason)` of those that
+    announce nothing; the ids of those deleted while pending. `loads` decodes JSON and raises
+    ValueError for what is none.
+    """
+    cdef list entries = [], unparseable = [], gone = []
+    cdef Entry entry
+    cdef Located* located
+    cdef int64_t i
+    cdef bytes raw
+    cdef dict message
+    for i in range(batch._n):
+        located = &batch._at[i]
+        if located.pairs < 0:
+            gone.append(_id_bytes(located.id))
+            continue
+        raw = batch._value(located, field)
+        if raw is None:
+            unparseable.append((i, f"no field {field.decode()}"))
+            continue
+        try:
+            decoded = loads(raw)
+        except ValueError as error:
+            unparseable.append((i, f"not JSON: {error}"))
+            continue
+        if type(decoded) is not dict:
+            unparseable.append((i, f"expected a JSON object, got {type(decoded).__name__}"))
+            continue
+        message = <dict>decoded
+        name = message.get("DataStreamName")
+        info = message.get("Info")
+        if len(message) != 2 or name is None or (info is None and "Info" not in message):
+            name, info = _loosely(message)
+        if type(name) is not str or not name:
+            # Not its text: what is nested deeply enough can't be printed.
+            shown = "empty" if name == "" else f"of type {type(name).__name__}"
+            unparseable.append((i, f"DataStreamName is {shown}, expected a name"))
+            continue
+        if info is not None and type(info) is not dict:
+            unparseable.append((i, f"Info is of type {type(info).__name__}, expected an object"))
+            continue
+        entry = Entry.__new__(Entry)
+        entry.data_stream_name = name
+        entry.info = info
+        entry.cost = PyBytes_GET_SIZE(raw)
+        entry._id = located.id
+        try:
+            entry.lock_key = _lock_key(<str>name, separator, located.id)
+        except UnicodeEncodeError as error:  # some JSON decoders let lone surrogates pass
+            unparseable.append((i, f"DataStreamName is not text: {error}"))
+            continue
+        entries.append(entry)
+    return entries, unparseable, gone
+
+
+def parse_id(bytes text not None):
+    """An entry's id as `(ms, seq)`; None when `text` is no `<ms>-<seq>`."""
+    cdef Id id
+    if not _parse_id(PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text), &id):
+        return None
+    return id.ms, id.seq
+
+
+ctypedef struct Owned:
+    Id id
+    Py_ssize_t index
+
+
+cdef int _by_id(const void* a, const void* b) noexcept nogil:
+    return _compare((<const Owned*>a).id, (<const Owned*>b).id)
+
+
+cdef class Audit:
+    """Compares the entries a consumer believes it owns with those pending for it, page by page.
+
+    Takes 32 bytes an owned entry, and time linear in owned and pending (owned mostly come in order).
+    """
+
+    cdef list _entries
+    cdef Owned* _owned
+    cdef Py_ssize_t _n
+    cdef Py_ssize_t _next
+
+    def __cinit__(self, list entries not None):
+        cdef Py_ssize_t i
+        cdef bint ordered = True
+        cdef Entry entry
+        self._entries = list(entries)  # the caller's may change between pages
+        self._n = len(self._entries)
+        self._owned = <Owned*>PyMem_Malloc(max(self._n, 1) * sizeof(Owned))
+        if self._owned == NULL:
+            raise MemoryError()
+        for i in range(self._n):
+            entry = self._entries[i]
+            if entry is None:
+                raise TypeError("expected an Entry, got None")
+            self._owned[i].id = entry._id
+            self._owned[i].index = i
+            if i and _compare(self._owned[i - 1].id, entry._id) > 0:
+                ordered = False
+        if not ordered:
+            qsort(self._owned, self._n, sizeof(Owned), _by_id)
+
+    def __dealloc__(self):
+        PyMem_Free(self._owned)
+
+    def page(self, PendingPage page not None, int64_t min_idle_ms, bint last):
+        """Takes the next page; `last` when none follows. Returns `(missing, strays)`:
+        owned entries that are not pending, and the ids pending but not owned, idle for at least
+        `min_idle_ms`.
+        """
+        cdef list missing = [], strays = []
+        cdef Pending* pending
+        cdef int64_t i
+        cdef int order
+        for i in range(page._n):
+            pending = &page._at[i]
+            while True:
+                order = 1
+                if self._next < self._n:
+                    order = _compare(self._owned[self._next].id, pending.id)
+                if order >= 0:
+                    break
+                missing.append(self._entries[self._owned[self._next].index])
+                self._next += 1
+            if order == 0:
+                self._next += 1
+            elif pending.idle_ms >= min_idle_ms:
+                strays.append(_id_bytes(pending.id))
+        if last:
+            while self._next < self._n:
+                missing.append(self._entries[self._owned[self._next].index])
+                self._next += 1
+        return missing, strays

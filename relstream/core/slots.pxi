@@ -1,0 +1,35 @@
+# Redis Cluster key slots: CRC16 (XMODEM) of the key, or of its hash tag, modulo 16384.
+# https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/#key-distribution-model
+
+cdef uint16_t _crc_table[256]
+
+
+cdef void _fill_crc_table() noexcept:
+    cdef int i, bit
+    cdef uint16_t crc
+    for i in range(256):
+        crc = <uint16_t>(i << 8)
+        for bit in range(8):
+            crc = <uint16_t>((crc << 1) ^ 0x1021) if crc & 0x8000 else <uint16_t>(crc << 1)
+        _crc_table[i] = crc
+
+
+_fill_crc_table()
+
+
+def key_slot(bytes key not None):
+    """The slot (0 to 16383) of `key` in a Redis Cluster."""
+    cdef const char* at = PyBytes_AS_STRING(key)
+    cdef Py_ssize_t size = PyBytes_GET_SIZE(key)
+    cdef const char* opened = <const char*>memchr(at, c'{', size)
+    cdef const char* closed
+    cdef uint16_t crc = 0
+    cdef Py_ssize_t i
+    if opened != NULL:
+        closed = <const char*>memchr(opened + 1, c'}', size - (opened + 1 - at))
+        if closed != NULL and closed > opened + 1:
+            at = opened + 1
+            size = closed - at
+    for i in range(size):
+        crc = <uint16_t>((crc << 8) ^ _crc_table[((crc >> 8) ^ <uint8_t>at[i]) & 0xFF])
+    return crc & 0x3FFF

@@ -1,0 +1,321 @@
+# Entries of streams, and pages of a pending entries list, as arrays over the bytes they came in.
+
+ctypedef struct Id:
+    uint64_t ms
+    uint64_t seq
+
+
+ctypedef struct Located:
+    Id id
+    int64_t pairs   # -1: the entry is gone (nil fields)
+    size_t offset   # of the first field name
+
+
+ctypedef struct Pending:
+    Id id
+    int64_t idle_ms
+    int64_t deliveries
+    uint32_t consumer
+
+
+cdef inline int _compare(Id a, Id b) noexcept nogil:
+    if a.ms != b.ms:
+        return -1 if a.ms < b.ms else 1
+    if a.seq != b.seq:
+        return -1 if a.seq < b.seq else 1
+    return 0
+
+
+cdef inline bint _parse_id(const char* at, Py_ssize_t size, Id* out) noexcept nogil:
+    """`<ms>-<seq>`, both decimal and within 64 bits. False when it is anything else."""
+    cdef const char* end = at + size
+    at = _number(at, end, &out.ms)
+    if at == NULL or at == end or at[0] != c'-':
+        return False
+    return _number(at + 1, end, &out.seq) == end
+
+
+cdef inline char* _write_before(char* end, uint64_t n) noexcept nogil:
+    """Writes `n` in decimal so that it ends before `end`; where it starts."""
+    while True:
+        end -= 1
+        end[0] = <char>(c'0' + n % 10)
+        n //= 10
+        if n == 0:
+            return end
+
+
+cdef inline char* _write_id_before(char* end, Id id) noexcept nogil:
+    """Writes `<ms>-<seq>`, at most 41 characters, so that it ends before `end`; where it starts."""
+    end = _write_before(end, id.seq) - 1
+    end[0] = c'-'
+    return _write_before(end, id.ms)
+
+
+cdef bytes _id_bytes(Id id):
+    cdef char text[41]
+    cdef char* start = _write_id_before(text + 41, id)
+    return PyBytes_FromStringAndSize(start, text + 41 - start)
+
+
+cdef inline bint _id_element(const char** at, Id* out) noexcept nogil:
+    """Reads an id, and moves behind it. False when the next element is something else."""
+    cdef const char* text
+    cdef int64_t size = _count(at, c'$')
+    if size < 0:
+        return False
+    text = at[0]
+    at[0] = text + size + 2
+    return _parse_id(text, size, out)
+
+
+cdef object _decode(const char** at, const char* end, int decode):
+    if decode == _OBJECT or at[0][0] == c'-' or at[0][0] == c'!':
+        return _build(at, end)
+    if decode == _STREAMS:
+        return _streams(at[0], end)
+    if decode == _ENTRIES:
+        return _entries(at, end, None)
+    return _pending(at[0], end)
+
+
+cdef list _streams(const char* at, const char* end):
+    """XREADGROUP: RESP3 a map, RESP2 an array of pairs, and nil when there is nothing."""
+    cdef bint paired = at[0] == c'*'
+    cdef int64_t i, size, n = _count(&at, c'*' if paired else c'%')
+    cdef list batches = []
+    cdef bytes key
+    if n < -1:
+        raise _wrong("streams", at, end)
+    for i in range(n):
+        if paired and _count(&at, c'*') != 2:
+            raise _wrong("a stream's key with its entries", at, end)
+        size = _count(&at, c'$')
+        if size < 0:
+            raise _wrong("the key of a stream", at, end)
+        key = at[:size]
+        at += size + 2
+        batches.append(_entries(&at, end, key))
+    return batches
+
+
+cdef Batch _entries(const char** after, const char* end, bytes key):
+    """An array of entries, [id, [field, value, …]] each; moves `after` behind it."""
+    cdef const char* at = after[0]
+    cdef int64_t i, j, pairs, size, n = _count(&at, c'*')
+    cdef Batch batch = Batch.__new__(Batch)
+    cdef const char* first = at
+    cdef Located* entry
+    if n < -1:
+        raise _wrong("entries", at, end)
+    n = max(n, 0)
+    batch.key = key
+    batch._at = <Located*>PyMem_Malloc(max(n, 1) * sizeof(Located))
+    if batch._at == NULL:
+        raise MemoryError()
+    for i in range(n):
+        entry = &batch._at[i]
+        if _count(&at, c'*') != 2 or not _id_element(&at, &entry.id):
+            raise _wrong("an entry: an id and its fields", at, end)
+        pairs = _count(&at, c'*')
+        if pairs < -1 or (pairs > 0 and pairs & 1):
+            raise _wrong("the fields of an entry, as many names as values", at, end)
+        entry.pairs = pairs // 2 if pairs >= 0 else -1
+        entry.offset = at - first
+        for j in range(pairs):
+            size = _count(&at, c'$')
+            if size < 0:
+                raise _wrong("a field or its value", at, end)
+            at += size + 2
+    batch._n = n
+    batch._raw = PyBytes_FromStringAndSize(first, at - first)
+    after[0] = at
+    return batch
+
+
+cdef class Batch:
+    """Entries of one stream, in the order the server gave them; a sequence of `(id, fields)`.
+
+    Ids are kept as integers and fields as places in the reply: an entry costs a Python object when
+    it is looked at, not before. `fields` of an entry deleted while it was pending is None.
+    """
+
+    cdef readonly bytes key  # the stream's key; None where the reply does not say (XRANGE)
+    cdef Located* _at
+    cdef int64_t _n
+    cdef bytes _raw
+    cdef list _names         # field names met so far, to make each only once
+
+    def __cinit__(self):
+        self._raw = b""
+        self._names = []
+
+    def __dealloc__(self):
+        PyMem_Free(self._at)
+
+    def __len__(self):
+        return self._n
+
+    @property
+    def nbytes(self):
+        """The size of the entries in the reply, in bytes."""
+        return PyBytes_GET_SIZE(self._raw)
+
+    cdef Located* _entry(self, Py_ssize_t index) except NULL:
+        if index < 0:
+            index += self._n
+        if not 0 <= index < self._n:
+            raise IndexError(f"entry {index} of {self._n}")
+        return &self._at[index]
+
+    def id(self, Py_ssize_t index):
+        """The id of an entry, b"<ms>-<seq>"."""
+        return _id_bytes(self._entry(index).id)
+
+    def ids(self):
+        """The ids of all entries."""
+        cdef int64_t i
+        return [_id_bytes(self._at[i].id) for i in range(self._n)]
+
+    def fields(self, Py_ssize_t index):
+        """The fields of an entry as a new dict; None when it was deleted while pending."""
+        return self._fields(self._entry(index))
+
+    def pairs(self, Py_ssize_t index):
+        """The fields of an entry as a flat list, name, value, …, as XADD takes them; or None."""
+        cdef Located* entry = self._entry(index)
+        cdef const char* at = PyBytes_AS_STRING(self._raw) + entry.offset
+        cdef const char* end = PyBytes_AS_STRING(self._raw) + PyBytes_GET_SIZE(self._raw)
+        cdef int64_t i
+        if entry.pairs < 0:
+            return None
+        return [_build(&at, end) for i in range(2 * entry.pairs)]
+
+    cdef dict _fields(self, Located* entry):
+        cdef const char* at = PyBytes_AS_STRING(self._raw) + entry.offset
+        cdef const char* end = PyBytes_AS_STRING(self._raw) + PyBytes_GET_SIZE(self._raw)
+        cdef int64_t i, size
+        cdef dict out
+        cdef bytes name
+        if entry.pairs < 0:
+            return None
+        out = {}
+        for i in range(entry.pairs):
+            size = _header(&at)
+            name = self._name(i, at, size)
+            at += size + 2
+            size = _header(&at)
+            out[name] = PyBytes_FromStringAndSize(at, size)
+            at += size + 2
+        return out
+
+    cdef bytes _name(self, int64_t column, const char* at, Py_ssize_t size):
+        """A field's name: entries of a stream mostly have the same ones in the same order."""
+        cdef bytes name
+        if column < len(self._names):
+            name = <bytes>self._names[column]
+            if PyBytes_GET_SIZE(name) == size and memcmp(PyBytes_AS_STRING(name), at, size) == 0:
+                return name
+        name = PyBytes_FromStringAndSize(at, size)
+        if column == len(self._names) and column < 64:
+            self._names.append(name)
+        return name
+
+    cdef bytes _value(self, Located* entry, bytes wanted):
+        """The value of one field (the last of that name), without building the others; or None."""
+        cdef const char* at = PyBytes_AS_STRING(self._raw) + entry.offset
+        cdef const char* end = PyBytes_AS_STRING(self._raw) + PyBytes_GET_SIZE(self._raw)
+        cdef const char* found = NULL
+        cdef Py_ssize_t found_size = 0
+        cdef int64_t i, size
+        cdef bint match
+        for i in range(entry.pairs):
+            size = _header(&at)
+            match = size == PyBytes_GET_SIZE(wanted) and memcmp(
+                PyBytes_AS_STRING(wanted), at, size) == 0
+            at += size + 2
+            size = _header(&at)
+            if match:
+                found = at
+                found_size = size
+            at += size + 2
+        return None if found == NULL else PyBytes_FromStringAndSize(found, found_size)
+
+    def __getitem__(self, Py_ssize_t index):
+        cdef Located* entry = self._entry(index)
+        return _id_bytes(entry.id), self._fields(entry)
+
+    def __iter__(self):
+        cdef int64_t i
+        for i in range(self._n):
+            yield _id_bytes(self._at[i].id), self._fields(&self._at[i])
+
+
+cdef PendingPage _pending(const char* at, const char* end):
+    """An array of [id, consumer, idle time, deliveries]."""
+    cdef int64_t i, size, n = _count(&at, c'*')
+    cdef PendingPage page = PendingPage.__new__(PendingPage)
+    cdef Pending* entry
+    cdef dict numbers = {}
+    cdef bytes name = None
+    cdef uint32_t number = 0
+    if n < -1:
+        raise _wrong("pending entries", at, end)
+    n = max(n, 0)
+    page._at = <Pending*>PyMem_Malloc(max(n, 1) * sizeof(Pending))
+    if page._at == NULL:
+        raise MemoryError()
+    for i in range(n):
+        entry = &page._at[i]
+        if _count(&at, c'*') != 4 or not _id_element(&at, &entry.id):
+            raise _wrong("a pending entry: id, consumer, idle time, deliveries", at, end)
+        size = _count(&at, c'$')
+        if size < 0:
+            raise _wrong("the consumer of a pending entry", at, end)
+        # Neighbours mostly belong to the same consumer.
+        if name is None or PyBytes_GET_SIZE(name) != size or memcmp(
+            PyBytes_AS_STRING(name), at, size
+        ):
+            name = at[:size]
+            number = numbers.setdefault(name, len(numbers))
+        entry.consumer = number
+        at += size + 2
+        if at[0] != c':':
+            raise _wrong("an idle time", at, end)
+        entry.idle_ms = _header(&at)
+        if at[0] != c':':
+            raise _wrong("a number of deliveries", at, end)
+        entry.deliveries = _header(&at)
+    page._n = n
+    page.consumers = list(numbers)
+    return page
+
+
+cdef class PendingPage:
+    """A page of a group's pending entries list (XPENDING with a range), in the order of ids."""
+
+    cdef readonly list consumers  # the names that occur, each once
+    cdef Pending* _at
+    cdef int64_t _n
+
+    def __cinit__(self):
+        self.consumers = []
+
+    def __dealloc__(self):
+        PyMem_Free(self._at)
+
+    def __len__(self):
+        return self._n
+
+    @cython.boundscheck(True)  # `consumers` is the application's to change
+    def __getitem__(self, Py_ssize_t index):
+        """`(id, consumer, idle time in ms, deliveries)` of one pending entry."""
+        cdef Pending* entry
+        if index < 0:
+            index += self._n
+        if not 0 <= index < self._n:
+            raise IndexError(f"pending entry {index} of {self._n}")
+        entry = &self._at[index]
+        return (
+            _id_bytes(entry.id), self.consumers[entry.consumer], entry.idle_ms, entry.deliveries
+        )

@@ -1,0 +1,177 @@
+"""Every error that relstream raises, in one hierarchy.
+
+Three families, because a caller answers each differently:
+
+* `UsageError`: the program asked for what can't be: change the program or its settings.
+* `ServerError`: Redis answered, and said no: change the server, its rights or its settings.
+* `ConnectionFailed`: Redis could not be reached, or the connection broke: trying again may help.
+
+`ProtocolError` stands apart: what arrived is not Redis' protocol, so the connection is closed.
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+
+__all__ = [
+    "AlreadyClaimed",
+    "AuthenticationFailed",
+    "ClientClosed",
+    "ClusterClientRequired",
+    "ClusterNotSettled",
+    "ConfigConflict",
+    "ConnectionFailed",
+    "ConnectionLost",
+    "ConsumerIdMissing",
+    "DeadlineExceeded",
+    "InvalidOption",
+    "KeyspaceSetupFailed",
+    "NotSupported",
+    "PermissionDenied",
+    "ProtocolError",
+    "RelstreamError",
+    "ReplyError",
+    "ServerError",
+    "ServerTooOld",
+    "StreamNotOwned",
+    "UsageError",
+]
+
+
+_NOT_NOW = frozenset(
+    (
+        *("BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MISCONF"),
+        *("NOREPLICAS", "OOM", "READONLY", "TRYAGAIN"),
+    )
+)
+
+# How a wrong value is shown: it may be megabytes of Info.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+
+# Before Redis 7 an error inside a script arrives wrapped, with its code in the middle.
+_WRAPPED = re.compile(r"ERR Error running script .*?@user_script: ?\d+: -([A-Z]+) ", re.DOTALL)
+# Inside a script a command that the user may not run is a general error.
+_SCRIPT_DENIED = re.compile(
+    r"ERR (ACL failure in script|.*The user executing the script can't run )", re.DOTALL
+)
+
+
+class RelstreamError(Exception):
+    """The base of all errors of relstream."""
+
+
+class UsageError(RelstreamError):
+    """The program asked for something that can't be."""
+
+
+class InvalidOption(UsageError, ValueError):
+    """A setting has a value outside its bounds. Names the setting, the value and the bound."""
+
+    def __init__(self, option: str, value: object, expected: str) -> None:
+        super().__init__(option, value, expected)
+        self.option = option
+        self.value = value
+        self.expected = expected
+
+    def __str__(self) -> str:
+        return f"{self.option}={_SHORT.repr(self.value)}: expected {self.expected}"
+
+
+class ConsumerIdMissing(UsageError):
+    """Neither `consumer_id` nor POD_NAME nor POD_IP says what this consumer is called."""
+
+
+class ClusterClientRequired(UsageError):
+    """`cluster_mode=OSS` was asked for with a client that is not a `RedisCluster`."""
+
+
+class NotSupported(UsageError):
+    """This version of relstream can't do that. Says what to do instead."""
+
+
+class StreamNotOwned(UsageError):
+    """The data stream is not, or no longer, owned by this consumer; nothing was changed."""
+
+    def __init__(self, data_stream_name: str, detail: str) -> None:
+        super().__init__(data_stream_name, detail)
+        self.data_stream_name = data_stream_name
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"data stream {self.data_stream_name!r} {self.detail}"
+
+
+class ClientClosed(UsageError):
+    """The client is closed, or was never opened with `init()`."""
+
+
+class ServerError(RelstreamError):
+    """Redis answered, and said no."""
+
+
+class ReplyError(ServerError):
+    """An error reply, as the server sent it. `code` is its first word: ERR, OOM, NOGROUP, …
+
+    Of an error inside a script `code` is what the command itself would have answered.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = message.split(" ", 1)[0]
+        if self.code == "ERR":
+            if wrapped := _WRAPPED.match(message):
+                self.code = wrapped[1]
+            elif _SCRIPT_DENIED.match(message):
+                self.code = "NOPERM"
+
+    @property
+    def transient(self) -> bool:
+        """Whether it means "not now": the same command may well succeed a little later."""
+        return self.code in _NOT_NOW
+
+
+class AuthenticationFailed(ServerError):
+    """The server did not accept the user name and password."""
+
+
+class PermissionDenied(ServerError):
+    """The user lacks a right (ACL) that relstream needs. Names the command and the remedy."""
+
+
+class ServerTooOld(ServerError):
+    """The server is older than Redis 6.2, the first one with what relstream uses."""
+
+
+class ConfigConflict(ServerError):
+    """`notify-keyspace-events` is set to something insufficient, and overriding was not allowed."""
+
+
+class KeyspaceSetupFailed(ServerError):
+    """Expiry events could be set up on no master at all."""
+
+
+class AlreadyClaimed(ServerError):
+    """The stream's lock still lives, or another consumer was first to claim it."""
+
+
+class ClusterNotSettled(ServerError):
+    """The nodes of the cluster do not agree on its slots yet; nothing was changed."""
+
+
+class ConnectionFailed(RelstreamError):
+    """The server could not be reached."""
+
+
+class ConnectionLost(ConnectionFailed):
+    """The connection broke: commands without a reply may or may not have been carried out."""
+
+
+class DeadlineExceeded(ConnectionLost):
+    """No reply came in time; the connection was closed, as its later replies could mislead."""
+
+
+class ProtocolError(RelstreamError):
+    """The server sent bytes that are not Redis' protocol (RESP2 or RESP3), or beyond its limits."""
