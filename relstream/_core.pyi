@@ -1,5 +1,9 @@
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
+
+from relstream.errors import ReplyError
+
+_N = TypeVar("_N")
 
 OBJECT: Final = 0
 STREAMS: Final = 1
@@ -70,6 +74,14 @@ class Entry:
 def announcements(
     batch: Batch, field: bytes, separator: bytes, loads: Callable[[bytes], object]
 ) -> tuple[list[Entry], list[tuple[int, str]], list[bytes]]: ...
+def grant(
+    entries: list[Entry], replies: list[Any], owned: dict[str, Entry]
+) -> tuple[list[Entry], list[bytes], ReplyError | None]: ...
+
+class Teller(Generic[_N]):
+    def __init__(self, notification: type[_N], kind: object, info: type[object]) -> None: ...
+    def tell(self, entry: Entry) -> _N: ...
+
 def parse_id(text: bytes) -> tuple[int, int] | None: ...
 
 class Audit:

@@ -1,5 +1,6 @@
 # Announcements of data streams, read from the load balancer stream, and what is owned of them.
 
+@cython.no_gc  # what it refers to never refers back, and there may be millions of them
 cdef class Entry:
     """One announcement of a data stream: an entry of the load balancer stream, and its lock."""
 
@@ -22,7 +23,9 @@ cdef class Entry:
     @property
     def id_in_lbs(self):
         """The entry's id as text, as notifications carry it."""
-        return _id_bytes(self._id).decode()
+        cdef char text[41]
+        cdef char* start = _write_id_before(text + 41, self._id)
+        return PyUnicode_DecodeASCII(start, text + 41 - start, NULL)
 
     def __repr__(self):
         return f"<Entry {self.data_stream_name!r} {self.id_in_lbs}>"
@@ -108,6 +111,77 @@ def announcements(Batch batch not None, bytes field not None, bytes separator no
             continue
         entries.append(entry)
     return entries, unparseable, gone
+
+
+def grant(list entries not None, list replies not None, dict owned not None):
+    """Enters locked entries into the table of owned streams, `{name: first entry}`.
+
+    `replies` are those to the SET of each entry's lock. Returns `(new, locks, refusal)`: entries that
+    brought a new stream, the keys of all locks taken, and the last error reply, or None.
+    """
+    cdef list new = [], locks = []
+    cdef Entry entry, first
+    cdef Py_ssize_t i
+    refusal = None
+    if len(entries) != len(replies):
+        raise ValueError(f"{len(replies)} replies to {len(entries)} SETs")
+    for i in range(len(entries)):
+        entry = entries[i]
+        reply = replies[i]
+        if reply is None:
+            continue
+        if isinstance(reply, ReplyError):
+            refusal = reply
+            continue
+        locks.append(entry.lock_key)
+        first = owned.setdefault(entry.data_stream_name, entry)
+        if first is entry:
+            new.append(entry)
+        elif first.finishing:  # announced anew just as it is being finished
+            owned[entry.data_stream_name] = entry
+            new.append(entry)
+        elif first.again is None:
+            first.again = [entry]
+        else:
+            first.again.append(entry)
+    return new, locks, refusal
+
+
+cdef inline object _named_tuple(type kind, tuple values):
+    """A `typing.NamedTuple` of this kind, without a call of Python code."""
+    cdef Py_ssize_t i
+    cdef object made = PyType_GenericAlloc(kind, len(values))
+    for i in range(len(values)):
+        value = values[i]
+        Py_INCREF(value)  # SET_ITEM takes one over
+        PyTuple_SET_ITEM(made, i, value)
+    return made
+
+
+cdef class Teller:
+    """Makes the notification that an entry brought a stream: `notification(kind, info(…), Info)`.
+
+    Both types are `typing.NamedTuple`s.
+    """
+
+    cdef type _notification
+    cdef object _kind
+    cdef type _info
+
+    def __init__(self, type notification not None, kind, type info not None):
+        self._notification = notification
+        self._kind = kind
+        self._info = info
+
+    def tell(self, Entry entry not None):
+        """The notification; the entry counts as delivered, and lets go of its Info object."""
+        cdef object payload = _named_tuple(
+            self._info, (entry.data_stream_name, entry.id_in_lbs)
+        )
+        cdef object made = _named_tuple(self._notification, (self._kind, payload, entry.info))
+        entry.info = None
+        entry.delivered = True
+        return made
 
 
 def parse_id(bytes text not None):

@@ -1,0 +1,1 @@
+"""Connections to Redis, made for pipelining and batches."""

@@ -1,0 +1,459 @@
+"""Connections to one server: where it is, the handshake, and staying connected.
+
+Addresses, credentials and TLS settings are understood by redis-py, from a URL or from a ready
+client, so that they mean here what they mean everywhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import socket
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
+
+import redis.asyncio
+from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection
+from redis.asyncio.sentinel import SentinelConnectionPool
+
+from relstream._core import OBJECT, backoff, pack
+from relstream.errors import (
+    AuthenticationFailed,
+    ConnectionFailed,
+    ConnectionLost,
+    InvalidOption,
+    NotSupported,
+    PermissionDenied,
+    ProtocolError,
+    ReplyError,
+    ServerTooOld,
+)
+from relstream.net.protocol import RedisProtocol
+
+if TYPE_CHECKING:
+    from redis.credentials import CredentialProvider
+
+OLDEST_SERVER = (6, 2)
+DEFAULT_TIMEOUT = 5.0
+# Seconds that an orderly close may take: TLS waits for the other side's goodbye.
+CLOSE_TIMEOUT = 1.0
+# What keeps idle connections known to the firewalls on their way, and finds out that a server is
+# gone, in seconds; as redis-py has it. Not every system knows all of them.
+KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """Where a server is and how to get in. Times in seconds."""
+
+    host: str = "localhost"
+    port: int = 6379
+    path: str | None = None
+    """The unix socket; takes the place of `host` and `port`."""
+    db: int = 0
+    tls: ssl.SSLContext | None = None
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
+    credential_provider: CredentialProvider | None = None
+    client_name: str = "relstream"
+    resp3: bool = True
+    connect_timeout: float = DEFAULT_TIMEOUT
+    """For all of it: name look-up, TCP, TLS, the credential provider, and the handshake."""
+    timeout: float = DEFAULT_TIMEOUT
+    """For the reply to a command, where the caller does not say another."""
+
+    def __str__(self) -> str:
+        if self.path is not None:
+            return f"unix://{self.path}?db={self.db}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'redis' if self.tls is None else 'rediss'}://{host}:{self.port}/{self.db}"
+
+    def named(self, role: str) -> Endpoint:
+        """The same, for a connection that CLIENT LIST shows under this role."""
+        return replace(self, client_name=f"{self.client_name}:{role}")
+
+    async def credentials(self) -> tuple[str, str] | None:
+        """User name and password; None when the server asks for none."""
+        if self.credential_provider is not None:
+            given = await self.credential_provider.get_credentials_async()
+            user, password = given if len(given) == 2 else ("", given[0])
+            return user or "default", password
+        if self.username is None and self.password is None:
+            return None
+        return self.username or "default", self.password or ""
+
+
+def endpoint_of(source: str | redis.asyncio.Redis) -> Endpoint:
+    """Reads an address off a URL (redis://, rediss://, unix://) or a `redis.asyncio.Redis`.
+
+    Raises `InvalidOption` for what is neither, or has settings that can't be; its message shows no
+    password. Raises `NotSupported` for clusters and Sentinel.
+    """
+    if isinstance(source, str):
+        shown: object = _without_secrets(source)
+        pool = _pool_of_url(source)
+    elif isinstance(source, redis.asyncio.Redis):
+        shown = source
+        pool = source.connection_pool
+    elif isinstance(source, redis.asyncio.RedisCluster):
+        raise NotSupported("Redis Cluster is not supported yet: give a client of a single server")
+    else:
+        raise InvalidOption(
+            "redis", type(source), "a URL (redis://, rediss://, unix://) or a redis.asyncio client"
+        )
+    if isinstance(pool, SentinelConnectionPool):
+        raise NotSupported("Sentinel is not supported yet: give the address of the master")
+    try:
+        parsed: AbstractConnection = cast("Any", pool).make_connection()
+        tls = parsed.ssl_context.get() if isinstance(parsed, SSLConnection) else None
+        db = int(parsed.db or 0)
+    # A TypeError is an argument that redis-py does not know; an OSError a file that TLS needs.
+    except (TypeError, ValueError, OSError, redis.RedisError) as error:
+        raise InvalidOption("redis", shown, f"settings that redis-py accepts ({error})") from None
+    if db < 0:
+        raise InvalidOption("redis", shown, "the number of a database, 0 or more")
+    settings = pool.connection_kwargs
+    provider = parsed.credential_provider
+    return Endpoint(
+        host=parsed.host if isinstance(parsed, Connection) else "",
+        port=int(parsed.port) if isinstance(parsed, Connection) else 0,
+        path=getattr(parsed, "path", None),
+        db=db,
+        tls=tls,
+        username=None if provider else (parsed.username or None),
+        password=None if provider else (parsed.password or None),
+        credential_provider=provider,
+        client_name=settings.get("client_name") or "relstream",
+        resp3=int(settings.get("protocol") or 3) != 2,
+        connect_timeout=settings.get("socket_connect_timeout") or DEFAULT_TIMEOUT,
+        timeout=settings.get("socket_timeout") or DEFAULT_TIMEOUT,
+    )
+
+
+def _without_secrets(url: str) -> str:
+    # Up to the last @: a password that should have been percent-encoded may contain "/" and "@".
+    return re.sub(r"(?i)(password=)[^&]*", r"\1***", re.sub(r"//.*@", "//***@", url))
+
+
+def _pool_of_url(url: str) -> redis.asyncio.ConnectionPool:
+    def wrong(why: str) -> InvalidOption:
+        expected = "redis://[[user]:password@]host[:port][/db], rediss://… or unix:///path[?db=n]"
+        return InvalidOption("redis", _without_secrets(url), f"{expected} ({why})")
+
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise wrong(str(error)) from None
+    if parts.scheme not in ("redis", "rediss", "unix"):
+        raise wrong("there is no such scheme")
+    # What follows would quote parts of a password.
+    if "@" in parts.path + parts.query + parts.fragment and parts.scheme != "unix":
+        raise wrong("in a user name or password, /, ?, #, @ and % must be percent-encoded")
+    if parts.fragment:
+        raise wrong("nothing may follow a #")
+    try:
+        port = parts.port
+    except ValueError:
+        port = 0
+    if port == 0:
+        raise wrong("the port must be a number from 1 to 65535")
+    # redis-py would take the database of a path that is no number for 0.
+    if parts.scheme != "unix" and not re.fullmatch(r"(/\d*)?", parts.path):
+        raise wrong(f"{parts.path[1:]!r} is no number of a database")
+    if parts.scheme == "unix" and not parts.path:
+        raise wrong("there is no path of a socket")
+    try:
+        return redis.asyncio.ConnectionPool.from_url(url)
+    except ValueError as error:
+        raise wrong(str(error)) from None
+
+
+async def connect(
+    endpoint: Endpoint, on_push: Callable[[Any], None] | None = None
+) -> RedisProtocol:
+    """Opens a connection and makes it ready for commands.
+
+    Speaks RESP3 where the server does (HELLO 3), else RESP2. Raises `ConnectionFailed`,
+    `AuthenticationFailed`, `ServerTooOld`, `PermissionDenied`, `ProtocolError` when it is no Redis,
+    or `ReplyError` when the server says something else, such as LOADING.
+    """
+    protocol = RedisProtocol(on_push)
+    # Not `wait_for`: until Python 3.12 it loses a cancellation that comes together with the result.
+    opening = asyncio.ensure_future(_open(protocol, endpoint))
+    try:
+        await asyncio.wait({opening}, timeout=endpoint.connect_timeout)
+        if not opening.done():
+            problem = f"no answer within {endpoint.connect_timeout:g} s"
+            if endpoint.tls is not None:  # plain Redis takes our hello for half a line
+                problem += " (does it speak TLS? redis:// connects without)"
+            raise ConnectionFailed(f"can't connect to {endpoint}: {problem}")
+        opening.result()
+    except BaseException:
+        await _cancel(opening)
+        protocol.abort()
+        raise
+    return protocol
+
+
+async def _cancel(task: asyncio.Task[Any]) -> None:
+    """Ends a task of ours, and leaves none of its errors unseen."""
+    task.cancel()
+    await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()
+
+
+async def _open(protocol: RedisProtocol, endpoint: Endpoint) -> None:
+    loop = asyncio.get_running_loop()
+    try:
+        credentials = await endpoint.credentials()
+    except Exception as error:
+        # Who gives credentials may be out of reach for a while, just as the server may.
+        raise ConnectionFailed(
+            f"can't connect to {endpoint}: its credential provider failed: {error!r}"
+        ) from error
+    transport: asyncio.BaseTransport
+    try:
+        if endpoint.path is not None:
+            await loop.create_unix_connection(lambda: protocol, endpoint.path)
+        else:
+            transport, _ = await loop.create_connection(
+                lambda: protocol, endpoint.host, endpoint.port, ssl=endpoint.tls
+            )
+            _keep_alive(transport.get_extra_info("socket"))
+    except (OSError, UnicodeError) as error:  # UnicodeError: what can't be a host name
+        raise ConnectionFailed(f"can't connect to {endpoint}: {_explained(error)}") from error
+    try:
+        await _handshake(protocol, endpoint, credentials)
+    except ConnectionLost as error:
+        raise ConnectionFailed(f"can't connect to {endpoint}: {error}") from error
+    except ProtocolError as error:
+        # \x15\x03 starts an alert of TLS.
+        hint = ": it speaks TLS, use rediss://" if r"b'\x15\x03" in str(error) else ""
+        raise ProtocolError(f"{endpoint} does not answer as Redis does ({error}){hint}") from error
+
+
+def _keep_alive(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in KEEPALIVE.items():
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def _explained(error: Exception) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return (
+            f"the server's certificate was not accepted: {error.verify_message} (ssl_ca_certs "
+            "names the file of the CA to trust)"
+        )
+    if isinstance(error, ssl.SSLError):
+        return f"no TLS with this server: {error} (redis:// connects without)"
+    return str(error) or type(error).__name__
+
+
+async def _handshake(
+    protocol: RedisProtocol, endpoint: Endpoint, credentials: tuple[str, str] | None
+) -> None:
+    async def ask(*args: bytes | str | int) -> Any:
+        return (await protocol.send(pack(*args), timeout=endpoint.connect_timeout))[0]
+
+    async def require(*args: bytes | str | int) -> Any:
+        reply = await ask(*args)
+        if isinstance(reply, ReplyError):
+            raise _refusal(reply, endpoint, str(args[0]))
+        return reply
+
+    # A name takes printable characters without spaces only.
+    name = re.sub(r"[^!-~]", "_", endpoint.client_name)
+    greeting: Any = None
+    if endpoint.resp3:
+        auth = ("AUTH", *credentials) if credentials else ()
+        greeting = await ask("HELLO", 3, *auth, "SETNAME", name)
+        # A server before 6, a proxy without HELLO, or a user who may not say it: RESP2 serves.
+        if isinstance(greeting, ReplyError) and greeting.code not in ("ERR", "NOPROTO", "NOPERM"):
+            raise _refusal(greeting, endpoint, "HELLO")
+    if isinstance(greeting, dict):
+        version = greeting.get(b"version", b"")
+        protocol.client_id = greeting.get(b"id", 0)
+    else:
+        try:
+            if credentials:
+                user, password = credentials
+                await require("AUTH", *((password,) if user == "default" else (user, password)))
+            await ask("CLIENT", "SETNAME", name)  # only a name: never mind a refusal
+        except ConnectionLost as error:
+            if isinstance(greeting, ReplyError):  # it was no lack of HELLO: no more clients
+                raise ConnectionLost(f"{error}, after {str(greeting)!r}") from error
+            raise
+        client_id = await ask("CLIENT", "ID")
+        protocol.client_id = client_id if isinstance(client_id, int) else 0
+        info = await ask("INFO", "server")
+        if isinstance(info, ReplyError) and info.code != "NOPERM":
+            raise _refusal(info, endpoint, "INFO")
+        found = re.search(rb"redis_version:(\S+)", info) if isinstance(info, bytes) else None
+        version = found[1] if found else b""
+    numbers = re.match(rb"(\d+)\.(\d+)", version) if isinstance(version, bytes) else None
+    if numbers and (int(numbers[1]), int(numbers[2])) < OLDEST_SERVER:
+        raise ServerTooOld(
+            f"{endpoint} runs Redis {version.decode()}: relstream needs 6.2 or later, or Valkey"
+        )
+    if endpoint.db:
+        await require("SELECT", endpoint.db)
+
+
+def _refusal(reply: ReplyError, endpoint: Endpoint, command: str) -> Exception:
+    if reply.code == "NOAUTH":
+        return AuthenticationFailed(
+            f"{endpoint} asks for a password and none was given: put one into the URL"
+        )
+    if reply.code == "WRONGPASS" or command == "AUTH":
+        return AuthenticationFailed(f"{endpoint} did not accept user name and password: {reply}")
+    if reply.code == "NOPERM":
+        return PermissionDenied(f"{endpoint}: {reply}")
+    return ReplyError(f"{reply.message} ({command} on {endpoint})")
+
+
+def raise_first(replies: list[Any]) -> list[Any]:
+    """The replies of a pipeline, if there is no error among them; else raises the first one."""
+    for reply in replies:
+        if isinstance(reply, ReplyError):
+            raise reply
+    return replies
+
+
+class _Attempt:
+    """An opening of a connection, and how many callers wait for it."""
+
+    __slots__ = ("callers", "task")
+
+    def __init__(self, task: asyncio.Task[RedisProtocol]) -> None:
+        self.task = task
+        self.callers = 0
+
+
+class Link:
+    """A connection to one server that is opened anew when it was lost.
+
+    It is opened by whoever needs it; nothing runs in between. Callers who come while it is being
+    opened share the attempt, and its error.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        on_push: Callable[[Any], None] | None = None,
+    ) -> None:
+        self.endpoint = endpoint
+        self._on_push = on_push
+        self._protocol: RedisProtocol | None = None
+        self._attempt: _Attempt | None = None
+        self._closed = False
+
+    @property
+    def alive(self) -> bool:
+        """Whether the connection is open as far as anybody knows."""
+        return self._protocol is not None and self._protocol.alive
+
+    async def get(self) -> RedisProtocol:
+        """The living connection; opens one if need be, and raises as `connect` does.
+
+        Raises `ConnectionLost` after `close`.
+        """
+        protocol = self._protocol
+        if protocol is not None and protocol.alive:
+            return protocol
+        if self._closed:
+            raise ConnectionLost("the connection was closed")
+        attempt = self._attempt
+        if attempt is None:
+            attempt = self._attempt = _Attempt(asyncio.ensure_future(self._open()))
+        attempt.callers += 1
+        try:
+            await asyncio.wait({attempt.task})
+        except asyncio.CancelledError:
+            if attempt.callers == 1 and attempt is self._attempt:  # nobody else waits
+                self._attempt = None
+                await _cancel(attempt.task)
+            raise
+        finally:
+            attempt.callers -= 1
+        if attempt.task.cancelled():  # by `close`
+            raise ConnectionLost("the connection was closed")
+        return attempt.task.result()
+
+    async def _open(self) -> RedisProtocol:
+        try:
+            self._protocol = await connect(self.endpoint, self._on_push)
+            return self._protocol
+        finally:
+            if self._attempt is not None and self._attempt.task is asyncio.current_task():
+                self._attempt = None
+
+    async def pipeline(
+        self, packed: bytes, replies: int, *, decode: int = OBJECT, timeout: float | None = None
+    ) -> list[Any]:
+        """Sends packed commands and returns their replies, errors among them as values.
+
+        `timeout` (seconds) is for the last reply, from when the commands are sent: before that, a
+        connection may have to be opened, or what was sent earlier to be read by the server. Raises
+        what `get` and `RedisProtocol.send` raise. Nothing is ever sent twice.
+        """
+        if not replies:
+            return []
+        protocol = self._protocol
+        if protocol is None or not protocol.alive:
+            protocol = await self.get()
+        await protocol.drain()
+        return await protocol.send(
+            packed, replies, decode=decode, timeout=timeout or self.endpoint.timeout
+        )
+
+    async def execute(
+        self, *args: bytes | str | int, decode: int = OBJECT, timeout: float | None = None
+    ) -> Any:
+        """Sends one command and returns its reply; raises an error reply, else as `pipeline`."""
+        replies = await self.pipeline(pack(*args), 1, decode=decode, timeout=timeout)
+        return raise_first(replies)[0]
+
+    async def close(self) -> None:
+        """Closes the connection, waits until it is closed, and opens none any more.
+
+        Whoever waits for it gets `ConnectionLost`.
+        """
+        self._closed = True
+        if self._attempt is not None:
+            await _cancel(self._attempt.task)
+        protocol = self._protocol
+        if protocol is None or protocol.closed.done():
+            return
+        protocol.close()
+        try:
+            await asyncio.wait({protocol.closed}, timeout=CLOSE_TIMEOUT)
+        finally:
+            if not protocol.closed.done():
+                protocol.abort()
+                await asyncio.wait({protocol.closed})
+
+
+class Backoff:
+    """How long to wait before the next try: doubling, capped, jittered. Times in seconds."""
+
+    def __init__(self, initial: float, maximum: float) -> None:
+        self._initial = initial
+        self._maximum = maximum
+        self.failures = 0
+
+    def reset(self) -> None:
+        """Something worked."""
+        self.failures = 0
+
+    def failed(self) -> float:
+        """Counts one more failure; returns the pause to make before the next try."""
+        pause = backoff(self.failures, self._initial, self._maximum, random.random())
+        self.failures += 1
+        return pause

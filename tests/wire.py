@@ -1,0 +1,137 @@
+"""Servers that misbehave: a proxy in front of a good one, and such as are made of a function."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+# What a server that is new enough answers to HELLO 3.
+GREETING = b"%2\r\n$7\r\nversion\r\n$5\r\n7.2.0\r\n$2\r\nid\r\n:7\r\n"
+
+
+async def command(reader: asyncio.StreamReader) -> list[bytes]:
+    """The next command that a client sends."""
+    count = int((await reader.readuntil(b"\r\n"))[1:])
+    arguments = []
+    for _ in range(count):
+        size = int((await reader.readuntil(b"\r\n"))[1:])
+        arguments.append((await reader.readexactly(size + 2))[:-2])
+    return arguments
+
+
+@contextlib.asynccontextmanager
+async def listening(serve: Serve) -> AsyncIterator[int]:
+    """Runs `serve(reader, writer)` for each connection, on a port of 127.0.0.1 that is given."""
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def run(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)
+        try:
+            # The client may go at any time. Cancelled is what still runs when the test is over.
+            with contextlib.suppress(
+                ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError
+            ):
+                await serve(reader, writer)
+        finally:
+            writer.transport.abort()
+            tasks.discard(task)
+
+    server = await asyncio.start_server(run, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        while tasks:
+            await asyncio.wait(tasks)
+
+
+async def until_eof(reader: asyncio.StreamReader) -> None:
+    while await reader.read(65536):
+        pass
+
+
+class Proxy:
+    """Stands between clients and a server's TCP port, and does to their bytes what it is told.
+
+    `async with Proxy(port) as proxy` listens on `proxy.port`. The settings hold for bytes that come
+    from then on, in both directions and on all connections.
+    """
+
+    def __init__(self, server_port: int, host: str = "127.0.0.1") -> None:
+        self._host = host
+        self._server_port = server_port
+        self._open = asyncio.Event()
+        self._open.set()
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._stack = contextlib.AsyncExitStack()
+        self.port = 0
+        self.connections = 0
+        """How many there were so far."""
+        self.refusing = False
+        """New connections are cut at once."""
+        self.delay = 0.0
+        """Seconds that every piece waits."""
+        self.piece = 65536
+        """Bytes that are passed on at a time: 1 makes them trickle."""
+
+    def stall(self) -> None:
+        """Passes nothing on, and reads nothing, until `resume`: all buffers fill up."""
+        self._open.clear()
+
+    def resume(self) -> None:
+        self._open.set()
+
+    def cut(self) -> None:
+        """Ends all connections, with what is under way."""
+        for writer in self._writers:
+            writer.transport.abort()
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}"
+
+    async def __aenter__(self) -> Proxy:
+        self.port = await self._stack.enter_async_context(listening(self._serve))
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.cut()
+        await self._stack.aclose()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        if self.refusing:
+            return
+        there, beyond = await asyncio.open_connection(self._host, self._server_port)
+        self._writers |= {writer, beyond}
+        pumps = [
+            asyncio.ensure_future(self._pump(reader, beyond)),
+            asyncio.ensure_future(self._pump(there, writer)),
+        ]
+        try:
+            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+            self._writers -= {writer, beyond}
+            beyond.transport.abort()
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            await self._open.wait()
+            data = await reader.read(self.piece)
+            if not data:
+                return
+            if self.delay:
+                await asyncio.sleep(self.delay)
+            await self._open.wait()
+            writer.write(data)
+            await writer.drain()
