@@ -1,0 +1,64 @@
+"""Hands data streams to consumers through Redis Streams, each owned by one living consumer."""
+
+from relstream.client import StreamClient
+from relstream.config import ClusterMode, RecoveryConfig, RetryConfig
+from relstream.errors import (
+    AlreadyClaimed,
+    AuthenticationFailed,
+    ClientClosed,
+    ClusterClientRequired,
+    ClusterNotSettled,
+    ConfigConflict,
+    ConnectionFailed,
+    ConnectionLost,
+    ConsumerIdMissing,
+    DeadlineExceeded,
+    InvalidOption,
+    KeyspaceSetupFailed,
+    NotSupported,
+    PermissionDenied,
+    ProtocolError,
+    RelstreamError,
+    ReplyError,
+    ServerError,
+    ServerTooOld,
+    StreamNotOwned,
+    UsageError,
+)
+from relstream.notifications import LBSInfo, Notification, Notifications, NotificationType
+from relstream.producer import Producer
+from relstream.recorder import Recorder
+
+__all__ = [
+    "AlreadyClaimed",
+    "AuthenticationFailed",
+    "ClientClosed",
+    "ClusterClientRequired",
+    "ClusterMode",
+    "ClusterNotSettled",
+    "ConfigConflict",
+    "ConnectionFailed",
+    "ConnectionLost",
+    "ConsumerIdMissing",
+    "DeadlineExceeded",
+    "InvalidOption",
+    "KeyspaceSetupFailed",
+    "LBSInfo",
+    "NotSupported",
+    "Notification",
+    "NotificationType",
+    "Notifications",
+    "PermissionDenied",
+    "Producer",
+    "ProtocolError",
+    "Recorder",
+    "RecoveryConfig",
+    "RelstreamError",
+    "ReplyError",
+    "RetryConfig",
+    "ServerError",
+    "ServerTooOld",
+    "StreamClient",
+    "StreamNotOwned",
+    "UsageError",
+]

@@ -1,0 +1,98 @@
+"""Settings, their defaults and their bounds. All times are in seconds."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from relstream.errors import InvalidOption
+
+__all__ = ["ClusterMode", "RecoveryConfig", "RetryConfig"]
+
+
+class ClusterMode(enum.Enum):
+    """What kind of deployment the given Redis is."""
+
+    SINGLE_SHARD = "single_shard"
+    """One master holds everything."""
+    OSS = "oss"
+    """An open-source Redis Cluster."""
+
+
+def check_seconds(option: str, value: object, least: float, most: float = 86_400.0) -> None:
+    """Raises `InvalidOption` unless `value` is a number of seconds within the bounds."""
+    # NaN is within no bounds.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        raise InvalidOption(option, value, f"a number of seconds from {least:g} to {most:g}")
+
+
+def check_count(option: str, value: object, least: int, most: int = 2**31 - 1) -> None:
+    """Raises `InvalidOption` unless `value` is a whole number within the bounds."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise InvalidOption(option, value, f"a whole number from {least} to {most}")
+
+
+def check_flag(option: str, value: object) -> None:
+    """Raises `InvalidOption` unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise InvalidOption(option, value, "True or False")
+
+
+def check_name(option: str, value: object) -> None:
+    """Raises `InvalidOption` unless `value` is text that can name something in Redis."""
+    try:
+        if isinstance(value, str) and value.encode():
+            return
+    except UnicodeEncodeError:  # a lone surrogate
+        pass
+    raise InvalidOption(option, value, "a name: Unicode text that is not empty")
+
+
+@dataclass(frozen=True)
+class RetryConfig:
+    """How often a failing read is tried again; the count starts anew with each good read."""
+
+    max_retries: int = 5
+    """-1: for ever; 0: the first failure ends the client."""
+    initial_delay: float = 0.1
+    """Seconds before the first repetition; doubles with each further one."""
+    max_delay: float = 30.0
+    """Seconds that no pause exceeds."""
+
+    def __post_init__(self) -> None:
+        check_count("retry.max_retries", self.max_retries, -1)
+        check_seconds("retry.initial_delay", self.initial_delay, 0.001)
+        check_seconds("retry.max_delay", self.max_delay, 0.001)
+        if self.max_delay < self.initial_delay:
+            raise InvalidOption(
+                "retry.max_delay",
+                self.max_delay,
+                f"no less than retry.initial_delay={self.initial_delay:g}",
+            )
+
+
+@dataclass(frozen=True)
+class RecoveryConfig:
+    """How streams of dead consumers are found and put back, and when they become dead letters."""
+
+    reconciliation_interval: float = 60.0
+    """Seconds between two scans of the pending entries."""
+    min_idle_time: float = 30.0
+    """Seconds for which an entry must not have been delivered before a scan looks at it."""
+    batch_size: int = 1000
+    """Pending entries a page."""
+    max_retries: int = 3
+    """How often an entry is put back before it goes to the dead-letter stream."""
+    dlq_stream: str | None = None
+    """Key of the dead-letter stream; `<service>-input-dlq` unless given."""
+    dlq_max_len: int = 10_000
+    """About how many dead letters are kept; 0: all."""
+
+    def __post_init__(self) -> None:
+        check_seconds("recovery.reconciliation_interval", self.reconciliation_interval, 0.1)
+        check_seconds("recovery.min_idle_time", self.min_idle_time, 0.0)
+        check_count("recovery.batch_size", self.batch_size, 1, 10_000)
+        check_count("recovery.max_retries", self.max_retries, 0)
+        check_count("recovery.dlq_max_len", self.dlq_max_len, 0)
+        if self.dlq_stream is not None:
+            check_name("recovery.dlq_stream", self.dlq_stream)

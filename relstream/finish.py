@@ -1,0 +1,262 @@
+"""The end of ownership: finishing streams, and handing them over, in batches."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING
+
+from relstream._core import ITEM, Entry, Template, pack
+from relstream.errors import ClientClosed, RelstreamError, ReplyError, StreamNotOwned
+from relstream.leases import chunks, pending_for
+from relstream.net.connection import Backoff, Link, raise_first
+from relstream.recovery import put_back, read_entries
+
+if TYPE_CHECKING:
+    from relstream.config import RetryConfig
+    from relstream.lbs import Names
+    from relstream.leases import Keeper, Leases, Locks
+    from relstream.recorder import SafeRecorder
+
+    Future = asyncio.Future[None]
+    # The first entry of a stream, and the future of whoever waits for the end of its ownership.
+    Ending = tuple[Entry, Future]
+
+# Streams that are ended together, and batches of them under way at the same time: while the server
+# works on one, the next is being prepared.
+BATCH = 100
+BATCHES = 4
+
+
+class Finisher:
+    """Ends ownership. Calls made in the same turn of the event loop share their commands."""
+
+    def __init__(
+        self,
+        link: Link,
+        locks: Locks,
+        names: Names,
+        consumer: str,
+        leases: Leases,
+        keeper: Keeper,
+        *,
+        retry: RetryConfig,
+        on_lost: Callable[[Entry], None],
+        recorder: SafeRecorder | None,
+        logger: logging.Logger,
+    ) -> None:
+        self._link = link
+        self._locks = locks
+        self._names = names
+        self._consumer = consumer
+        self._leases = leases
+        self._keeper = keeper
+        self._retry = retry
+        self._on_lost = on_lost
+        self._recorder = recorder
+        self._logger = logger
+        self._ack = Template(b"XACK", names.lbs, names.group, ITEM)
+        self._done: list[Ending] = []
+        self._released: list[Ending] = []
+        self._abandoned: list[Ending] = []
+        self._others: dict[Entry, list[Entry]] = {}
+        self._asked = asyncio.Event()
+        self._under_way: set[asyncio.Task[None]] = set()
+
+    def done(self, head: Entry) -> Future:
+        """Finishes the stream: XACK, XDEL, then the locks. Fails with `StreamNotOwned` if lost."""
+        return self._ask(self._done, head)
+
+    def release(self, head: Entry) -> Future:
+        """Hands the stream over: its entries are put back as they are, then the locks released."""
+        return self._ask(self._released, head)
+
+    def abandon(self, head: Entry, others: list[Entry]) -> None:
+        """A stream was lost by one of its entries: puts the others back, and releases its locks.
+
+        There is nobody to wait for it: what fails here is recovered by others.
+        """
+        self._others[head] = others
+        self._ask(self._abandoned, head).add_done_callback(_observe)
+
+    def _ask(self, queue: list[Ending], head: Entry) -> Future:
+        future: Future = asyncio.get_running_loop().create_future()
+        head.finishing = True
+        queue.append((head, future))
+        self._asked.set()
+        return future
+
+    async def run(self) -> None:
+        """Serves `done`, `release` and `abandon` until cancelled."""
+        try:
+            while True:
+                await self._asked.wait()
+                self._asked.clear()
+                done, self._done = self._done, []
+                released, self._released = self._released, []
+                abandoned, self._abandoned = self._abandoned, []
+                for endings, end in (
+                    (done, self._finish),
+                    (released, self._hand_over),
+                    (abandoned, self._hand_back_others),
+                ):
+                    for batch in chunks(endings, BATCH):
+                        await self._start(self._persist(end, batch))
+        finally:
+            for task in self._under_way:
+                task.cancel()
+            await asyncio.gather(*self._under_way, return_exceptions=True)
+            _fail([*self._done, *self._released, *self._abandoned], _closed())
+
+    async def _start(self, work: Awaitable[None]) -> None:
+        while len(self._under_way) >= BATCHES:
+            await asyncio.wait(self._under_way, return_when=asyncio.FIRST_COMPLETED)
+        task = asyncio.ensure_future(work)
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+
+    async def _persist(
+        self,
+        end: Callable[[Sequence[Ending], bool], Awaitable[None]],
+        endings: Sequence[Ending],
+    ) -> None:
+        """Tries until it works, as often as `retry` allows. Trying again is safe."""
+        backoff = Backoff(self._retry.initial_delay, self._retry.max_delay)
+        try:
+            while True:
+                # Not renewed meanwhile, so that a lock just released does not look lost.
+                locks = [entry.lock_key for entry in _entries(endings)]
+                self._keeper.drop(locks)
+                try:
+                    await end(endings, backoff.failures > 0)
+                    return
+                except RelstreamError as error:
+                    self._keeper.add(locks)
+                    hopeless = isinstance(error, ReplyError) and not error.transient
+                    if hopeless or backoff.failures == self._retry.max_retries:
+                        for head, _ in endings:
+                            head.finishing = False
+                            self._leases.keep(head)
+                        _fail(endings, error)
+                        return
+                    self._logger.warning("ending ownership failed, trying again: %s", error)
+                await asyncio.sleep(backoff.failed())
+        finally:
+            for head, _ in endings:
+                self._others.pop(head, None)
+            _fail(endings, _closed())  # those that have no result by now
+
+    async def _finish(self, endings: Sequence[Ending], again: bool) -> None:
+        entries = _entries(endings)
+        asked = [entry for entry in entries if not entry.acked] if again else entries
+        ids = [entry.id for entry in asked]
+        replies = raise_first(await self._link.pipeline(self._ack.pack(ids), len(ids)))
+        doubtful: list[Entry] = []
+        for entry, count in zip(asked, replies, strict=True):
+            if count:
+                entry.acked = True
+            else:
+                doubtful.append(entry)
+        if doubtful:
+            # Not pending. If the lock is ours still, nobody can have taken the entry: an earlier
+            # try, whose answer got lost, has acknowledged it. So it has if the entry is still
+            # there: what is put back for another owner is deleted in the same step.
+            held = await self._locks.held([entry.lock_key for entry in doubtful])
+            for entry, ours in zip(doubtful, held, strict=True):
+                entry.acked = ours or (
+                    again and bool(await self._link.execute(b"XDEL", self._names.lbs, entry.id))
+                )
+            entries = [entry for entry in entries if entry.acked]
+        if entries:
+            delete = pack(b"XDEL", self._names.lbs, *[entry.id for entry in entries])
+            deleting = self._link.pipeline(delete, 1)
+            # Sent in this order over one connection: nothing need be awaited in between.
+            deleted, _ = await asyncio.gather(deleting, self._unlock(entries))
+            raise_first(deleted)
+        self._settle(endings, {entry for entry in doubtful if not entry.acked})
+
+    async def _hand_over(self, endings: Sequence[Ending], again: bool) -> None:
+        entries = _entries(endings)
+        ours = await self._put_back(entries)
+        # What an earlier try has put back is not pending any more.
+        lost = set() if again else {entry for entry in entries if entry not in ours}
+        await self._unlock([entry for entry in entries if entry not in lost])
+        self._settle(endings, lost)
+
+    async def _hand_back_others(self, endings: Sequence[Ending], again: bool) -> None:
+        others = [entry for head, _ in endings for entry in self._others[head]]
+        if others:
+            keys = [entry.lock_key for entry in others]
+            ids = [entry.id for entry in others]
+            # What is pending for somebody else is theirs, under the same id even (XCLAIM).
+            mine = await pending_for(self._link, self._names, self._consumer, keys, ids)
+            await self._put_back([entry for entry in others if entry.lock_key in mine])
+        await self._unlock(_entries(endings))
+        self._settle(endings, set())
+
+    async def _put_back(self, entries: list[Entry]) -> set[Entry]:
+        """Puts entries back as they are; returns those that were still pending."""
+        batches = await read_entries(self._link, self._names, [entry.id for entry in entries])
+        there = [
+            (entry, batch.pairs(0) or [])
+            for entry, batch in zip(entries, batches, strict=True)
+            if len(batch)
+        ]
+        won = await put_back(
+            self._link, self._names, [(entry.id, pairs) for entry, pairs in there], self._logger
+        )
+        return {entry for (entry, _), mine in zip(there, won, strict=True) if mine}
+
+    async def _unlock(self, entries: list[Entry]) -> None:
+        missed = set(await self._locks.release([entry.lock_key for entry in entries]))
+        if self._recorder is not None:
+            for entry in entries:
+                self._recorder.lock_release(entry.data_stream_name, entry.lock_key not in missed)
+
+    def _settle(self, endings: Sequence[Ending], lost: set[Entry]) -> None:
+        if lost:
+            kept = []
+            for head, future in endings:
+                if lost.isdisjoint(_entries([(head, future)])):
+                    kept.append((head, future))
+                    continue
+                self._on_lost(head)
+                if not future.done():
+                    future.set_exception(
+                        StreamNotOwned(
+                            head.data_stream_name,
+                            "was lost to another consumer before this: nothing of it was changed",
+                        )
+                    )
+            endings = kept
+        self._leases.drop([head for head, _ in endings])
+        for _, future in endings:
+            if not future.done():
+                future.set_result(None)
+
+
+def _entries(endings: Sequence[Ending]) -> list[Entry]:
+    """All entries by which these streams are owned."""
+    entries = []
+    for head, _ in endings:
+        entries.append(head)
+        if head.again is not None:
+            entries += head.again
+    return entries
+
+
+def _observe(future: Future) -> None:
+    if not future.cancelled():
+        future.exception()
+
+
+def _closed() -> ClientClosed:
+    return ClientClosed("the client was closed before the server confirmed this")
+
+
+def _fail(endings: Sequence[Ending], error: RelstreamError) -> None:
+    for _, future in endings:
+        if not future.done():
+            # One each: an error raised in many places would collect their tracebacks.
+            future.set_exception(type(error)(*error.args))

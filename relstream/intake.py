@@ -1,0 +1,287 @@
+"""Reads the load balancer stream: what is announced becomes owned, and is told."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import orjson
+
+from relstream._core import STREAMS, Batch, Entry, announcements, pack
+from relstream.errors import ProtocolError, RelstreamError, ReplyError
+from relstream.lbs import INPUT_FIELD, SEPARATOR, UNPARSEABLE, Names
+from relstream.net.connection import Backoff, Link
+from relstream.recovery import discard, read_entries, to_dlq
+
+if TYPE_CHECKING:
+    from relstream.config import RecoveryConfig, RetryConfig
+    from relstream.net.protocol import RedisProtocol
+    from relstream.notifications import Notifications
+    from relstream.recorder import SafeRecorder
+
+# A read waits on the server for this long, in seconds: so long may closing take where the server
+# does not let us cut the wait short.
+BLOCK = 1.0
+# Entries a read, at first and at most, and the bytes of reply that it should not exceed.
+FIRST_READ = 100
+LARGEST_READ = 1000
+READ_BYTES = 4 << 20
+# Bad entries of a batch that are logged one by one.
+TOLD = 5
+
+
+class Intake:
+    """Reads, locks and tells, in batches, as long as there is room.
+
+    While one batch is being locked the next one is being read.
+    """
+
+    def __init__(
+        self,
+        reading: Link,
+        link: Link,
+        names: Names,
+        consumer: str,
+        *,
+        notifications: Notifications,
+        owned: Callable[[], int],
+        take: Callable[[list[Entry]], Awaitable[tuple[list[Entry], ReplyError | None]]],
+        strays: Callable[[], Awaitable[list[bytes]]],
+        max_streams: int | None,
+        retry: RetryConfig,
+        recovery: RecoveryConfig,
+        recorder: SafeRecorder | None,
+        logger: logging.Logger,
+    ) -> None:
+        self._reading = reading
+        self._link = link
+        self._names = names
+        self._consumer = consumer
+        self._notifications = notifications
+        self._owned = owned
+        self._take_leases = take
+        self._find_strays = strays
+        self._max_streams = max_streams
+        self._retry = retry
+        self._recovery = recovery
+        self._recorder = recorder
+        self._logger = logger
+        self._count = FIRST_READ
+        self._taking: asyncio.Task[None] | None = None
+        self._in_hand = 0
+        self._stopping = False
+        self._blocked: RedisProtocol | None = None
+        self._strays: list[bytes] = []
+        self._dlq_failed = False
+
+    # --- from outside -------------------------------------------------------------------------
+
+    def adopt(self, strays: list[bytes]) -> None:
+        """These entries are pending for this consumer, and it does not know of them."""
+        self._strays = strays
+        self._notifications.room_made.set()
+
+    async def stop(self) -> None:
+        """Lets `run` return once the server has answered the read under way."""
+        self._stopping = True
+        self._notifications.room_made.set()
+        while self._blocked is not None:
+            try:
+                await self._link.execute(b"CLIENT", b"UNBLOCK", self._blocked.client_id)
+            except RelstreamError:  # not allowed, or no connection: the read ends by itself
+                await asyncio.sleep(BLOCK)
+            await asyncio.sleep(0.01)
+
+    async def adopt_all(self) -> None:
+        """Takes all entries pending for this consumer, whether there is room or not."""
+        self._strays = await self._find_strays()
+        while self._strays:
+            await self._adopt(LARGEST_READ)
+
+    # --- the loop -----------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Reads until `stop`. Raises the last error when reading failed too often in a row."""
+        backoff = Backoff(self._retry.initial_delay, self._retry.max_delay)
+        try:
+            while not self._stopping:
+                try:
+                    await self._step()
+                    backoff.reset()
+                except RelstreamError as error:
+                    self._taking = None
+                    await self._repair(error, backoff)
+            if self._taking is not None:
+                await self._taking
+        finally:
+            if self._taking is not None and not self._taking.done():
+                self._taking.cancel()
+                await asyncio.gather(self._taking, return_exceptions=True)
+
+    async def _repair(self, error: RelstreamError, backoff: Backoff) -> None:
+        """Answers a failure: by a pause, or by raising it again when there were too many."""
+        if self._stopping:
+            return
+        if isinstance(error, ReplyError) and error.code == "NOGROUP":
+            self._logger.warning("the consumer group is gone and is created again: %s", error)
+            try:
+                await self.create_group()
+                return
+            except RelstreamError as failure:
+                error = failure
+        if isinstance(error, ProtocolError):
+            self._count = max(self._count // 8, 1)  # it may have been too large a reply
+        hopeless = isinstance(error, ReplyError) and error.code in ("NOPERM", "WRONGTYPE", "NOAUTH")
+        if hopeless:
+            raise ReplyError(f"{error} ({self._names.lbs.decode()!r})") from None
+        if backoff.failures == self._retry.max_retries:
+            raise error
+        pause = backoff.failed()
+        self._logger.warning("reading failed, trying again in %.2f s: %s", pause, error)
+        await asyncio.sleep(pause)
+
+    async def create_group(self) -> None:
+        """Creates stream and group, at the first entry: what was announced before us counts too."""
+        try:
+            # Out of memory, a server would refuse to create even what is there already.
+            await self._link.execute(
+                b"XPENDING", self._names.lbs, self._names.group, b"0-0", b"0-0", 1
+            )
+            return
+        except ReplyError as error:
+            if error.code != "NOGROUP":
+                raise
+        try:
+            await self._link.execute(
+                b"XGROUP", b"CREATE", self._names.lbs, self._names.group, b"0", b"MKSTREAM"
+            )
+        except ReplyError as error:
+            if error.code != "BUSYGROUP":
+                raise
+
+    def _room(self) -> int:
+        room = self._notifications.room - self._in_hand
+        if self._max_streams is not None:
+            room = min(room, self._max_streams - self._owned() - self._in_hand)
+        return room
+
+    async def _step(self) -> None:
+        fresh = not self._reading.alive
+        protocol = await self._reading.get()
+        if fresh:
+            # The reply to a read may have been lost with the connection, or with an earlier life.
+            await self._settle()
+            self._strays = await self._find_strays()
+        self._notifications.room_made.clear()
+        room = self._room()
+        if room <= 0:
+            if self._taking is not None:
+                await self._settle()
+            else:
+                await self._notifications.room_made.wait()
+            return
+        if self._strays:
+            await self._settle()
+            await self._adopt(room)
+            return
+        batches = await self._read(protocol, min(room, self._count))
+        if not batches:
+            await self._settle()
+            return
+        batch = batches[0]
+        full = len(batch) == min(room, self._count)
+        fitting = len(batch) * READ_BYTES // max(batch.nbytes, 1)
+        self._count = max(1, min(2 * self._count, fitting, LARGEST_READ))
+        await self._settle()
+        self._in_hand += len(batch)
+        if full:
+            # There is more: have it read while these are being locked.
+            self._taking = asyncio.ensure_future(self._take(batches))
+        else:
+            await self._take(batches)
+
+    async def _settle(self) -> None:
+        """Waits for the batch that is being locked, if there is one."""
+        taking, self._taking = self._taking, None
+        if taking is not None:
+            await taking
+
+    async def _read(self, protocol: RedisProtocol, count: int) -> list[Batch]:
+        command = pack(
+            b"XREADGROUP", b"GROUP", self._names.group, self._consumer, b"COUNT", count,
+            b"BLOCK", round(BLOCK * 1000), b"STREAMS", self._names.lbs, b">",
+        )  # fmt: skip
+        timeout = BLOCK + self._reading.endpoint.timeout
+        self._blocked = protocol
+        try:
+            (reply,) = await protocol.send(command, 1, decode=STREAMS, timeout=timeout)
+        finally:
+            self._blocked = None
+        if isinstance(reply, ReplyError):
+            if reply.code == "UNBLOCKED":
+                return []
+            raise reply
+        batches: list[Batch] = reply
+        return batches
+
+    async def _take(self, batches: list[Batch]) -> None:
+        """Locks the entries of these batches, and tells of those that are owned now."""
+        try:
+            entries: list[Entry] = []
+            gone: list[bytes] = []
+            for batch in batches:
+                good, bad, deleted = announcements(batch, INPUT_FIELD, SEPARATOR, orjson.loads)
+                entries += good
+                gone += deleted
+                if bad:
+                    await self._bury(batch, bad)
+            refusal = None
+            if entries:
+                new, refusal = await self._take_leases(entries)
+                self._notifications.added(new)
+            if gone:
+                await discard(self._link, self._names, gone)
+            if refusal is not None:
+                if refusal.transient:
+                    raise refusal
+                self._logger.error("locks were refused, their entries stay pending: %s", refusal)
+        finally:
+            self._in_hand -= sum(map(len, batches))
+
+    async def _adopt(self, room: int) -> None:
+        """Takes entries that are pending for this consumer already."""
+        now = min(room, self._count)
+        ids, self._strays = self._strays[:now], self._strays[now:]
+        batches = await read_entries(self._link, self._names, ids)
+        gone = [entry_id for entry_id, batch in zip(ids, batches, strict=True) if not len(batch)]
+        if gone:
+            await discard(self._link, self._names, gone)
+        self._in_hand += sum(map(len, batches))
+        await self._take(batches)
+
+    async def _bury(self, batch: Batch, bad: list[tuple[int, str]]) -> None:
+        """Moves what announces nothing to the dead-letter stream; tells of it once a batch."""
+        letters = [(batch.id(index), batch.pairs(index) or []) for index, _ in bad]
+        told = [f"{batch.id(index).decode()} ({reason})" for index, reason in bad[:TOLD]]
+        which = ", ".join(told) + (f" and {len(bad) - TOLD} more" if len(bad) > TOLD else "")
+        dlq = self._names.dlq.decode()
+        try:
+            await to_dlq(self._link, self._names, self._recovery.dlq_max_len, letters, UNPARSEABLE)
+        except ReplyError as error:
+            if not self._dlq_failed:  # it is tried again as long as they are pending
+                self._dlq_failed = True
+                self._logger.error(
+                    "the dead-letter stream %r can't be written (%s), so LBS entries that announce "
+                    "no stream stay pending: %s",
+                    dlq, error, which,
+                )  # fmt: skip
+            return
+        self._dlq_failed = False
+        self._logger.warning(
+            "LBS entries that announce no stream went to the dead-letter stream %r: %s", dlq, which
+        )
+        if self._recorder is not None:
+            for _ in letters:
+                self._recorder.dlq_routing(None, UNPARSEABLE.decode())

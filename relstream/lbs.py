@@ -1,0 +1,94 @@
+"""The wire contract: the names of keys, and the entries of the load balancer stream (LBS)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from relstream._core import parse_id
+from relstream.config import check_name
+from relstream.errors import InvalidOption
+
+INPUT_FIELD = b"lbs-input"
+RETRY_FIELD = b"_retry_count"
+DLQ_REASON_FIELD = b"_dlq_reason"
+SOURCE_FIELD = b"_source_id"
+UNPARSEABLE = b"unparseable"
+
+SEPARATOR = b"<MUTEX_KEY_SEP>"
+"""Stands between a data stream's name and its entry's id in the key of a lock."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """The keys of one service."""
+
+    lbs: bytes
+    group: bytes
+    dlq: bytes
+
+    @classmethod
+    def of(cls, service_name: str, dlq_stream: str | None = None) -> Names:
+        """Raises `InvalidOption` for a name that can't be a service's."""
+        check_name("service_name", service_name)
+        separator = SEPARATOR.decode()
+        if separator in service_name:
+            # Every key of the service would look like a lock to whoever listens for expired ones.
+            raise InvalidOption("service_name", service_name, f"a name without {separator}")
+        name = service_name.encode()
+        dlq = dlq_stream.encode() if dlq_stream else name + b"-input-dlq"
+        if dlq == name + b"-input":
+            raise InvalidOption("recovery.dlq_stream", dlq_stream, "another key than the LBS")
+        return cls(lbs=name + b"-input", group=name + b"-group", dlq=dlq)
+
+
+def split_lock_key(key: bytes) -> tuple[str, str] | None:
+    """The name of the data stream and the id of its entry; None when `key` is no lock's.
+
+    A data stream's name may contain the separator, so the last one counts.
+    """
+    name, separator, entry_id = key.rpartition(SEPARATOR)
+    if not separator or not name or parse_id(entry_id) is None:
+        return None
+    try:
+        return name.decode(), entry_id.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def message(data_stream_name: str, info: dict[str, Any] | None) -> bytes:
+    """The value of `lbs-input`. Raises `InvalidOption` for what can't be announced."""
+    check_name("data_stream_name", data_stream_name)
+    if info is not None and not isinstance(info, dict):
+        raise InvalidOption("info", info, "a dict that JSON can express, or None")
+    try:
+        return orjson.dumps({"DataStreamName": data_stream_name, "Info": info})
+    except TypeError as error:
+        raise InvalidOption("info", info, f"a dict that JSON can express ({error})") from None
+
+
+def retry_count(pairs: list[bytes]) -> int:
+    """How often an entry was put back: 0 where its `_retry_count` is absent, malformed or negative.
+
+    `pairs` are field names and values in turn.
+    """
+    for name, value in zip(reversed(pairs[::2]), reversed(pairs[1::2]), strict=True):
+        if name == RETRY_FIELD:
+            valid = re.fullmatch(rb"\+?[0-9]{1,19}", value)
+            return int(value) if valid and int(value) < 2**63 else 0
+    return 0
+
+
+def replace_fields(pairs: list[bytes], replaced: Mapping[bytes, bytes]) -> list[bytes]:
+    """`pairs` with these fields set anew, at the end; all others as they were."""
+    out: list[bytes] = []
+    for name, value in zip(pairs[::2], pairs[1::2], strict=True):
+        if name not in replaced:
+            out += (name, value)
+    for name, value in replaced.items():
+        out += (name, value)
+    return out

@@ -1,0 +1,450 @@
+"""Ownership: the table of owned streams, and their locks on the server.
+
+A lease is the lock of one LBS entry, held by this consumer and renewed by its `Keeper`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from relstream._core import ITEM, PENDING, Audit, Entry, Template, grant
+from relstream.errors import RelstreamError, ReplyError
+from relstream.lbs import SEPARATOR, Names, split_lock_key
+from relstream.net.connection import Backoff, Endpoint, Link, raise_first
+from relstream.scripts import RELEASE, RENEW, SCRIPT_KEYS, run
+
+new_event_loop: Callable[[], asyncio.AbstractEventLoop]
+try:
+    from uvloop import new_event_loop
+except ImportError:  # there is none for Windows
+    from asyncio import new_event_loop
+
+if TYPE_CHECKING:
+    from relstream.recorder import SafeRecorder
+
+# Locks renewed, and pending entries compared, between two looks at what else there is to do.
+WINDOW = 1000
+# The part of the renewal period over which its windows are spread, so that the server can serve
+# others in between; the rest of the period is reserve.
+SPREAD = 0.5
+
+
+def chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
+    """`items` in pieces of at most `size`."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+class Locks:
+    """Locks of one consumer: acquire, renew, release, in batches, over one link."""
+
+    def __init__(self, link: Link, consumer: str, ttl_ms: int, logger: logging.Logger) -> None:
+        self._link = link
+        self._value = consumer.encode()
+        self._ttl_ms = ttl_ms
+        self._logger = logger
+        self._scripts_forbidden = False
+        self._set = Template(b"SET", ITEM, self._value, b"NX", b"PX", ttl_ms)
+        self._get = Template(b"GET", ITEM)
+        self._extend = Template(b"PEXPIRE", ITEM, ttl_ms)
+        self._delete = Template(b"DEL", ITEM)
+
+    async def acquire(self, keys: list[bytes]) -> list[Any]:
+        """For each lock b"OK", None (it is held) or a `ReplyError`."""
+        return await self._link.pipeline(self._set.pack(keys), len(keys))
+
+    async def held(self, keys: list[bytes]) -> list[bool]:
+        """Which of these locks are ours."""
+        values = await self._each(self._get, keys)
+        return [value == self._value for value in values]
+
+    async def renew(self, keys: list[bytes]) -> tuple[list[bytes], list[bytes]]:
+        """Gives locks that are ours their full time again; returns those gone, and those taken."""
+        gone: list[bytes] = []
+        taken: list[bytes] = []
+        if not self._scripts_forbidden:
+            parts = list(chunks(keys, SCRIPT_KEYS))
+            args = (self._value, self._ttl_ms)
+            replies = await run(self._link, RENEW, [(part, args) for part in parts])
+            if not self._forbidden(replies):
+                for part, places in zip(parts, raise_first(replies), strict=True):
+                    for place in places:
+                        (gone if place > 0 else taken).append(part[abs(place) - 1])
+                return gone, taken
+        values = await self._each(self._get, keys)
+        ours = [key for key, value in zip(keys, values, strict=True) if value == self._value]
+        extended = await self._each(self._extend, ours)
+        gone += [key for key, value in zip(keys, values, strict=True) if value is None]
+        gone += [key for key, found in zip(ours, extended, strict=True) if not found]
+        mine = {self._value, None}
+        taken += [key for key, value in zip(keys, values, strict=True) if value not in mine]
+        return gone, taken
+
+    async def release(self, keys: list[bytes]) -> list[bytes]:
+        """Deletes locks that are ours; returns those that were not."""
+        if not self._scripts_forbidden:
+            parts = list(chunks(keys, SCRIPT_KEYS))
+            replies = await run(self._link, RELEASE, [(part, (self._value,)) for part in parts])
+            if not self._forbidden(replies):
+                return [
+                    part[place - 1]
+                    for part, places in zip(parts, raise_first(replies), strict=True)
+                    for place in places
+                ]
+        held = await self.held(keys)
+        ours = [key for key, mine in zip(keys, held, strict=True) if mine]
+        await self._each(self._delete, ours)
+        return [key for key, mine in zip(keys, held, strict=True) if not mine]
+
+    def _forbidden(self, replies: list[Any]) -> bool:
+        """Whether the user may not run scripts: then two commands a lock do, not atomically."""
+        for reply in replies:
+            if isinstance(reply, ReplyError) and reply.code == "NOPERM":
+                self._scripts_forbidden = True
+                self._logger.warning(
+                    "scripts are forbidden (%s): locks are renewed and released by two commands "
+                    "each; grant +evalsha, +script|load and +mget to make that one atomic step",
+                    reply,
+                )
+                break
+        return self._scripts_forbidden
+
+    async def _each(self, command: Template, keys: list[bytes]) -> list[Any]:
+        return raise_first(await self._link.pipeline(command.pack(keys), len(keys)))
+
+
+class Keeper:
+    """Renews leases every half TTL, over a connection of its own.
+
+    By default it runs in a thread with an event loop of its own, so that leases outlive an
+    application that blocks its loop. What is exchanged are keys of locks: `add` and `drop` are
+    called on the application's loop, and so is `on_lost`, with locks that are gone.
+
+    A lock that is gone is taken anew only if the entry is still pending for this very consumer,
+    both before and after: it may have been put back under another id, and have another owner.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        names: Names,
+        consumer: str,
+        ttl: float,
+        *,
+        on_lost: Callable[[list[bytes]], None],
+        logger: logging.Logger,
+        recorder: SafeRecorder | None,
+        threaded: bool,
+    ) -> None:
+        # A server that keeps us waiting for longer than that has let the leases expire.
+        self._endpoint = replace(
+            endpoint,
+            timeout=min(endpoint.timeout, ttl),
+            connect_timeout=min(endpoint.connect_timeout, ttl),
+        )
+        self._names = names
+        self._consumer = consumer
+        self._ttl = ttl
+        self._on_lost = on_lost
+        self._logger = logger
+        self._recorder = recorder
+        self._threaded = threaded
+        # Both threads change it: waking the other one for each batch would cost far more.
+        self._keys: dict[bytes, None] = {}
+        self._guard = threading.Lock()
+        self._app_loop: asyncio.AbstractEventLoop | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping = asyncio.Event()
+
+    # --- on the application's loop -------------------------------------------------------------
+
+    def add(self, keys: list[bytes]) -> None:
+        """Renews these, too."""
+        new = dict.fromkeys(keys)
+        with self._guard:
+            self._keys.update(new)
+
+    def drop(self, keys: list[bytes]) -> None:
+        """Renews these no more."""
+        held = self._keys
+        with self._guard:
+            for key in keys:
+                held.pop(key, None)
+
+    def stop(self) -> None:
+        """Ends `run`, whatever it is doing."""
+        if not self._threaded or self._loop is None:
+            self._stopping.set()
+            return
+        with contextlib.suppress(RuntimeError):  # its loop is closed already
+            self._loop.call_soon_threadsafe(self._stopping.set)
+
+    async def run(self) -> None:
+        """Renews until `stop`; raises what ends it otherwise."""
+        app_loop = self._app_loop = asyncio.get_running_loop()
+        if not self._threaded:
+            await self._main()
+            return
+        ended: asyncio.Future[BaseException | None] = app_loop.create_future()
+
+        def body() -> None:
+            outcome: BaseException | None = None
+            self._loop = loop = new_event_loop()
+            try:
+                loop.run_until_complete(self._main())
+            except BaseException as error:  # noqa: BLE001 - raised again on the application's loop
+                outcome = error
+            finally:
+                loop.close()
+                with contextlib.suppress(RuntimeError):  # the application's loop is closed
+                    app_loop.call_soon_threadsafe(ended.set_result, outcome)
+
+        thread = threading.Thread(target=body, name=f"relstream-{self._consumer}", daemon=True)
+        thread.start()
+        try:
+            await asyncio.shield(ended)
+        except asyncio.CancelledError:
+            self.stop()
+            await ended
+            raise
+        finally:
+            if ended.done():
+                thread.join()  # it has nothing left to do
+        outcome = ended.result()
+        if outcome is not None:
+            raise outcome
+
+    # --- on its own loop -----------------------------------------------------------------------
+
+    async def _main(self) -> None:
+        link = Link(self._endpoint)
+        renewing = asyncio.ensure_future(self._renew_for_ever(link))
+        stopped = asyncio.ensure_future(self._stopping.wait())
+        try:
+            await asyncio.wait({renewing, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if renewing.done():
+                renewing.result()
+        finally:
+            for task in (renewing, stopped):
+                task.cancel()
+            await asyncio.gather(renewing, stopped, return_exceptions=True)
+            await link.close()
+
+    async def _renew_for_ever(self, link: Link) -> None:
+        loop = asyncio.get_running_loop()
+        locks = Locks(link, self._consumer, round(self._ttl * 1000), self._logger)
+        period = self._ttl / 2
+        backoff = Backoff(period / 20, period / 2)
+        due = loop.time()
+        while True:
+            try:
+                await self._renew_all(link, locks, period * SPREAD)
+            except RelstreamError as error:
+                if not backoff.failures:
+                    self._logger.warning("leases can't be renewed, trying again: %s", error)
+                await asyncio.sleep(backoff.failed())
+                due = loop.time()
+                continue
+            if backoff.failures:
+                self._logger.warning("leases are renewed again")
+                backoff.reset()
+            due = max(due + period, loop.time())
+            await asyncio.sleep(due - loop.time())
+
+    async def _renew_all(self, link: Link, locks: Locks, spread: float) -> None:
+        loop = asyncio.get_running_loop()
+        with self._guard:
+            held = list(self._keys)
+        windows = list(chunks(held, WINDOW))
+        start = loop.time()
+        for number, window in enumerate(windows):
+            ahead = start + spread * number / len(windows) - loop.time()
+            if ahead > 0:
+                await asyncio.sleep(ahead)
+            keys = [key for key in window if key in self._keys]
+            if not keys:
+                continue
+            gone, taken = await locks.renew(keys)
+            lost = taken + (await self._revive(link, locks, gone) if gone else [])
+            if lost or self._recorder is not None:
+                self.drop(lost)
+                self._tell(keys, lost)
+
+    def _tell(self, keys: list[bytes], lost: list[bytes]) -> None:
+        def told() -> None:
+            if self._recorder is not None:
+                missing = set(lost)
+                for key in keys:
+                    parts = split_lock_key(key)
+                    if parts is not None:
+                        self._recorder.lock_extension(parts[0], key not in missing)
+            if lost:
+                self._on_lost(lost)
+
+        assert self._app_loop is not None
+        if self._threaded:
+            with contextlib.suppress(RuntimeError):  # the application's loop is closed
+                self._app_loop.call_soon_threadsafe(told)
+        else:
+            told()
+
+    async def _revive(self, link: Link, locks: Locks, gone: list[bytes]) -> list[bytes]:
+        """Takes locks anew whose entries are still ours; returns the others: they are lost."""
+        ours = await self._pending(link, gone)
+        kept = [key for key in gone if key in ours]
+        if kept:
+            replies = raise_first(await locks.acquire(kept))
+            kept = [key for key, reply in zip(kept, replies, strict=True) if reply is not None]
+        if kept:
+            still = await self._pending(link, kept)
+            late = [key for key in kept if key not in still]
+            if late:
+                await locks.release(late)
+            kept = [key for key in kept if key in still]
+            self._logger.warning("%d leases had expired and were taken again in time", len(kept))
+        alive = set(kept)
+        return [key for key in gone if key not in alive]
+
+    async def _pending(self, link: Link, keys: list[bytes]) -> set[bytes]:
+        """Those of `keys` whose entries are pending for this consumer."""
+        ids = [key.rpartition(SEPARATOR)[2] for key in keys]
+        return await pending_for(link, self._names, self._consumer, keys, ids)
+
+
+async def pending_for(
+    link: Link, names: Names, consumer: str, keys: list[bytes], ids: list[bytes]
+) -> set[bytes]:
+    """Those of `keys` whose ids are pending for the consumer (XPENDING, ranges of one id)."""
+    ask = Template(b"XPENDING", names.lbs, names.group, ITEM, ITEM, 1)
+    replies = await link.pipeline(ask.pack(ids), len(ids), decode=PENDING)
+    me = consumer.encode()
+    found = set()
+    for key, page in zip(keys, replies, strict=True):
+        if isinstance(page, ReplyError):
+            if page.code == "NOGROUP":
+                continue
+            raise page
+        if len(page) and page[0][1] == me:
+            found.add(key)
+    return found
+
+
+class Leases:
+    """The table of owned streams. All of it happens on the application's loop."""
+
+    def __init__(
+        self,
+        link: Link,
+        locks: Locks,
+        names: Names,
+        consumer: str,
+        *,
+        keeper: Keeper,
+        on_drop: Callable[[], None],
+        recorder: SafeRecorder | None,
+    ) -> None:
+        self._link = link
+        self._locks = locks
+        self._names = names
+        self._consumer = consumer
+        self._keeper = keeper
+        self._on_drop = on_drop
+        self._recorder = recorder
+        self._owned: dict[str, Entry] = {}
+
+    def __len__(self) -> int:
+        return len(self._owned)
+
+    def get(self, data_stream_name: str) -> Entry | None:
+        """The entry by which a stream is owned; None when it is not."""
+        return self._owned.get(data_stream_name)
+
+    def all(self) -> list[Entry]:
+        """The first entry of every owned stream."""
+        return list(self._owned.values())
+
+    async def take(self, entries: list[Entry]) -> tuple[list[Entry], ReplyError | None]:
+        """Locks entries just read; those that bring a new stream are returned.
+
+        An entry whose lock somebody holds stays pending, and so do all that the server refused: the
+        error that is returned is the last of these refusals.
+        """
+        start = time.perf_counter()
+        keys = [entry.lock_key for entry in entries]
+        replies = await self._locks.acquire(keys)
+        new, locked, refusal = grant(entries, replies, self._owned)
+        if locked:
+            self._keeper.add(locked)
+        if self._recorder is not None:
+            took = time.perf_counter() - start
+            for entry, reply in zip(entries, replies, strict=True):
+                self._recorder.lock_acquisition(entry.data_stream_name, reply == b"OK", took)
+        return new, refusal
+
+    def drop(self, heads: list[Entry]) -> None:
+        """The streams of these first entries are owned no more."""
+        owned = self._owned
+        for head in heads:
+            head.ended = True
+            if owned.get(head.data_stream_name) is head:
+                del owned[head.data_stream_name]
+        self._on_drop()
+        if self._recorder is not None:
+            for head in heads:
+                if head.delivered:
+                    self._recorder.stream_processing_end(head.data_stream_name)
+
+    def keep(self, head: Entry) -> None:
+        """The stream of this entry could not be finished, and is owned as before."""
+        other = self._owned.setdefault(head.data_stream_name, head)
+        if other is not head:  # it was announced, and taken, once more in the meantime
+            other.again = [*(other.again or ()), head, *(head.again or ())]
+
+    def by_lock(self, key: bytes) -> Entry | None:
+        """The first entry of the owned stream that has this lock."""
+        parts = split_lock_key(key)
+        entry = self._owned.get(parts[0]) if parts is not None else None
+        if entry is None or key not in lock_keys(entry):
+            return None
+        return entry
+
+    async def audit(self, min_idle: float) -> tuple[list[Entry], list[bytes]]:
+        """Compares what is owned with what is pending for this consumer (XPENDING, by pages).
+
+        Returns first entries of streams that are lost, and ids pending for this consumer, for at
+        least `min_idle` seconds, which it does not own.
+        """
+        entries = list(self._owned.values())
+        entries += [entry for head in entries if head.again for entry in head.again]
+        audit = Audit(entries)
+        lost: dict[Entry, None] = {}
+        strays: list[bytes] = []
+        start: bytes = b"-"
+        more = True
+        while more:
+            page = await self._link.execute(
+                b"XPENDING", self._names.lbs, self._names.group, start, b"+", WINDOW,
+                self._consumer, decode=PENDING,
+            )  # fmt: skip
+            more = len(page) == WINDOW
+            missing, found = audit.page(page, round(min_idle * 1000), not more)
+            strays += found
+            for entry in missing:
+                head = self._owned.get(entry.data_stream_name)
+                if head is not None and not head.finishing and entry.lock_key in lock_keys(head):
+                    lost[head] = None
+            if more:
+                start = b"(" + page[-1][0]
+        return list(lost), strays
+
+
+def lock_keys(head: Entry) -> list[bytes]:
+    """The locks of all entries by which a stream is owned."""
+    return [head.lock_key, *(entry.lock_key for entry in head.again or ())]

@@ -1,0 +1,149 @@
+"""What the application hears, and the bounded queue it hears it through."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from typing import Any, NamedTuple
+
+from relstream._core import Entry, Teller
+
+__all__ = ["LBSInfo", "Notification", "NotificationType", "Notifications"]
+
+# Info objects waiting in the queue may take this much, however few they are.
+MAX_WAITING_BYTES = 64 << 20
+
+
+class NotificationType(enum.Enum):
+    """What a notification says."""
+
+    STREAM_ADDED = "stream_added"
+    """This consumer now owns the stream. Never dropped."""
+    STREAM_EXPIRED = "stream_expired"
+    """Some lock expired. Informational: dropped, and counted, when the queue is full."""
+    STREAM_DISOWNED = "stream_disowned"
+    """This consumer has lost the stream and must stop working on it. Never dropped."""
+    STREAM_TERMINATED = "stream_terminated"
+    """The last one: `additional_info["info"]` is the reason."""
+
+
+class LBSInfo(NamedTuple):
+    """An announcement of a data stream in the load balancer stream."""
+
+    data_stream_name: str
+    id_in_lbs: str
+    """The id of the LBS entry, `<ms>-<seq>`. It only grows: a fencing token."""
+
+
+class Notification(NamedTuple):
+    """One thing the application should know."""
+
+    type: NotificationType
+    payload: LBSInfo
+    additional_info: dict[str, Any] | None
+    """The `Info` object of a stream that was added; the reason of a termination."""
+
+
+class Notifications(AsyncIterator[Notification]):
+    """The notifications of one client; ends after `STREAM_TERMINATED`.
+
+    Losses come first: an owner must hear at once what it has to stop. The rest comes in order.
+    """
+
+    def __init__(self, size: int, on_delivery: Callable[[Entry], None] | None = None) -> None:
+        self._size = size
+        self._refill_at = size - max(size // 4, 1)
+        self._on_delivery = on_delivery
+        self._items: deque[Entry | Notification] = deque()
+        self._urgent: deque[Notification] = deque()
+        self._waiting = 0
+        self._waiting_bytes = 0
+        self._expired = 0
+        self._last: Notification | None = None
+        self._ended = False
+        self._room_wanted = False
+        self._tell = Teller(Notification, NotificationType.STREAM_ADDED, LBSInfo).tell
+        self._arrived = asyncio.Event()
+        self.room_made = asyncio.Event()
+        """Set when there may be room again; whoever waits for room clears it."""
+
+    def __aiter__(self) -> Notifications:
+        return self
+
+    async def __anext__(self) -> Notification:
+        while True:
+            if self._urgent:
+                return self._urgent.popleft()
+            while self._items:
+                item = self._items.popleft()
+                if type(item) is Entry:
+                    self._waiting -= 1
+                    self._waiting_bytes -= item.cost
+                    if self._room_wanted and self.room:
+                        self._room_wanted = False
+                        self.room_made.set()
+                    if item.ended:  # lost again before anybody heard of it
+                        continue
+                    if self._on_delivery is not None:
+                        self._on_delivery(item)
+                    return self._tell(item)
+                self._expired -= 1
+                assert isinstance(item, Notification)
+                return item
+            if self._last is not None:
+                last, self._last = self._last, None
+                return last
+            if self._ended:
+                raise StopAsyncIteration
+            self._arrived.clear()
+            await self._arrived.wait()
+
+    @property
+    def room(self) -> int:
+        """How many more streams may be added; 0 also when those waiting are very large.
+
+        It opens only when a quarter is free: reading one by one would cost a round trip each.
+        """
+        if self._waiting > self._refill_at or self._waiting_bytes >= MAX_WAITING_BYTES:
+            self._room_wanted = True
+            return 0
+        return self._size - self._waiting
+
+    def added(self, entries: list[Entry]) -> None:
+        """These are owned from now on."""
+        if self._ended:
+            return
+        self._items.extend(entries)
+        self._waiting += len(entries)
+        self._waiting_bytes += sum([entry.cost for entry in entries])
+        self._arrived.set()
+
+    def disowned(self, entry: Entry) -> None:
+        """This one is lost; silent where nobody has heard that it was owned."""
+        if entry.delivered and not self._ended:
+            payload = LBSInfo(entry.data_stream_name, entry.id_in_lbs)
+            self._urgent.append(Notification(NotificationType.STREAM_DISOWNED, payload, None))
+            self._arrived.set()
+
+    def expired(self, payload: LBSInfo) -> bool:
+        """Some lock expired. False when that had to be dropped."""
+        if self._ended or self._expired >= self._size:
+            return False
+        self._expired += 1
+        self._items.append(Notification(NotificationType.STREAM_EXPIRED, payload, None))
+        self._arrived.set()
+        return True
+
+    def end(self, reason: str) -> None:
+        """Nothing more comes but losses already known and `STREAM_TERMINATED`."""
+        if self._ended:
+            return
+        self._ended = True
+        self._items.clear()
+        self._last = Notification(
+            NotificationType.STREAM_TERMINATED, LBSInfo("", ""), {"info": reason}
+        )
+        self._arrived.set()
+        self.room_made.set()

@@ -1,0 +1,88 @@
+"""The producer's side: announcing data streams to a service."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from relstream._core import ITEM, Template
+from relstream.errors import ClientClosed
+from relstream.lbs import INPUT_FIELD, Names, message
+from relstream.leases import chunks
+from relstream.net.connection import Link, endpoint_of, raise_first
+
+if TYPE_CHECKING:
+    import redis.asyncio
+
+__all__ = ["Producer"]
+
+# Announcements a pipeline.
+BATCH = 1000
+
+
+class Producer:
+    """Announces data streams: from then on some consumer of the service owns each.
+
+    Holds one connection, opened at the first use and again after it was lost.
+
+    Args:
+        redis: a URL or a ready client, as for `StreamClient`.
+        service_name: the service whose consumers shall own the streams.
+
+    Raises:
+        InvalidOption: for a URL or a name that can't be.
+    """
+
+    def __init__(self, redis: str | redis.asyncio.Redis, service_name: str) -> None:
+        names = Names.of(service_name)
+        self._link = Link(endpoint_of(redis).named("producer"))
+        self._closed = False
+        self._add = Template(b"XADD", names.lbs, b"*", INPUT_FIELD, ITEM)
+
+    async def announce(self, data_stream_name: str, info: dict[str, Any] | None = None) -> str:
+        """Announces one data stream (XADD); returns the id of its LBS entry.
+
+        `info` is handed to the owner as `additional_info`; JSON must be able to express it (NaN and
+        infinities become null).
+
+        Raises:
+            InvalidOption: the name is empty, or `info` no dict that JSON can express.
+            ConnectionLost: the connection broke; whether the stream was announced is not known.
+            ConnectionFailed, ServerError: it was not announced.
+            ClientClosed: the producer is closed.
+        """
+        return (await self.announce_many([(data_stream_name, info)]))[0]
+
+    async def announce_many(
+        self, streams: Iterable[tuple[str, dict[str, Any] | None]]
+    ) -> list[str]:
+        """Announces many data streams, `(name, info)` each, in order; returns their ids.
+
+        All are checked before the first is sent. Raises as `announce` does; of several, some may
+        have been announced by then.
+        """
+        if self._closed:
+            raise ClientClosed("the producer is closed: make a new one")
+        values = [message(name, info) for name, info in streams]
+        ids: list[str] = []
+        for part in chunks(values, BATCH):
+            replies = await self._link.pipeline(self._add.pack(list(part)), len(part))
+            ids += [reply.decode() for reply in raise_first(replies)]
+        return ids
+
+    async def aclose(self) -> None:
+        """Closes the connection."""
+        self._closed = True
+        await self._link.close()
+
+    async def __aenter__(self) -> Producer:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()

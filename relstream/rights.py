@@ -1,0 +1,59 @@
+"""Finds out at the start which commands the user may not run, instead of in the middle of work."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from relstream._core import pack
+from relstream.errors import PermissionDenied, ReplyError
+from relstream.lbs import SEPARATOR
+
+if TYPE_CHECKING:
+    from relstream.lbs import Names
+    from relstream.net.connection import Link
+
+
+async def check_rights(link: Link, names: Names, consumer: str) -> None:
+    """Raises `PermissionDenied`, naming every command that the user lacks.
+
+    Asks by running each in a form that changes nothing: ids that no entry can have, a lock that
+    nobody holds. `ACL DRYRUN` would ask more directly, but is itself an administrator's command.
+    """
+    lock = names.lbs + SEPARATOR + b"0-0"
+    # Not the very last id: Redis takes that one for ">", which would read everything.
+    no_id = b"18446744073709551615-18446744073709551614"
+    probes: list[tuple[bytes | None, tuple[bytes | str | int, ...]]] = [
+        (names.lbs, (b"XGROUP", b"CREATE", names.lbs, names.group, b"no id")),
+        (names.lbs, (b"XADD", names.lbs, b"0-0", b"f", b"v")),
+        (names.dlq, (b"XADD", names.dlq, b"0-0", b"f", b"v")),
+        (
+            names.lbs,
+            (b"XREADGROUP", b"GROUP", names.group, consumer, b"STREAMS", names.lbs, no_id),
+        ),
+        (names.lbs, (b"XACK", names.lbs, names.group, b"0-0")),
+        (names.lbs, (b"XDEL", names.lbs, b"0-0")),
+        (names.lbs, (b"XRANGE", names.lbs, b"0-0", b"0-0")),
+        (names.lbs, (b"XPENDING", names.lbs, names.group, b"0-0", b"0-0", 1)),
+        # Locks are named after data streams: which of them the user may touch can't be known yet.
+        (None, (b"SET", lock, b"-", b"XX", b"PX", 1)),
+        (None, (b"GET", lock)),
+        (None, (b"PEXPIRE", lock, 1)),
+        (None, (b"DEL", lock)),
+    ]
+    replies = await link.pipeline(b"".join([pack(*args) for _, args in probes]), len(probes))
+    denied: dict[str, None] = {}
+    for (key, args), reply in zip(probes, replies, strict=True):
+        if isinstance(reply, ReplyError) and reply.code == "NOPERM":
+            command = args[0]
+            assert isinstance(command, bytes)
+            if not re.search(r"access (one of the keys|a key)", reply.message):
+                denied[f"+{command.decode().lower()}"] = None
+            elif key is not None:
+                denied[f"~{key.decode()}"] = None
+    if denied:
+        user = link.endpoint.username or "default"
+        raise PermissionDenied(
+            f"the user {user!r} lacks rights that relstream needs: grant them by "
+            f"ACL SETUSER {user} {' '.join(denied)}"
+        )

@@ -1,0 +1,116 @@
+"""The Lua scripts: few, short, each bounded to `SCRIPT_KEYS` entries or locks a call.
+
+Costs are server CPU a lock or entry, seen on Redis 7.0 with calls of 100.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from relstream._core import pack
+from relstream.errors import ReplyError
+
+if TYPE_CHECKING:
+    from relstream.net.connection import Link
+
+SCRIPT_KEYS = 100
+"""At most so many locks or entries a call keep it well under a millisecond of server time."""
+
+
+class Script:
+    """A script, known to the server by its digest (EVALSHA)."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.digest = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
+
+
+# KEYS: locks; ARGV: value, TTL in ms. Returns places of locks not renewed: negative where somebody
+# else holds the lock. About 0.9 us a lock.
+RENEW = Script("""\
+local values = redis.call('MGET', unpack(KEYS))
+local failed = {}
+for i = 1, #KEYS do
+  if values[i] == ARGV[1] then
+    redis.call('PEXPIRE', KEYS[i], ARGV[2])
+  else
+    failed[#failed + 1] = values[i] and -i or i
+  end
+end
+return failed
+""")
+
+# KEYS: locks; ARGV: value. Returns places of locks that were not ours. About 0.6 us a lock.
+RELEASE = Script("""\
+local values = redis.call('MGET', unpack(KEYS))
+local ours, others = {}, {}
+for i = 1, #KEYS do
+  if values[i] == ARGV[1] then
+    ours[#ours + 1] = KEYS[i]
+  else
+    others[#others + 1] = i
+  end
+end
+if #ours > 0 then
+  redis.call('DEL', unpack(ours))
+end
+return others
+""")
+
+# KEYS: the load balancer stream; ARGV: group, then for each entry its id, how many arguments its
+# fields are, and these. An entry is added again only if it was pending until now, all in one step:
+# there is no moment at which a crash could lose it. Returns for each 1 (put back), 0 (was not
+# pending) or -1: more fields than Lua can pass on, which it must not find out after the XACK.
+PUT_BACK = Script("""\
+local won = {}
+local i = 2
+while i <= #ARGV do
+  local id, size = ARGV[i], tonumber(ARGV[i + 1])
+  local acked = -1
+  if size < 7000 then
+    acked = redis.call('XACK', KEYS[1], ARGV[1], id)
+  end
+  won[#won + 1] = acked
+  if acked == 1 then
+    redis.call('XADD', KEYS[1], '*', unpack(ARGV, i + 2, i + 1 + size))
+    redis.call('XDEL', KEYS[1], id)
+  end
+  i = i + 2 + size
+end
+return won
+""")
+
+
+async def run(
+    link: Link,
+    script: Script,
+    calls: Sequence[tuple[Sequence[bytes], Sequence[bytes | str | int]]],
+) -> list[Any]:
+    """Runs a script once for each `(keys, args)`, pipelined; returns the replies, errors as values.
+
+    Loads the script where the server does not know it (a restart, SCRIPT FLUSH).
+    """
+
+    def packed(call: tuple[Sequence[bytes], Sequence[bytes | str | int]]) -> bytes:
+        keys, args = call
+        return pack(b"EVALSHA", script.digest, len(keys), *keys, *args)
+
+    commands = [packed(call) for call in calls]
+    replies = await link.pipeline(b"".join(commands), len(commands))
+    unknown = [
+        i
+        for i, reply in enumerate(replies)
+        if isinstance(reply, ReplyError) and reply.code == "NOSCRIPT"
+    ]
+    if unknown:
+        (loaded,) = await link.pipeline(pack("SCRIPT", "LOAD", script.source), 1)
+        if isinstance(loaded, ReplyError):  # forbidden, say: so is running it
+            for i in unknown:
+                replies[i] = loaded
+            return replies
+        again = await link.pipeline(b"".join([commands[i] for i in unknown]), len(unknown))
+        for i, reply in zip(unknown, again, strict=True):
+            replies[i] = reply
+    return replies

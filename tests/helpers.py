@@ -1,0 +1,104 @@
+"""What many tests need: waiting for things, and looking at a service's state on the server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import redis
+
+from relstream import Notification, Notifications, NotificationType
+
+ADDED = NotificationType.STREAM_ADDED
+DISOWNED = NotificationType.STREAM_DISOWNED
+EXPIRED = NotificationType.STREAM_EXPIRED
+TERMINATED = NotificationType.STREAM_TERMINATED
+SEPARATOR = "<MUTEX_KEY_SEP>"
+
+
+async def eventually(condition: Callable[[], object], timeout: float = 10.0) -> None:
+    """Waits until `condition` holds; fails after `timeout` seconds."""
+    deadline = asyncio.get_running_loop().time() + timeout
+    while not condition():
+        assert asyncio.get_running_loop().time() < deadline, "it did not come to pass in time"
+        await asyncio.sleep(0.02)
+
+
+async def take(
+    notifications: Notifications, count: int, kind: NotificationType = ADDED, timeout: float = 10.0
+) -> list[Notification]:
+    """The next `count` notifications, which must all be of this kind.
+
+    Expired locks are passed over unless asked for: when the server tells of them is up to it.
+    """
+    taken: list[Notification] = []
+    while len(taken) < count:
+        notification = await asyncio.wait_for(notifications.__anext__(), timeout)
+        if notification.type is kind:
+            taken.append(notification)
+        else:
+            assert notification.type is EXPIRED, notification
+    return taken
+
+
+async def nothing_comes(notifications: Notifications, seconds: float) -> None:
+    """Fails if there is a notification, but of an expired lock, within this time."""
+    try:
+        (got,) = await asyncio.wait_for(_not_expired(notifications), seconds)
+    except asyncio.TimeoutError:
+        return
+    raise AssertionError(f"unexpected: {got}")
+
+
+async def _not_expired(notifications: Notifications) -> list[Notification]:
+    while (notification := await notifications.__anext__()).type is EXPIRED:
+        pass
+    return [notification]
+
+
+def names(notifications: list[Notification]) -> list[str]:
+    return [notification.payload.data_stream_name for notification in notifications]
+
+
+class Service:
+    """The state of a service, as a stranger sees it who talks to the server directly."""
+
+    def __init__(self, client: redis.Redis, name: str = "svc") -> None:
+        self.redis = client
+        self.lbs = f"{name}-input"
+        self.group = f"{name}-group"
+        self.dlq = f"{name}-input-dlq"
+
+    def announce(self, name: str, info: str = "null", **fields: str) -> str:
+        value = f'{{"DataStreamName": "{name}", "Info": {info}}}'
+        return self.redis.xadd(self.lbs, {"lbs-input": value, **fields}).decode()
+
+    def locks(self) -> dict[str, str]:
+        """Who holds which lock."""
+        keys = [key.decode() for key in self.redis.scan_iter(match=f"*{SEPARATOR}*", count=10_000)]
+        return {
+            key: value.decode()
+            for key, value in zip(keys, self.redis.mget(keys) if keys else [], strict=True)
+            if value is not None
+        }
+
+    def pending(self, consumer: str | None = None) -> list[str]:
+        """The ids of pending entries."""
+        try:
+            rows = self.redis.xpending_range(
+                self.lbs, self.group, "-", "+", 100_000, consumername=consumer
+            )
+        except redis.ResponseError:
+            return []
+        return [row["message_id"].decode() for row in rows]
+
+    def entries(self) -> list[str]:
+        return [entry_id.decode() for entry_id, _ in self.redis.xrange(self.lbs)]
+
+    def put_back(self, entry_id: str) -> str:
+        """What another consumer does with an entry whose owner seems dead."""
+        ((_, fields),) = self.redis.xrange(self.lbs, entry_id, entry_id)
+        assert self.redis.xack(self.lbs, self.group, entry_id) == 1
+        new_id = self.redis.xadd(self.lbs, fields)
+        self.redis.xdel(self.lbs, entry_id)
+        return new_id.decode()

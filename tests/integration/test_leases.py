@@ -1,0 +1,221 @@
+"""Locks: kept while the owner lives, and their loss found out and told."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+import redis
+from helpers import ADDED, DISOWNED, SEPARATOR, eventually, names, nothing_comes, take
+
+from relstream import StreamNotOwned
+from relstream.leases import Keeper
+
+
+def lock(name: str, entry_id: str) -> str:
+    return f"{name}{SEPARATOR}{entry_id}"
+
+
+@pytest.mark.parametrize("threaded", [True, False])
+async def test_locks_outlive_their_ttl_while_the_owner_lives(consumer, service, threaded):
+    for i in range(250):
+        service.announce(f"s{i}")
+    notes = await consumer(renew_in_thread=threaded).init()
+    await take(notes, 250)
+    for _ in range(15):
+        await asyncio.sleep(0.1)
+        assert len(service.locks()) == 250
+    assert all(0 < service.redis.pttl(key) <= 500 for key in service.locks())
+    await nothing_comes(notes, 0.1)
+
+
+async def test_an_application_that_blocks_its_loop_keeps_its_leases(consumer, service):
+    for i in range(20):
+        service.announce(f"s{i}")
+    client = consumer()
+    notes = await client.init()
+    await take(notes, 20)
+    time.sleep(2)  # four times to live # noqa: ASYNC251
+    assert len(service.locks()) == 20
+    await nothing_comes(notes, 0.5)
+    await client.done_stream("s3")
+
+
+async def test_a_lease_that_expired_is_taken_again_if_the_entry_is_still_ours(consumer, service):
+    entry_id = service.announce("s1")
+    notes = await consumer().init()
+    await take(notes, 1)
+    service.redis.delete(lock("s1", entry_id))
+    await eventually(lambda: service.locks() == {lock("s1", entry_id): "c1"})
+    await nothing_comes(notes, 0.7)
+
+
+async def test_who_lost_a_stream_is_told_once_and_takes_no_lock_again(consumer, service):
+    entry_id = service.announce("s1")
+    client = consumer(max_streams=1)
+    notes = await client.init()
+    await take(notes, 1)
+    service.redis.xgroup_createconsumer(service.lbs, service.group, "c2")
+    service.redis.delete(lock("s1", entry_id))
+    new_id = service.put_back(entry_id)
+    ((_, ((got, _),)),) = service.redis.xreadgroup(service.group, "c2", {service.lbs: ">"})
+    assert got.decode() == new_id
+    service.redis.set(lock("s1", new_id), "c2", px=60_000)
+    (told,) = await take(notes, 1, DISOWNED)
+    assert told.payload == ("s1", entry_id)
+    await nothing_comes(notes, 1.2)
+    with pytest.raises(StreamNotOwned):
+        await client.done_stream("s1")
+    assert service.locks() == {lock("s1", new_id): "c2"}
+    assert service.pending("c2") == service.entries() == [new_id]
+
+
+async def test_a_late_done_harms_nothing_of_the_new_owner(consumer, service):
+    entry_id = service.announce("s1")
+    client = consumer(heartbeat_interval=60, max_streams=1)  # it does not find out by itself
+    notes = await client.init()
+    await take(notes, 1)
+    service.redis.delete(lock("s1", entry_id))
+    new_id = service.put_back(entry_id)
+    service.redis.xreadgroup(service.group, "c2", {service.lbs: ">"})
+    service.redis.set(lock("s1", new_id), "c2", px=60_000)
+    with pytest.raises(StreamNotOwned, match="lost"):
+        await client.done_stream("s1")
+    await take(notes, 1, DISOWNED)
+    assert service.locks() == {lock("s1", new_id): "c2"}
+    assert service.pending("c2") == service.entries() == [new_id]
+
+
+async def test_a_lock_that_somebody_else_holds_is_lost(consumer, service):
+    entry_id = service.announce("s1")
+    notes = await consumer().init()
+    await take(notes, 1)
+    service.redis.set(lock("s1", entry_id), "somebody", px=60_000)
+    assert names(await take(notes, 1, DISOWNED)) == ["s1"]
+    assert service.locks() == {lock("s1", entry_id): "somebody"}
+
+
+async def test_an_entry_claimed_by_another_is_found_by_the_audit(consumer, service):
+    ids = [service.announce(f"s{i}") for i in range(3)]
+    notes = await consumer(max_streams=3).init()
+    await take(notes, 3)
+    service.redis.xclaim(service.lbs, service.group, "c2", 0, [ids[1]])
+    assert names(await take(notes, 1, DISOWNED)) == ["s1"]
+    await nothing_comes(notes, 1.2)
+    assert len(service.pending("c1")) == 2
+
+
+async def test_a_deleted_consumer_loses_everything(consumer, service):
+    for i in range(3):
+        service.announce(f"s{i}")
+    notes = await consumer().init()
+    await take(notes, 3)
+    service.redis.xgroup_delconsumer(service.lbs, service.group, "c1")
+    assert sorted(names(await take(notes, 3, DISOWNED))) == ["s0", "s1", "s2"]
+
+
+async def test_losing_one_announcement_of_two_loses_the_stream(consumer, service):
+    first = service.announce("s1")
+    notes = await consumer().init()
+    await take(notes, 1)
+    second = service.announce("s1")
+    await eventually(lambda: len(service.locks()) == 2)
+    service.redis.xclaim(service.lbs, service.group, "c2", 0, [first])
+    await take(notes, 1, DISOWNED)
+    (again,) = await take(notes, 1)  # nobody holds this one: it was put back, and came to us
+    assert again.payload.id_in_lbs > second
+    await eventually(lambda: set(service.locks()) == {lock("s1", again.payload.id_in_lbs)})
+    assert service.pending("c2") == [first]
+    assert len(service.entries()) == 2
+
+
+async def test_a_stream_lost_while_it_waits_in_the_queue_is_never_told(consumer, service):
+    entry_id = service.announce("s1")
+    notes = await consumer().init()
+    await eventually(lambda: service.locks())
+    service.redis.set(lock("s1", entry_id), "somebody", px=60_000)
+    await asyncio.sleep(1.0)
+    await nothing_comes(notes, 0.3)
+
+
+async def test_losses_are_told_before_what_waits_in_the_queue(consumer, service):
+    entry_id = service.announce("s0")
+    notes = await consumer().init()
+    await take(notes, 1)
+    for i in range(1, 50):
+        service.announce(f"s{i}")
+    service.redis.set(lock("s0", entry_id), "somebody", px=60_000)
+    await asyncio.sleep(1.0)
+    assert names(await take(notes, 1, DISOWNED)) == ["s0"]
+    await take(notes, 49)
+
+
+async def test_leases_survive_out_of_memory(consumer, service):
+    for i in range(30):
+        service.announce(f"s{i}")
+    client = consumer()
+    notes = await client.init()
+    await take(notes, 30)
+    service.redis.config_set("maxmemory", 1)
+    with pytest.raises(redis.OutOfMemoryError):
+        service.redis.set("key", "value")
+    await asyncio.sleep(1.5)
+    assert len(service.locks()) == 30
+    await client.done_stream("s7")
+    assert len(service.locks()) == len(service.entries()) == 29
+    await nothing_comes(notes, 0.1)
+
+
+async def test_streams_that_could_not_be_locked_for_lack_of_memory_come_later(consumer, service):
+    for i in range(30):
+        service.announce(f"s{i}")
+    client = consumer()
+    service.redis.xgroup_create(service.lbs, service.group, "0")
+    service.redis.config_set("maxmemory", 1)
+    notes = await client.init()
+    await eventually(lambda: len(service.pending()) == 30)
+    await nothing_comes(notes, 0.5)
+    service.redis.config_set("maxmemory", 0)
+    assert sorted(names(await take(notes, 30))) == sorted(f"s{i}" for i in range(30))
+    assert len(service.locks()) == 30
+
+
+async def test_a_forgotten_script_is_loaded_again(consumer, service):
+    for i in range(3):
+        service.announce(f"s{i}")
+    client = consumer()
+    await take(await client.init(), 3)
+    service.redis.script_flush()
+    await asyncio.sleep(1.0)
+    assert len(service.locks()) == 3
+    service.redis.script_flush()
+    await client.done_stream("s0")
+    service.redis.script_flush()
+    await client.release("s1")
+    assert "s0" not in {key.split(SEPARATOR)[0] for key in service.locks()}
+
+
+async def test_the_end_of_renewal_ends_the_client(consumer, service, monkeypatch):
+    service.announce("s1")
+
+    async def broken(*args: object) -> None:
+        raise ZeroDivisionError("a mistake of ours")
+
+    monkeypatch.setattr(Keeper, "_renew_all", broken)
+    client = consumer()
+    notes = await client.init()
+    last = [n async for n in notes][-1]
+    assert "keeper failed: a mistake of ours" in last.additional_info["info"]
+
+
+async def test_a_big_batch_is_locked_and_renewed_whole(consumer, service):
+    for start in range(0, 5000, 500):
+        pipe = service.redis.pipeline(transaction=False)
+        for i in range(start, start + 500):
+            pipe.xadd(service.lbs, {"lbs-input": f'{{"DataStreamName":"s{i}","Info":null}}'})
+        pipe.execute()
+    notes = await consumer(queue_size=5000).init()
+    assert len({n.payload for n in await take(notes, 5000, ADDED)}) == 5000
+    await asyncio.sleep(1.2)
+    assert len(service.locks()) == 5000

@@ -1,0 +1,195 @@
+"""The queue to the application: its order, its bounds, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from relstream import LBSInfo, Notifications, NotificationType
+from relstream._core import ENTRIES, Reader, announcements
+from relstream.notifications import MAX_WAITING_BYTES
+
+ADDED = NotificationType.STREAM_ADDED
+DISOWNED = NotificationType.STREAM_DISOWNED
+EXPIRED = NotificationType.STREAM_EXPIRED
+TERMINATED = NotificationType.STREAM_TERMINATED
+
+
+def entries(*names, info=None):
+    def bulk(data):
+        return b"$%d\r\n%s\r\n" % (len(data), data)
+
+    reply = b"*%d\r\n" % len(names)
+    for i, name in enumerate(names):
+        value = json.dumps({"DataStreamName": name, "Info": info}).encode()
+        reply += b"*2\r\n" + bulk(b"%d-0" % (i + 1)) + b"*2\r\n" + bulk(b"lbs-input") + bulk(value)
+    reader, out = Reader(), []
+    reader.feed(reply)
+    reader.fill(out, 1, ENTRIES)
+    return announcements(out[0], b"lbs-input", b"|", json.loads)[0]
+
+
+async def said(notifications, count):
+    """The next notifications, which must be there already."""
+    got = [await asyncio.wait_for(notifications.__anext__(), 1) for _ in range(count)]
+    return [(n.type, n.payload.data_stream_name) for n in got]
+
+
+async def told(notifications, *new):
+    """These are owned, and the application knows."""
+    notifications.added(list(new))
+    await said(notifications, len(new))
+
+
+async def test_losses_come_first_and_the_rest_in_order():
+    queue = Notifications(10)
+    old, older = entries("old", "older")
+    await told(queue, old, older)
+    queue.added(entries("a", "b"))
+    queue.expired(LBSInfo("x", "1-0"))
+    queue.added(entries("c"))
+    queue.disowned(old)
+    queue.disowned(older)
+    assert await said(queue, 6) == [
+        *[(DISOWNED, "old"), (DISOWNED, "older"), (ADDED, "a"), (ADDED, "b")],
+        *[(EXPIRED, "x"), (ADDED, "c")],
+    ]
+
+
+async def test_what_a_notification_carries():
+    delivered = []
+    queue = Notifications(10, delivered.append)
+    (entry,) = entries("a", info={"k": 1})
+    queue.added([entry])
+    assert not entry.delivered
+    notification = await queue.__anext__()
+    assert notification == (ADDED, ("a", "1-0"), {"k": 1})
+    assert entry.delivered
+    assert delivered == [entry]
+    assert entry.info is None  # the application's from now on, and not kept in memory
+    queue.disowned(entry)
+    assert await queue.__anext__() == (DISOWNED, ("a", "1-0"), None)
+    queue.expired(LBSInfo("b", "2-0"))
+    assert await queue.__anext__() == (EXPIRED, ("b", "2-0"), None)
+
+
+async def test_nobody_is_told_of_a_loss_before_hearing_of_the_stream():
+    queue = Notifications(4)
+    lost, kept = entries("lost", "kept")
+    queue.added([lost, kept])
+    queue.disowned(lost)
+    lost.ended = True
+    assert await said(queue, 1) == [(ADDED, "kept")]
+    assert queue.room == 4
+
+
+@pytest.mark.parametrize(("size", "opens_at"), [(1, 0), (2, 1), (4, 3), (8, 6), (500, 375)])
+async def test_room_opens_when_a_quarter_is_free(size, opens_at):
+    queue = Notifications(size)
+    assert queue.room == size
+    queue.added(entries(*map(str, range(size))))
+    for waiting in range(size - 1, -1, -1):
+        assert queue.room == 0
+        assert not queue.room_made.is_set()
+        await said(queue, 1)
+        if waiting == opens_at:
+            break
+    assert queue.room_made.is_set()
+    assert queue.room == size - opens_at
+
+
+async def test_large_infos_fill_the_queue_and_one_always_fits():
+    queue = Notifications(100)
+    half = entries("a", "b", info={"k": "x" * (MAX_WAITING_BYTES // 2)})
+    queue.added(half)
+    assert queue.room == 0
+    queue.room_made.clear()
+    await said(queue, 1)
+    assert queue.room_made.is_set()
+    assert queue.room == 99
+
+
+async def test_expiries_beyond_the_size_are_dropped_and_streams_never():
+    queue = Notifications(3)
+    assert [queue.expired(LBSInfo(str(i), "1-0")) for i in range(5)] == [True] * 3 + [False] * 2
+    queue.added(entries("a", "b", "c", "d"))  # more than there is room for: owned is owned
+    assert await said(queue, 1) == [(EXPIRED, "0")]
+    assert queue.expired(LBSInfo("late", "1-0"))
+    assert not queue.expired(LBSInfo("later", "1-0"))
+    assert [name for _, name in await said(queue, 7)] == ["1", "2", *"abcd", "late"]
+
+
+async def test_the_end():
+    queue = Notifications(10)
+    old, another = entries("old", "another")
+    await told(queue, old, another)
+    queue.added(entries("waiting"))
+    queue.expired(LBSInfo("x", "1-0"))
+    queue.disowned(old)
+    queue.room_made.clear()
+    queue.end("because")
+    queue.end("of something else")
+    queue.added(entries("late"))
+    queue.disowned(another)
+    assert not queue.expired(LBSInfo("late", "1-0"))
+    assert queue.room_made.is_set()  # so that whoever waits for room sees the end
+    got = [notification async for notification in queue]
+    assert got == [
+        (DISOWNED, ("old", "1-0"), None),
+        (TERMINATED, ("", ""), {"info": "because"}),
+    ]
+    with pytest.raises(StopAsyncIteration):
+        await queue.__anext__()
+
+
+async def collect(queue):
+    return [n.payload.data_stream_name async for n in queue if n.type is not TERMINATED]
+
+
+async def test_several_tasks_share_the_notifications():
+    queue = Notifications(1000)
+    tasks = [asyncio.create_task(collect(queue)) for _ in range(3)]
+    await asyncio.sleep(0)
+    for i in range(30):
+        queue.added(entries(str(i)))
+        await asyncio.sleep(0)
+    queue.end("")
+    parts = await asyncio.wait_for(asyncio.gather(*tasks), 1)
+    assert sorted(name for part in parts for name in part) == sorted(map(str, range(30)))
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_a_cancelled_wait_takes_nothing_with_it(turns):
+    queue = Notifications(10)
+    waiting = asyncio.create_task(queue.__anext__())
+    other = asyncio.create_task(collect(queue))
+    await asyncio.sleep(0)
+    queue.added(entries("a", "b"))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    waiting.cancel()
+    (outcome,) = await asyncio.gather(waiting, return_exceptions=True)
+    got = [] if isinstance(outcome, asyncio.CancelledError) else [outcome.payload.data_stream_name]
+    await asyncio.sleep(0)
+    queue.end("")
+    assert sorted(got + await asyncio.wait_for(other, 1)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("event", ["added", "disowned", "expired", "end"])
+async def test_whoever_waits_is_woken(event):
+    queue = Notifications(10)
+    (entry,) = entries("a")
+    await told(queue, entry)
+    waiting = asyncio.create_task(queue.__anext__())
+    await asyncio.sleep(0)
+    argument = {
+        "added": entries("b"),
+        "disowned": entry,
+        "expired": LBSInfo("x", "1-0"),
+        "end": "-",
+    }
+    getattr(queue, event)(argument[event])
+    kinds = {"added": ADDED, "disowned": DISOWNED, "expired": EXPIRED, "end": TERMINATED}
+    assert (await asyncio.wait_for(waiting, 1)).type is kinds[event]
