@@ -1,0 +1,1 @@
+"""`python -m relstream.bench`: relstream beside redis-py at the same work (docs/benchmarks.md)."""

@@ -1,0 +1,141 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import click
+import uvloop
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from relstream.bench.measure import SIDES, Scenario
+from relstream.bench.report import as_json, environment, headline, table
+from relstream.bench.runner import MeasurementFailed, Result, measure
+from relstream.bench.scenarios import SCENARIOS
+from relstream.errors import RelstreamError, UsageError
+from relstream.server import Server, ServerNotFound, ServerStartFailed
+
+BAD_USAGE = 2
+FAILED = 1
+INTERRUPTED = 130
+
+
+@click.command(
+    name="python -m relstream.bench",
+    epilog="Scenarios: "
+    + "; ".join(f"{scenario.name}: {scenario.work}" for scenario in SCENARIOS.values())
+    + ".",
+)
+@click.argument("scenarios", nargs=-1, type=click.Choice(list(SCENARIOS)), metavar="[SCENARIO ...]")
+@click.option("--url", help="A Redis to measure on, instead of a private one: redis://…, unix://…")
+@click.option("-n", "n", type=click.IntRange(min=1), help="How many, in each scenario.")
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds to repeat."
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    help="Write the figures to this file, too.",
+)
+def command(
+    scenarios: Sequence[str], url: str | None, n: int | None, rounds: int, json_file: Path | None
+) -> None:
+    """Measures relstream beside redis-py at the same work.
+
+    Without arguments: every scenario, for about a minute, on a private server.
+    """
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise click.BadParameter(f"there is no folder {json_file.parent}", param_hint="--json")
+    chosen = [SCENARIOS[name] for name in dict.fromkeys(scenarios or SCENARIOS)]
+    with _server(url) as address:
+        around = uvloop.run(environment(address, private=url is None))
+        results: list[Result] = []
+        failure = None
+        try:
+            for result in _measured(chosen, n, rounds, address, private=url is None):
+                results.append(result)  # noqa: PERF402 - those before a failure are kept
+        except MeasurementFailed as error:
+            failure = error  # what was measured by then is worth having
+    console = Console()
+    console.print(headline(around), highlight=False, soft_wrap=True)
+    console.print(table(results))
+    if json_file is not None:
+        report = {"environment": around, "results": as_json(results)}
+        json_file.write_text(json.dumps(report, indent=2) + "\n")
+    if failure is not None:
+        raise failure
+
+
+@contextlib.contextmanager
+def _server(url: str | None) -> Iterator[str]:
+    if url is not None:
+        yield url
+        return
+    with Server() as server:
+        yield server.url
+
+
+def _measured(
+    chosen: Sequence[Scenario], n: int | None, rounds: int, url: str, *, private: bool
+) -> Iterator[Result]:
+    """Takes the measurements, showing how far they are."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as progress:
+        task = progress.add_task("", total=len(chosen) * rounds * len(SIDES))
+        steps = -1
+        for scenario in chosen:
+
+            def on_step(number: int, side: str, name: str = scenario.name) -> None:
+                nonlocal steps
+                steps += 1
+                what = f"{name}, round {number} of {rounds}, {side}"
+                progress.update(task, completed=steps, description=f"{what:34}")
+
+            yield measure(
+                scenario,
+                n=n or scenario.n,
+                rounds=rounds,
+                url=url,
+                private=private,
+                on_step=on_step,
+            )
+
+
+def main() -> int:
+    """Runs the command; whatever goes wrong is said in one line. Returns the exit status."""
+    try:
+        command.main(standalone_mode=False)
+    except click.Abort:
+        return _say("interrupted", INTERRUPTED)
+    except (click.UsageError, UsageError) as error:
+        message = error.format_message() if isinstance(error, click.UsageError) else str(error)
+        return _say(f"{message} (--help tells more)", BAD_USAGE)
+    except MeasurementFailed as error:
+        sys.stderr.write(error.log)
+        return _say(str(error), FAILED)
+    except (
+        click.ClickException,
+        RelstreamError,
+        ServerNotFound,
+        ServerStartFailed,
+        OSError,
+    ) as error:
+        return _say(str(error), FAILED)
+    return 0
+
+
+def _say(message: str, status: int) -> int:
+    click.echo(f"relstream.bench: {message}", err=True)
+    return status

@@ -1,0 +1,177 @@
+"""What a scenario is, and what is measured of it.
+
+Units: seconds, microseconds (`_us`), milliseconds (`_ms`) and megabytes of 10^6 bytes (`_mb`).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import psutil
+
+from relstream.net.connection import Link, endpoint_of
+
+RELSTREAM = "relstream"
+PEER = "redis-py"
+SIDES = (RELSTREAM, PEER)
+
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One measurement: a scenario, by one side, once. It travels to a fresh process as JSON."""
+
+    scenario: str
+    side: str
+    url: str
+    service: str
+    n: int
+    private: bool
+    """Nobody else uses the server."""
+    seconds: float = 3.0
+    """How long `hold` holds. A multiple of the renewal period, so that every round has as many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One line of the table."""
+
+    key: str
+    label: str
+    digits: int = 1
+    less_is_better: bool | None = None
+    """None: neither is better, so there is nothing to compare."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """A kind of work. `run` does it in a process of its own and returns its figures."""
+
+    name: str
+    work: str
+    n: int
+    """How many, unless the command line says so: a size that takes few seconds."""
+    run: Callable[[Job], Coroutine[Any, Any, Figures]]
+    metrics: tuple[Metric, ...]
+    """The first is the one whose ratio decides who wins."""
+    announced: bool = True
+    """Before the measurement, n data streams are announced."""
+
+
+def throughput(items: str) -> tuple[Metric, ...]:
+    """The metrics of a scenario that is about how fast it goes."""
+    return (
+        Metric(key="per_second", label=f"{items} a second", digits=0, less_is_better=False),
+        Metric(key="client_cpu_us", label="client CPU each, µs", digits=2, less_is_better=True),
+        Metric(key="server_cpu_us", label="server CPU each, µs", digits=2, less_is_better=True),
+        Metric(key="server_share", label="server busy, limit 1", digits=2),
+    )
+
+
+@asynccontextmanager
+async def link(url: str) -> AsyncIterator[Link]:
+    """A connection of the benchmark's own."""
+    opened = Link(endpoint_of(url).named("bench"))
+    try:
+        await opened.get()
+        yield opened
+    finally:
+        await opened.close()
+
+
+class Window:
+    """What passes between entering and leaving: wall time, CPU of this process and of the server.
+
+        async with Window(link) as window:
+            ...
+        window.figures(items)
+
+    The server is asked for its CPU time outside of the wall clock and of this process' CPU time.
+    """
+
+    def __init__(self, control: Link) -> None:
+        self._control = control
+
+    async def __aenter__(self) -> Window:
+        self._server_cpu, self._expired = await self._server()
+        self._client_cpu = time.process_time()
+        self._wall = time.perf_counter()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.wall = time.perf_counter() - self._wall
+        self.client_cpu = time.process_time() - self._client_cpu
+        server_cpu, expired = await self._server()
+        self.server_cpu = server_cpu - self._server_cpu
+        self.expired = expired - self._expired
+
+    def figures(self, items: float) -> Figures:
+        """The figures that all scenarios have."""
+        return {
+            "per_second": items / self.wall,
+            "client_cpu_us": self.client_cpu / items * 1e6,
+            "server_cpu_us": self.server_cpu / items * 1e6,
+            "server_share": self.server_cpu / self.wall,
+        }
+
+    async def _server(self) -> tuple[float, int]:
+        """CPU seconds of the server, user and system; how many keys have expired there."""
+        cpu = await self._control.execute("INFO", "cpu")
+        stats = await self._control.execute("INFO", "stats")
+        return (
+            info_number(cpu, b"used_cpu_user") + info_number(cpu, b"used_cpu_sys"),
+            int(info_number(stats, b"expired_keys")),
+        )
+
+
+def info_number(info: bytes, field: bytes) -> float:
+    """A field of an INFO reply; 0 where the server has none of that name."""
+    found = re.search(rb"^%b:([0-9.]+)" % field, info, re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+def resident_mb() -> float:
+    """Memory of this process that is in RAM."""
+    resident: int = psutil.Process().memory_info().rss
+    return resident / 1e6
+
+
+def percentile(ordered: list[int], share: float) -> float:
+    """The least of the sorted values that at least this share of them do not exceed."""
+    return float(ordered[max(math.ceil(len(ordered) * share) - 1, 0)])
+
+
+def end_with_parent() -> None:
+    """Ends this process when standard input is closed, that is when the parent is gone."""
+
+    def watch() -> NoReturn:
+        # The descriptor, not sys.stdin: its lock, held while reading, would bar a clean exit.
+        while os.read(0, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def read_line() -> str:
+    """One line of standard input, and not a byte more."""
+    line = bytearray()
+    while (byte := os.read(0, 1)) not in (b"", b"\n"):
+        line += byte
+    return line.decode()
+
+
+def write_line(text: str) -> None:
+    """Hands a line to the parent."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()

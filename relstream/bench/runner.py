@@ -1,0 +1,127 @@
+"""Takes the measurements: each in a process of its own, the sides in turns."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from statistics import median
+
+import uvloop
+
+from relstream import Producer
+from relstream.bench.measure import PEER, RELSTREAM, SIDES, Figures, Job, Scenario, link
+
+PATIENCE = 60.0
+"""Seconds that a measurement may take, and one more for each 1000 items."""
+
+
+class MeasurementFailed(Exception):
+    """A side did not do its work. The message is one line; `log` what its process wrote."""
+
+    def __init__(self, message: str, log: str) -> None:
+        super().__init__(message)
+        self.log = log
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one scenario gave: the figures of every round."""
+
+    scenario: Scenario
+    n: int
+    rounds: dict[str, list[Figures]] = field(default_factory=lambda: {side: [] for side in SIDES})
+
+    def medians(self, side: str) -> Figures:
+        """Each figure's median over the rounds."""
+        rounds = self.rounds[side]
+        return {key: median(figures[key] for figures in rounds) for key in rounds[0]}
+
+    def ratio(self, key: str, *, less_is_better: bool | None) -> float | None:
+        """How many times better relstream is; None where a zero leaves nothing to divide."""
+        ours, peers = self.medians(RELSTREAM)[key], self.medians(PEER)[key]
+        if less_is_better:
+            ours, peers = peers, ours
+        return ours / peers if peers else None
+
+
+def measure(
+    scenario: Scenario,
+    *,
+    n: int,
+    rounds: int,
+    url: str,
+    private: bool,
+    on_step: Callable[[int, str], None],
+) -> Result:
+    """Runs a scenario. `on_step(round, side)` is called before each measurement."""
+    result = Result(scenario, n)
+    for number in range(rounds):
+        # Who comes first changes, so that neither profits from what drifts.
+        for side in SIDES if number % 2 == 0 else reversed(SIDES):
+            on_step(number + 1, side)
+            with service(scenario, n, url) as name:
+                job = Job(
+                    scenario=scenario.name, side=side, url=url, service=name, n=n, private=private
+                )
+                result.rounds[side].append(work(job))
+    return result
+
+
+@contextlib.contextmanager
+def service(scenario: Scenario, n: int, url: str) -> Iterator[str]:
+    """The name of a service of our own, with n announcements where the scenario wants them."""
+    name = f"relstream-bench-{secrets.token_hex(4)}"
+    streams = [(f"{name}:{i}", {"number": i}) for i in range(n)] if scenario.announced else []
+    try:
+        if streams:
+            uvloop.run(_announce(url, name, streams))
+        yield name
+    finally:
+        # The locks are released when a client closes; those of a killed one expire by themselves.
+        uvloop.run(_remove(url, name))
+
+
+async def _announce(url: str, name: str, streams: list[tuple[str, dict[str, int]]]) -> None:
+    async with Producer(url, name) as producer:
+        await producer.announce_many(streams)
+
+
+async def _remove(url: str, name: str) -> None:
+    async with link(url) as connection:
+        await connection.execute("UNLINK", f"{name}-input", f"{name}-input-dlq")
+
+
+def work(job: Job) -> Figures:
+    """Does one measurement in a new process."""
+    who = f"{job.scenario}, {job.side}"
+    with subprocess.Popen(
+        [sys.executable, "-m", "relstream.bench.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # Ctrl-C reaches only us, and we end it
+    ) as process:
+        # Taken from the process, whose `communicate` would close it: to the worker, that its
+        # standard input closes is the sign to end.
+        lifeline, process.stdin = process.stdin, None
+        assert lifeline is not None
+        try:
+            with contextlib.suppress(BrokenPipeError):  # why it has ended is said below
+                print(json.dumps(asdict(job)), file=lifeline, flush=True)
+            out, log = process.communicate(timeout=PATIENCE + job.n / 1000)
+        except subprocess.TimeoutExpired as error:
+            raise MeasurementFailed(f"{who}: not done within {error.timeout:.0f} s", "") from None
+        finally:
+            process.kill()
+            lifeline.close()
+    if process.returncode:
+        last = log.strip().splitlines()[-1:] or [f"ended with status {process.returncode}"]
+        raise MeasurementFailed(f"{who}: {last[0]}", log)
+    figures: Figures = json.loads(out)
+    return figures

@@ -1,0 +1,158 @@
+"""The benchmark at tiny sizes: that it runs, what it writes, and how it fails. No figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import redis
+
+from relstream.bench import runner
+from relstream.bench.measure import PEER, RELSTREAM, SIDES, Job, percentile
+from relstream.bench.runner import Result
+from relstream.bench.scenarios import SCENARIOS
+from relstream.server import Server
+
+COMMON = {"per_second", "client_cpu_us", "server_cpu_us", "server_share"}
+OF_ITS_OWN = {
+    "hold": {"client_core", "server_core", "lost", "rss_mb"},
+    "latency": {"p50_ms", "p99_ms", "max_ms", "xadd_p50_ms"},
+}
+
+
+@pytest.fixture(scope="module")
+def url() -> Any:
+    with Server() as server:
+        yield server.url
+
+
+def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "relstream.bench", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+
+
+def test_json_and_table(url: str, tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    names = ["read", "assign", "done", "latency"]
+    run = bench(*names, "--url", url, "-n", "40", "--rounds", "1", "--json", file)
+    assert run.returncode == 0, run.stderr
+    report = json.loads(file.read_text())
+    assert set(report) == {"environment", "results"}
+    assert {"python", "packages", "cpu", "server"} <= set(report["environment"])
+    assert [result["scenario"] for result in report["results"]] == names
+    for result in report["results"]:
+        assert set(result) == {"scenario", "n", "rounds", *SIDES, "ratio"}
+        assert (result["n"], result["rounds"]) == (40, 1)
+        assert result["ratio"] > 0
+        for side in SIDES:
+            assert set(result[side]) == COMMON | OF_ITS_OWN.get(result["scenario"], set())
+            assert result[side]["per_second"] > 0
+        assert result["scenario"] in run.stdout
+    latency = report["results"][-1]
+    assert latency["ratio"] == latency[PEER]["p50_ms"] / latency[RELSTREAM]["p50_ms"]
+    assert latency[PEER]["p50_ms"] <= latency[PEER]["p99_ms"] <= latency[PEER]["max_ms"]
+    with redis.Redis.from_url(url) as client:
+        assert client.dbsize() == 0, client.keys()
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_hold(url: str, side: str) -> None:
+    hold = SCENARIOS["hold"]
+    with runner.service(hold, 30, url) as service:
+        figures = runner.work(
+            Job(
+                scenario="hold",
+                side=side,
+                url=url,
+                service=service,
+                n=30,
+                private=True,
+                seconds=1.0,
+            )
+        )
+    assert set(figures) == COMMON | OF_ITS_OWN["hold"]
+    assert figures["lost"] == 0
+    assert 0 < figures["client_core"] < 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "told"),
+    [
+        (["everything"], 2, "'everything' is not one of 'read', 'assign'"),
+        (["read", "-n", "0"], 2, "-n"),
+        (["read", "--rounds", "0"], 2, "--rounds"),
+        (["read", "--json", "/nowhere/at/all.json"], 2, "/nowhere/at"),
+        (["read", "--url", "http://localhost"], 2, "redis://"),
+        (["read", "--url", "redis://127.0.0.1:1/0"], 1, "can't connect to redis://127.0.0.1:1"),
+    ],
+)
+def test_what_can_not_be_done_is_said_in_one_line(
+    arguments: list[str], status: int, told: str
+) -> None:
+    run = bench(*arguments)
+    assert run.returncode == status
+    assert told in run.stderr
+    assert run.stderr.count("\n") == 1, run.stderr
+    assert run.stdout == ""
+
+
+def test_interrupt_leaves_nothing_behind(url: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "relstream.bench", "latency", "-n", "100000", "--url", url],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    me = psutil.Process(process.pid)
+    deadline = time.monotonic() + 20
+    while len(descendants := me.children(recursive=True)) < 2:
+        assert time.monotonic() < deadline, "neither consumer nor announcer came up"
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert err.strip().endswith("interrupted")
+    _, alive = psutil.wait_procs(descendants, timeout=5)
+    assert not alive
+
+
+def test_failing_side_is_reported(url: str) -> None:
+    job = Job(scenario="read", side=PEER, url=url, service="no:such", n=1, private=True)
+    with pytest.raises(runner.MeasurementFailed, match="read, redis-py: ") as failure:
+        runner.work(job)
+    assert "Traceback" in failure.value.log
+
+
+def test_ratio_and_medians() -> None:
+    result = Result(SCENARIOS["read"], 1)
+    result.rounds[RELSTREAM] += [{"x": 9.0}, {"x": 2.0}, {"x": 3.0}]
+    result.rounds[PEER] += [{"x": 6.0}, {"x": 6.0}, {"x": 100.0}]
+    assert result.medians(RELSTREAM) == {"x": 3.0}
+    assert result.ratio("x", less_is_better=False) == 0.5
+    assert result.ratio("x", less_is_better=True) == 2.0
+
+
+def test_ratio_to_nothing_is_none() -> None:
+    result = Result(SCENARIOS["read"], 1)
+    result.rounds[RELSTREAM] += [{"x": 1.0}]
+    result.rounds[PEER] += [{"x": 0.0}]
+    assert result.ratio("x", less_is_better=False) is None
+
+
+def test_percentile() -> None:
+    values = list(range(1, 101))
+    assert percentile(values, 0.5) == 50
+    assert percentile(values, 0.99) == 99
+    assert percentile([7], 0.99) == 7
