@@ -380,12 +380,13 @@ class StreamClient:
             raise ClientClosed("the client is not open: call init() first, and not after closing")
 
     def _owned(self, data_stream_name: str) -> Entry:
-        self._check_open()
         head = self._leases.get(data_stream_name)
-        if head is None:
-            raise StreamNotOwned(data_stream_name, "is not owned by this consumer")
-        if head.finishing:
-            raise StreamNotOwned(data_stream_name, "is being finished or handed over already")
+        if head is None or head.finishing or self._closing is not None:
+            self._check_open()
+            doing = "is not owned by this consumer"
+            if head is not None:
+                doing = "is being finished or handed over already"
+            raise StreamNotOwned(data_stream_name, doing)
         return head
 
     # --- what happens -------------------------------------------------------------------------

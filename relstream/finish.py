@@ -81,7 +81,7 @@ class Finisher:
         self._ask(self._abandoned, head).add_done_callback(_observe)
 
     def _ask(self, queue: list[Ending], head: Entry) -> Future:
-        future: Future = asyncio.get_running_loop().create_future()
+        future: Future = self._loop.create_future()
         head.finishing = True
         queue.append((head, future))
         self._asked.set()
@@ -89,6 +89,7 @@ class Finisher:
 
     async def run(self) -> None:
         """Serves `done`, `release` and `abandon` until cancelled."""
+        self._loop = asyncio.get_running_loop()
         try:
             while True:
                 await self._asked.wait()
@@ -118,18 +119,19 @@ class Finisher:
 
     async def _persist(
         self,
-        end: Callable[[Sequence[Ending], bool], Awaitable[None]],
+        end: Callable[[Sequence[Ending], list[Entry], bool], Awaitable[None]],
         endings: Sequence[Ending],
     ) -> None:
         """Tries until it works, as often as `retry` allows. Trying again is safe."""
         backoff = Backoff(self._retry.initial_delay, self._retry.max_delay)
+        entries = _entries(endings)
+        locks = [entry.lock_key for entry in entries]
         try:
             while True:
                 # Not renewed meanwhile, so that a lock just released does not look lost.
-                locks = [entry.lock_key for entry in _entries(endings)]
                 self._keeper.drop(locks)
                 try:
-                    await end(endings, backoff.failures > 0)
+                    await end(endings, entries, backoff.failures > 0)
                     return
                 except RelstreamError as error:
                     self._keeper.add(locks)
@@ -142,49 +144,59 @@ class Finisher:
                         return
                     self._logger.warning("ending ownership failed, trying again: %s", error)
                 await asyncio.sleep(backoff.failed())
-        finally:
-            for head, _ in endings:
-                self._others.pop(head, None)
-            _fail(endings, _closed())  # those that have no result by now
+        except BaseException:
+            _fail(endings, _closed())
+            raise
 
-    async def _finish(self, endings: Sequence[Ending], again: bool) -> None:
-        entries = _entries(endings)
+    async def _finish(self, endings: Sequence[Ending], entries: list[Entry], again: bool) -> None:
         asked = [entry for entry in entries if not entry.acked] if again else entries
         ids = [entry.id for entry in asked]
-        replies = raise_first(await self._link.pipeline(self._ack.pack(ids), len(ids)))
-        doubtful: list[Entry] = []
-        for entry, count in zip(asked, replies, strict=True):
-            if count:
-                entry.acked = True
-            else:
-                doubtful.append(entry)
-        if doubtful:
-            # Not pending. If the lock is ours still, nobody can have taken the entry: an earlier
-            # try, whose answer got lost, has acknowledged it. So it has if the entry is still
-            # there: what is put back for another owner is deleted in the same step.
-            held = await self._locks.held([entry.lock_key for entry in doubtful])
-            for entry, ours in zip(doubtful, held, strict=True):
-                entry.acked = ours or (
-                    again and bool(await self._link.execute(b"XDEL", self._names.lbs, entry.id))
-                )
-            entries = [entry for entry in entries if entry.acked]
+        acked = raise_first(await self._link.pipeline(self._ack.pack(ids), len(ids)))
+        lost: set[Entry] = set()
+        if 0 in acked:
+            lost = await self._lost(asked, acked, again)
+            entries = [entry for entry in entries if entry not in lost]
         if entries:
-            delete = pack(b"XDEL", self._names.lbs, *[entry.id for entry in entries])
-            deleting = self._link.pipeline(delete, 1)
-            # Sent in this order over one connection: nothing need be awaited in between.
-            deleted, _ = await asyncio.gather(deleting, self._unlock(entries))
-            raise_first(deleted)
-        self._settle(endings, {entry for entry in doubtful if not entry.acked})
+            try:
+                delete = pack(b"XDEL", self._names.lbs, *[entry.id for entry in entries])
+                deleting = self._link.pipeline(delete, 1)
+                # Sent in this order over one connection: nothing need be awaited in between.
+                deleted, _ = await asyncio.gather(deleting, self._unlock(entries))
+                raise_first(deleted)
+            except RelstreamError:
+                for entry in entries:
+                    entry.acked = True
+                raise
+        self._settle(endings, lost)
 
-    async def _hand_over(self, endings: Sequence[Ending], again: bool) -> None:
-        entries = _entries(endings)
+    async def _lost(self, entries: list[Entry], acked: list[int], again: bool) -> set[Entry]:
+        """Those of `entries` that were not pending, and that we did not acknowledge before.
+
+        If the lock is ours still, nobody can have taken the entry: an earlier try, whose answer got
+        lost, has acknowledged it. So it has if the entry is still there: what is put back for
+        another owner is deleted in the same step.
+        """
+        doubtful = [entry for entry, count in zip(entries, acked, strict=True) if not count]
+        held = await self._locks.held([entry.lock_key for entry in doubtful])
+        lost = {entry for entry, ours in zip(doubtful, held, strict=True) if not ours}
+        if again:
+            for entry in list(lost):
+                if await self._link.execute(b"XDEL", self._names.lbs, entry.id):
+                    lost.remove(entry)
+        return lost
+
+    async def _hand_over(
+        self, endings: Sequence[Ending], entries: list[Entry], again: bool
+    ) -> None:
         ours = await self._put_back(entries)
         # What an earlier try has put back is not pending any more.
         lost = set() if again else {entry for entry in entries if entry not in ours}
         await self._unlock([entry for entry in entries if entry not in lost])
         self._settle(endings, lost)
 
-    async def _hand_back_others(self, endings: Sequence[Ending], again: bool) -> None:
+    async def _hand_back_others(
+        self, endings: Sequence[Ending], entries: list[Entry], again: bool
+    ) -> None:
         others = [entry for head, _ in endings for entry in self._others[head]]
         if others:
             keys = [entry.lock_key for entry in others]
@@ -192,7 +204,9 @@ class Finisher:
             # What is pending for somebody else is theirs, under the same id even (XCLAIM).
             mine = await pending_for(self._link, self._names, self._consumer, keys, ids)
             await self._put_back([entry for entry in others if entry.lock_key in mine])
-        await self._unlock(_entries(endings))
+        await self._unlock(entries)
+        for head, _ in endings:
+            del self._others[head]
         self._settle(endings, set())
 
     async def _put_back(self, entries: list[Entry]) -> set[Entry]:
@@ -209,10 +223,11 @@ class Finisher:
         return {entry for (entry, _), mine in zip(there, won, strict=True) if mine}
 
     async def _unlock(self, entries: list[Entry]) -> None:
-        missed = set(await self._locks.release([entry.lock_key for entry in entries]))
+        missed = await self._locks.release([entry.lock_key for entry in entries])
         if self._recorder is not None:
+            missing = set(missed)
             for entry in entries:
-                self._recorder.lock_release(entry.data_stream_name, entry.lock_key not in missed)
+                self._recorder.lock_release(entry.data_stream_name, entry.lock_key not in missing)
 
     def _settle(self, endings: Sequence[Ending], lost: set[Entry]) -> None:
         if lost:

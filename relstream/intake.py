@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ TOLD = 5
 class Intake:
     """Reads, locks and tells, in batches, as long as there is room.
 
-    While one batch is being locked the next one is being read.
+    While batches are being locked the next one is being read.
     """
 
     def __init__(
@@ -68,8 +69,10 @@ class Intake:
         self._recovery = recovery
         self._recorder = recorder
         self._logger = logger
-        self._count = FIRST_READ
-        self._taking: asyncio.Task[None] | None = None
+        # Small enough that several batches fit: one is read while others are locked or told.
+        self._largest = max(1, min(LARGEST_READ, notifications.room // 4))
+        self._count = min(FIRST_READ, self._largest)
+        self._taking: deque[asyncio.Task[None]] = deque()
         self._in_hand = 0
         self._stopping = False
         self._blocked: RedisProtocol | None = None
@@ -111,14 +114,15 @@ class Intake:
                     await self._step()
                     backoff.reset()
                 except RelstreamError as error:
-                    self._taking = None
+                    # What could not be locked meanwhile is found among the pending entries.
+                    await asyncio.gather(*self._taking, return_exceptions=True)
+                    self._taking.clear()
                     await self._repair(error, backoff)
-            if self._taking is not None:
-                await self._taking
+            await self._settle()
         finally:
-            if self._taking is not None and not self._taking.done():
-                self._taking.cancel()
-                await asyncio.gather(self._taking, return_exceptions=True)
+            for task in self._taking:
+                task.cancel()
+            await asyncio.gather(*self._taking, return_exceptions=True)
 
     async def _repair(self, error: RelstreamError, backoff: Backoff) -> None:
         """Answers a failure: by a pause, or by raising it again when there were too many."""
@@ -176,37 +180,36 @@ class Intake:
             self._strays = await self._find_strays()
         self._notifications.room_made.clear()
         room = self._room()
+        if room < self._count and self._taking:
+            await self._taking.popleft()  # rather than reading in small portions
+            return
         if room <= 0:
-            if self._taking is not None:
-                await self._settle()
-            else:
-                await self._notifications.room_made.wait()
+            await self._notifications.room_made.wait()
             return
         if self._strays:
             await self._settle()
             await self._adopt(room)
             return
-        batches = await self._read(protocol, min(room, self._count))
+        count = min(room, self._count)
+        batches = await self._read(protocol, count)
         if not batches:
             await self._settle()
             return
         batch = batches[0]
-        full = len(batch) == min(room, self._count)
         fitting = len(batch) * READ_BYTES // max(batch.nbytes, 1)
-        self._count = max(1, min(2 * self._count, fitting, LARGEST_READ))
-        await self._settle()
+        self._count = max(1, min(2 * self._count, fitting, self._largest))
         self._in_hand += len(batch)
-        if full:
-            # There is more: have it read while these are being locked.
-            self._taking = asyncio.ensure_future(self._take(batches))
+        if len(batch) == count:
+            # There is more: it is read while these are being locked.
+            self._taking.append(asyncio.ensure_future(self._take(batches)))
         else:
+            await self._settle()
             await self._take(batches)
 
     async def _settle(self) -> None:
-        """Waits for the batch that is being locked, if there is one."""
-        taking, self._taking = self._taking, None
-        if taking is not None:
-            await taking
+        """Waits for the batches that are being locked."""
+        while self._taking:
+            await self._taking.popleft()
 
     async def _read(self, protocol: RedisProtocol, count: int) -> list[Batch]:
         command = pack(

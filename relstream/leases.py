@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from relstream._core import ITEM, PENDING, Audit, Entry, Template, grant
+from relstream._core import ITEM, PENDING, Audit, Entry, Template, forget, grant
 from relstream.errors import RelstreamError, ReplyError
 from relstream.lbs import SEPARATOR, Names, split_lock_key
 from relstream.net.connection import Backoff, Endpoint, Link, raise_first
@@ -358,13 +358,11 @@ class Leases:
         self._on_drop = on_drop
         self._recorder = recorder
         self._owned: dict[str, Entry] = {}
+        self.get = self._owned.get
+        """The entry by which a stream is owned; None when it is not."""
 
     def __len__(self) -> int:
         return len(self._owned)
-
-    def get(self, data_stream_name: str) -> Entry | None:
-        """The entry by which a stream is owned; None when it is not."""
-        return self._owned.get(data_stream_name)
 
     def all(self) -> list[Entry]:
         """The first entry of every owned stream."""
@@ -390,11 +388,7 @@ class Leases:
 
     def drop(self, heads: list[Entry]) -> None:
         """The streams of these first entries are owned no more."""
-        owned = self._owned
-        for head in heads:
-            head.ended = True
-            if owned.get(head.data_stream_name) is head:
-                del owned[head.data_stream_name]
+        forget(heads, self._owned)
         self._on_drop()
         if self._recorder is not None:
             for head in heads:

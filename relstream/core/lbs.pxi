@@ -147,6 +147,15 @@ def grant(list entries not None, list replies not None, dict owned not None):
     return new, locks, refusal
 
 
+def forget(list heads not None, dict owned not None):
+    """Takes streams, by their first entries, out of the table of owned streams."""
+    cdef Entry head
+    for head in heads:
+        head.ended = True
+        if owned.get(head.data_stream_name) is head:
+            del owned[head.data_stream_name]
+
+
 cdef inline object _named_tuple(type kind, tuple values):
     """A `typing.NamedTuple` of this kind, without a call of Python code."""
     cdef Py_ssize_t i

@@ -30,6 +30,9 @@ CALLS = 256
 """Streams finished at a time."""
 HEARTBEAT = 2.0
 """The default heartbeat interval, in seconds; locks are renewed every half of it."""
+LONG_HEARTBEAT = 60.0
+"""Where renewal is not what is measured, and would be most of the peer's work: it can't renew
+100,000 locks in time, loses some, and could not finish them."""
 PAGE = 1000
 
 
@@ -42,8 +45,8 @@ class Owner(Protocol):
     async def listen(self) -> None:
         """Takes what else the iterator delivers."""
 
-    async def done(self, names: Sequence[str]) -> None:
-        """Finishes some streams."""
+    async def finish(self, names: Sequence[str]) -> None:
+        """Finishes these streams, CALLS at a time."""
 
     def disowned(self) -> int:
         """How many streams it knows that it lost."""
@@ -53,8 +56,10 @@ class Owner(Protocol):
 
 
 class _Relstream:
-    def __init__(self, job: Job) -> None:
-        self._client = StreamClient(job.url, job.service, consumer_id=ME)
+    def __init__(self, job: Job, heartbeat: float) -> None:
+        self._client = StreamClient(
+            job.url, job.service, consumer_id=ME, heartbeat_interval=heartbeat
+        )
         self._disowned = 0
 
     async def own(self, n: int) -> list[str]:
@@ -79,8 +84,14 @@ class _Relstream:
         elif note.type is NotificationType.STREAM_TERMINATED:
             raise RuntimeError(f"the client ended: {note.additional_info}")
 
-    async def done(self, names: Sequence[str]) -> None:
-        await asyncio.gather(*map(self._client.done_stream, names))
+    async def finish(self, names: Sequence[str]) -> None:
+        left = iter(names)
+
+        async def work() -> None:
+            for name in left:
+                await self._client.done_stream(name)
+
+        await asyncio.gather(*(work() for _ in range(CALLS)))
 
     def disowned(self) -> int:
         return self._disowned
@@ -90,8 +101,10 @@ class _Relstream:
 
 
 class _Peer:
-    def __init__(self, job: Job) -> None:
-        self._consumer = peer.Consumer(job.url, job.service, consumer_id=ME)
+    def __init__(self, job: Job, heartbeat: float) -> None:
+        self._consumer = peer.Consumer(
+            job.url, job.service, consumer_id=ME, heartbeat_interval=heartbeat
+        )
 
     async def own(self, n: int) -> list[str]:
         self._streams = await self._consumer.init()
@@ -106,8 +119,15 @@ class _Peer:
         async for _ in self._streams:
             pass
 
-    async def done(self, names: Sequence[str]) -> None:
-        await self._consumer.done_streams(names)
+    async def finish(self, names: Sequence[str]) -> None:
+        # Two halves take turns, so that the server works on one while the other is being packed.
+        left = iter(peer.chunks(names, CALLS // 2))
+
+        async def work() -> None:
+            for some in left:
+                await self._consumer.done_streams(some)
+
+        await asyncio.gather(work(), work())
 
     def disowned(self) -> int:
         return self._consumer.disowned
@@ -116,8 +136,8 @@ class _Peer:
         await self._consumer.aclose()
 
 
-def _owner(job: Job) -> Owner:
-    return _Relstream(job) if job.side == RELSTREAM else _Peer(job)
+def _owner(job: Job, heartbeat: float = HEARTBEAT) -> Owner:
+    return _Relstream(job, heartbeat) if job.side == RELSTREAM else _Peer(job, heartbeat)
 
 
 async def assign(job: Job) -> Figures:
@@ -138,11 +158,10 @@ async def assign(job: Job) -> Figures:
 async def done(job: Job) -> Figures:
     """n owned streams are finished, CALLS at a time."""
     async with link(job.url) as control:
-        owner = _owner(job)
+        owner = _owner(job, LONG_HEARTBEAT)
         names = await owner.own(job.n)
         async with Window(control) as window:
-            for some in peer.chunks(names, CALLS):
-                await owner.done(some)
+            await owner.finish(names)
         await owner.close()
         if left := await control.execute("XLEN", f"{job.service}-input"):
             raise RuntimeError(f"{left} of {job.n} streams are not finished")
