@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
-from relstream._core import ITEM, Entry, Template, pack
+from relstream._core import ITEM, Entry, Template, entry_ids, lock_keys, pack
 from relstream.errors import ClientClosed, RelstreamError, ReplyError, StreamNotOwned
-from relstream.leases import chunks, pending_for
+from relstream.leases import pending_for
 from relstream.net.connection import Backoff, Link, raise_first
 from relstream.recovery import put_back, read_entries
 
@@ -57,9 +58,9 @@ class Finisher:
         self._recorder = recorder
         self._logger = logger
         self._ack = Template(b"XACK", names.lbs, names.group, ITEM)
-        self._done: list[Ending] = []
-        self._released: list[Ending] = []
-        self._abandoned: list[Ending] = []
+        self._done: deque[Ending] = deque()
+        self._released: deque[Ending] = deque()
+        self._abandoned: deque[Ending] = deque()
         self._others: dict[Entry, list[Entry]] = {}
         self._asked = asyncio.Event()
         self._under_way: set[asyncio.Task[None]] = set()
@@ -80,11 +81,12 @@ class Finisher:
         self._others[head] = others
         self._ask(self._abandoned, head).add_done_callback(_observe)
 
-    def _ask(self, queue: list[Ending], head: Entry) -> Future:
+    def _ask(self, queue: deque[Ending], head: Entry) -> Future:
         future: Future = self._loop.create_future()
         head.finishing = True
+        if not queue:
+            self._asked.set()
         queue.append((head, future))
-        self._asked.set()
         return future
 
     async def run(self) -> None:
@@ -94,28 +96,23 @@ class Finisher:
             while True:
                 await self._asked.wait()
                 self._asked.clear()
-                done, self._done = self._done, []
-                released, self._released = self._released, []
-                abandoned, self._abandoned = self._abandoned, []
-                for endings, end in (
-                    (done, self._finish),
-                    (released, self._hand_over),
-                    (abandoned, self._hand_back_others),
+                for queue, end in (
+                    (self._done, self._finish),
+                    (self._released, self._hand_over),
+                    (self._abandoned, self._hand_back_others),
                 ):
-                    for batch in chunks(endings, BATCH):
-                        await self._start(self._persist(end, batch))
+                    while queue:
+                        while len(self._under_way) >= BATCHES:
+                            await asyncio.wait(self._under_way, return_when=asyncio.FIRST_COMPLETED)
+                        batch = [queue.popleft() for _ in range(min(BATCH, len(queue)))]
+                        task = asyncio.ensure_future(self._persist(end, batch))
+                        self._under_way.add(task)
+                        task.add_done_callback(self._under_way.discard)
         finally:
             for task in self._under_way:
                 task.cancel()
             await asyncio.gather(*self._under_way, return_exceptions=True)
             _fail([*self._done, *self._released, *self._abandoned], _closed())
-
-    async def _start(self, work: Awaitable[None]) -> None:
-        while len(self._under_way) >= BATCHES:
-            await asyncio.wait(self._under_way, return_when=asyncio.FIRST_COMPLETED)
-        task = asyncio.ensure_future(work)
-        self._under_way.add(task)
-        task.add_done_callback(self._under_way.discard)
 
     async def _persist(
         self,
@@ -125,7 +122,7 @@ class Finisher:
         """Tries until it works, as often as `retry` allows. Trying again is safe."""
         backoff = Backoff(self._retry.initial_delay, self._retry.max_delay)
         entries = _entries(endings)
-        locks = [entry.lock_key for entry in entries]
+        locks = lock_keys(entries)
         try:
             while True:
                 # Not renewed meanwhile, so that a lock just released does not look lost.
@@ -150,7 +147,7 @@ class Finisher:
 
     async def _finish(self, endings: Sequence[Ending], entries: list[Entry], again: bool) -> None:
         asked = [entry for entry in entries if not entry.acked] if again else entries
-        ids = [entry.id for entry in asked]
+        ids = entry_ids(asked)
         acked = raise_first(await self._link.pipeline(self._ack.pack(ids), len(ids)))
         lost: set[Entry] = set()
         if 0 in acked:
@@ -158,11 +155,14 @@ class Finisher:
             entries = [entry for entry in entries if entry not in lost]
         if entries:
             try:
-                delete = pack(b"XDEL", self._names.lbs, *[entry.id for entry in entries])
-                deleting = self._link.pipeline(delete, 1)
-                # Sent in this order over one connection: nothing need be awaited in between.
-                deleted, _ = await asyncio.gather(deleting, self._unlock(entries))
-                raise_first(deleted)
+                if again or lost:
+                    ids = entry_ids(entries)
+                protocol = await self._link.get()
+                timeout = self._link.endpoint.timeout
+                # Over one connection in this order: nothing need be awaited in between.
+                deleting = protocol.send(pack(b"XDEL", self._names.lbs, *ids), timeout=timeout)
+                await self._unlock(entries)
+                raise_first(await deleting)
             except RelstreamError:
                 for entry in entries:
                     entry.acked = True
@@ -177,7 +177,7 @@ class Finisher:
         another owner is deleted in the same step.
         """
         doubtful = [entry for entry, count in zip(entries, acked, strict=True) if not count]
-        held = await self._locks.held([entry.lock_key for entry in doubtful])
+        held = await self._locks.held(lock_keys(doubtful))
         lost = {entry for entry, ours in zip(doubtful, held, strict=True) if not ours}
         if again:
             for entry in list(lost):
@@ -199,8 +199,8 @@ class Finisher:
     ) -> None:
         others = [entry for head, _ in endings for entry in self._others[head]]
         if others:
-            keys = [entry.lock_key for entry in others]
-            ids = [entry.id for entry in others]
+            keys = lock_keys(others)
+            ids = entry_ids(others)
             # What is pending for somebody else is theirs, under the same id even (XCLAIM).
             mine = await pending_for(self._link, self._names, self._consumer, keys, ids)
             await self._put_back([entry for entry in others if entry.lock_key in mine])
@@ -211,7 +211,7 @@ class Finisher:
 
     async def _put_back(self, entries: list[Entry]) -> set[Entry]:
         """Puts entries back as they are; returns those that were still pending."""
-        batches = await read_entries(self._link, self._names, [entry.id for entry in entries])
+        batches = await read_entries(self._link, self._names, entry_ids(entries))
         there = [
             (entry, batch.pairs(0) or [])
             for entry, batch in zip(entries, batches, strict=True)
@@ -223,7 +223,7 @@ class Finisher:
         return {entry for (entry, _), mine in zip(there, won, strict=True) if mine}
 
     async def _unlock(self, entries: list[Entry]) -> None:
-        missed = await self._locks.release([entry.lock_key for entry in entries])
+        missed = await self._locks.release(lock_keys(entries))
         if self._recorder is not None:
             missing = set(missed)
             for entry in entries:
@@ -253,12 +253,8 @@ class Finisher:
 
 def _entries(endings: Sequence[Ending]) -> list[Entry]:
     """All entries by which these streams are owned."""
-    entries = []
-    for head, _ in endings:
-        entries.append(head)
-        if head.again is not None:
-            entries += head.again
-    return entries
+    entries = [head for head, _ in endings]
+    return entries + [entry for head in entries if head.again for entry in head.again]
 
 
 def _observe(future: Future) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from relstream._core import ITEM, PENDING, Audit, Entry, Template, forget, grant
+from relstream._core import ITEM, PENDING, Audit, Entry, Template, forget, grant, lock_keys
 from relstream.errors import RelstreamError, ReplyError
 from relstream.lbs import SEPARATOR, Names, split_lock_key
 from relstream.net.connection import Backoff, Endpoint, Link, raise_first
@@ -375,7 +375,7 @@ class Leases:
         error that is returned is the last of these refusals.
         """
         start = time.perf_counter()
-        keys = [entry.lock_key for entry in entries]
+        keys = lock_keys(entries)
         replies = await self._locks.acquire(keys)
         new, locked, refusal = grant(entries, replies, self._owned)
         if locked:
@@ -405,7 +405,7 @@ class Leases:
         """The first entry of the owned stream that has this lock."""
         parts = split_lock_key(key)
         entry = self._owned.get(parts[0]) if parts is not None else None
-        if entry is None or key not in lock_keys(entry):
+        if entry is None or key not in locks_of(entry):
             return None
         return entry
 
@@ -432,13 +432,13 @@ class Leases:
             strays += found
             for entry in missing:
                 head = self._owned.get(entry.data_stream_name)
-                if head is not None and not head.finishing and entry.lock_key in lock_keys(head):
+                if head is not None and not head.finishing and entry.lock_key in locks_of(head):
                     lost[head] = None
             if more:
                 start = b"(" + page[-1][0]
         return list(lost), strays
 
 
-def lock_keys(head: Entry) -> list[bytes]:
+def locks_of(head: Entry) -> list[bytes]:
     """The locks of all entries by which a stream is owned."""
     return [head.lock_key, *(entry.lock_key for entry in head.again or ())]

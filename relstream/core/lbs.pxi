@@ -147,6 +147,18 @@ def grant(list entries not None, list replies not None, dict owned not None):
     return new, locks, refusal
 
 
+def lock_keys(list entries not None):
+    """The keys of the locks of these entries."""
+    cdef Entry entry
+    return [entry.lock_key for entry in entries]
+
+
+def entry_ids(list entries not None):
+    """The ids of these entries, b"<ms>-<seq>" each."""
+    cdef Entry entry
+    return [_id_bytes(entry._id) for entry in entries]
+
+
 def forget(list heads not None, dict owned not None):
     """Takes streams, by their first entries, out of the table of owned streams."""
     cdef Entry head

@@ -56,6 +56,14 @@ def pack(*args):
     return out
 
 
+def first_error(list replies not None):
+    """The first `ReplyError` among the replies of a pipeline, or None."""
+    for reply in replies:
+        if type(reply) is ReplyError:
+            return reply
+    return None
+
+
 class _Item:
     """Marks where a `Template` puts the item."""
 

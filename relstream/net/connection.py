@@ -20,7 +20,7 @@ import redis.asyncio
 from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection
 from redis.asyncio.sentinel import SentinelConnectionPool
 
-from relstream._core import OBJECT, backoff, pack
+from relstream._core import OBJECT, backoff, first_error, pack
 from relstream.errors import (
     AuthenticationFailed,
     ConnectionFailed,
@@ -319,9 +319,9 @@ def _refusal(reply: ReplyError, endpoint: Endpoint, command: str) -> Exception:
 
 def raise_first(replies: list[Any]) -> list[Any]:
     """The replies of a pipeline, if there is no error among them; else raises the first one."""
-    for reply in replies:
-        if isinstance(reply, ReplyError):
-            raise reply
+    error = first_error(replies)
+    if error is not None:
+        raise error
     return replies
 
 
