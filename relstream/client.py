@@ -37,6 +37,7 @@ from relstream.leases import Keeper, Leases, Locks
 from relstream.net.connection import Link, endpoint_of
 from relstream.notifications import LBSInfo, Notifications
 from relstream.recorder import Recorder, SafeRecorder
+from relstream.recovery import Recoverer
 from relstream.rights import check_rights
 
 if TYPE_CHECKING:
@@ -179,6 +180,17 @@ class StreamClient:
             recorder=self._recorder,
             logger=self._logger,
         )
+        self._recovering = Link(endpoint.named(f"{self._consumer}:recover"))
+        self._recoverer = Recoverer(
+            self._recovering,
+            self._names,
+            self._consumer,
+            heartbeat=self._heartbeat,
+            recovery=recovery,
+            auto_claim=auto_claim,
+            recorder=self._recorder,
+            logger=self._logger,
+        )
         self._intake = Intake(
             self._reading,
             self._link,
@@ -230,6 +242,7 @@ class StreamClient:
         self._start("events", self._events.run(subscribed))
         self._start("intake", self._intake.run())
         self._start("audit", self._audit_for_ever())
+        self._start("recovery", self._recoverer.run())
         return self._notifications
 
     async def _create_group(self) -> None:
@@ -325,6 +338,10 @@ class StreamClient:
         for name in ("audit", "events"):
             if name in tasks:
                 tasks[name].cancel()
+        if "recovery" in tasks:
+            tasks["recovery"].cancel()
+            await asyncio.wait({tasks["recovery"]})
+            await self._recoverer.resign()
         if "intake" in tasks:
             await self._intake.stop()
             await asyncio.wait({tasks["intake"]})
@@ -340,7 +357,12 @@ class StreamClient:
                 raise outcome
 
     async def _close_links(self) -> None:
-        await asyncio.gather(self._events.close(), self._reading.close(), self._link.close())
+        await asyncio.gather(
+            self._events.close(),
+            self._recovering.close(),
+            self._reading.close(),
+            self._link.close(),
+        )
 
     # --- streams ------------------------------------------------------------------------------
 
@@ -368,8 +390,18 @@ class StreamClient:
         await self._finisher.release(head)
 
     async def claim(self, lbs_info: LBSInfo) -> None:
-        """Puts an expired stream back for redistribution. Not in this version."""
-        raise NotSupported("claim() comes with recovery, which this version does not have yet")
+        """Puts an expired stream back for redistribution; grants no ownership.
+
+        Its retry count grows by one, and beyond `recovery.max_retries` it becomes a dead letter.
+
+        Raises:
+            AlreadyClaimed: its lock is held, or another consumer was first, or it is finished.
+            InvalidOption: `lbs_info` has no id of an entry.
+            ConnectionFailed, ReplyError: nothing was changed, as far as is known.
+            ClientClosed: the client is closed.
+        """
+        self._check_open()
+        await self._recoverer.claim(lbs_info)
 
     async def reset_topology(self) -> None:
         """Redis Cluster: subscribes to the masters of today. Nothing to do on a single shard."""
@@ -418,6 +450,7 @@ class StreamClient:
         self._finisher.abandon(head, others)
 
     def _expired(self, payload: LBSInfo) -> None:
+        self._recoverer.expired(payload)
         told = self._notifications.expired(payload)
         if self._recorder is not None:
             self._recorder.keyspace_notification_received(payload.data_stream_name)

@@ -12,7 +12,7 @@ from relstream._core import ITEM, Entry, Template, entry_ids, lock_keys, pack
 from relstream.errors import ClientClosed, RelstreamError, ReplyError, StreamNotOwned
 from relstream.leases import pending_for
 from relstream.net.connection import Backoff, Link, raise_first
-from relstream.recovery import put_back, read_entries
+from relstream.recovery import PUT, PutBack, read_entries
 
 if TYPE_CHECKING:
     from relstream.config import RetryConfig
@@ -55,6 +55,7 @@ class Finisher:
         self._keeper = keeper
         self._retry = retry
         self._on_lost = on_lost
+        self._put = PutBack(link, names, recorder, logger).put
         self._recorder = recorder
         self._logger = logger
         self._ack = Template(b"XACK", names.lbs, names.group, ITEM)
@@ -217,10 +218,9 @@ class Finisher:
             for entry, batch in zip(entries, batches, strict=True)
             if len(batch)
         ]
-        won = await put_back(
-            self._link, self._names, [(entry.id, pairs) for entry, pairs in there], self._logger
-        )
-        return {entry for (entry, _), mine in zip(there, won, strict=True) if mine}
+        # Without their locks: these are ours.
+        outcomes = await self._put([(entry.id, pairs, None) for entry, pairs in there])
+        return {entry for (entry, _), how in zip(there, outcomes, strict=True) if how == PUT}
 
     async def _unlock(self, entries: list[Entry]) -> None:
         missed = await self._locks.release(lock_keys(entries))

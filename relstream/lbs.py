@@ -18,6 +18,7 @@ RETRY_FIELD = b"_retry_count"
 DLQ_REASON_FIELD = b"_dlq_reason"
 SOURCE_FIELD = b"_source_id"
 UNPARSEABLE = b"unparseable"
+MAX_RETRIES = b"max_retries_exceeded"
 
 SEPARATOR = b"<MUTEX_KEY_SEP>"
 """Stands between a data stream's name and its entry's id in the key of a lock."""
@@ -30,6 +31,8 @@ class Names:
     lbs: bytes
     group: bytes
     dlq: bytes
+    leader: bytes
+    """Held by the consumer that recovers for all."""
 
     @classmethod
     def of(cls, service_name: str, dlq_stream: str | None = None) -> Names:
@@ -43,7 +46,12 @@ class Names:
         dlq = dlq_stream.encode() if dlq_stream else name + b"-input-dlq"
         if dlq == name + b"-input":
             raise InvalidOption("recovery.dlq_stream", dlq_stream, "another key than the LBS")
-        return cls(lbs=name + b"-input", group=name + b"-group", dlq=dlq)
+        return cls(
+            lbs=name + b"-input",
+            group=name + b"-group",
+            dlq=dlq,
+            leader=name + b"-input-reconciler",
+        )
 
 
 def split_lock_key(key: bytes) -> tuple[str, str] | None:

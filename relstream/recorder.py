@@ -38,6 +38,23 @@ class Recorder:
     def dlq_routing(self, stream: str | None, reason: str) -> None:
         """An entry went to the dead-letter stream; `stream` is None where no name could be read."""
 
+    def startup_recovery(self, success: bool, count: int, duration: float) -> None:
+        """The first scan of this consumer ended; `count` entries were put back."""
+
+    def reconciliation_scan(
+        self, requeued: int, alive: int, dead_letters: int, duration: float
+    ) -> None:
+        """A scan ended: what became of the entries that were idle for long enough."""
+
+    def requeue(self, stream: str, success: bool) -> None:
+        """A dead owner's stream was put back; no success: another consumer was first."""
+
+    def alive_skip(self, count: int) -> None:
+        """So many streams looked dead, but their locks are held."""
+
+    def ack_add_gap(self, count: int, duration: float) -> None:
+        """So many entries were put back in two steps, as scripts are forbidden."""
+
     def keyspace_setup(self, success: bool) -> None:
         """Expiry events were set up on a master, or could not be."""
 

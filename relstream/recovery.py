@@ -1,25 +1,77 @@
-"""Putting entries back into the load balancer stream, and into the dead-letter stream."""
+"""Recovery: entries whose owners died are put back, or become dead letters.
+
+Of all consumers of a service one leads, and works for all: it scans the whole pending entries list
+now and then, looks several times a second whether each consumer is alive, and takes up what expiry
+events tell. Every entry goes through the same steps, `Recoverer._recover`.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import random
+import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from relstream._core import ENTRIES, ITEM, Batch, Template, pack
-from relstream.errors import ReplyError
+import orjson
+
+from relstream._core import (
+    ENTRIES,
+    ITEM,
+    PENDING,
+    Batch,
+    Entry,
+    PendingPage,
+    Template,
+    jittered,
+    lock_keys,
+    match,
+    pack,
+    parse_id,
+    unlocked,
+)
+from relstream.errors import AlreadyClaimed, InvalidOption, RelstreamError, ReplyError
 from relstream.lbs import (
     DLQ_REASON_FIELD,
+    INPUT_FIELD,
+    MAX_RETRIES,
     RETRY_FIELD,
+    SEPARATOR,
     SOURCE_FIELD,
+    UNPARSEABLE,
     Names,
     replace_fields,
     retry_count,
 )
-from relstream.net.connection import Link, raise_first
-from relstream.scripts import PUT_BACK, SCRIPT_KEYS, run
+from relstream.net.connection import Backoff, Link, raise_first
+from relstream.notifications import LBSInfo
+from relstream.scripts import PUT_BACK, REMOVE_CONSUMER, SCRIPT_KEYS, run
 
-# A call of the script that puts back carries about this much at most, like a call's entries.
+if TYPE_CHECKING:
+    from relstream.config import RecoveryConfig
+    from relstream.recorder import SafeRecorder
+
+    # An entry's id, its field names and values, and the lock that must be free, if one must.
+    Returning = tuple[bytes, list[bytes], bytes | None]
+    # A stream's name, if one can be read, the id of its entry, and its fields.
+    Letter = tuple[str | None, bytes, list[bytes]]
+
+# A call of the script that puts back carries about this much at most.
 SCRIPT_BYTES = 1 << 20
+# Seconds for which leadership lasts when it is not renewed, and between two looks of the leader.
+LEADERSHIP = 1.0
+LEADERSHIP_MS = round(LEADERSHIP * 1000)
+LOOK_EVERY = 0.2
+# Locks that are looked at of each consumer: a dead one loses all of them together.
+SAMPLE = 3
+# Expired locks that may wait to be looked at; what comes beyond is found by looking anyway.
+MAX_EXPIRED = 100_000
+# Seconds for which a consumer that owns nothing must not have been seen before it is removed.
+REMOVE_AFTER = 3600.0
+REMOVE_EVERY = 60.0
+
+PUT, LOST, ALIVE, TOO_LARGE = 1, 0, 2, -1
 
 
 async def read_entries(link: Link, names: Names, ids: Sequence[bytes]) -> list[Batch]:
@@ -28,56 +80,81 @@ async def read_entries(link: Link, names: Names, ids: Sequence[bytes]) -> list[B
     return raise_first(await link.pipeline(ask.pack(list(ids)), len(ids), decode=ENTRIES))
 
 
-async def put_back(
-    link: Link, names: Names, entries: Sequence[tuple[bytes, list[bytes]]], logger: logging.Logger
-) -> list[bool]:
-    """Adds pending entries, `(id, field names and values)`, anew under new ids.
+class PutBack:
+    """Adds pending entries anew under new ids.
 
-    True for each that was pending until now; the others belong to somebody else, and stay as they
-    are. One atomic step an entry (`PUT_BACK`); where scripts are forbidden XACK comes first, then
-    XADD and XDEL for those that were won by it, and a crash between the two would lose them.
+    One atomic step an entry (the script). Where scripts are forbidden XACK comes first, then XADD
+    and XDEL for those that were won by it, and a crash between the two would lose them: such gaps
+    are counted.
     """
-    calls: list[tuple[list[bytes], list[bytes | str | int]]] = []
-    size = SCRIPT_BYTES
-    held = SCRIPT_KEYS
-    for entry_id, pairs in entries:
-        if held == SCRIPT_KEYS or size >= SCRIPT_BYTES:
-            calls.append(([names.lbs], [names.group]))
-            size = held = 0
-        calls[-1][1].extend((entry_id, len(pairs), *pairs))
-        held += 1
-        size += sum(map(len, pairs))
-    won: list[bool] = []
-    for reply in await run(link, PUT_BACK, calls):
-        if isinstance(reply, ReplyError):
-            if reply.code == "NOPERM":
-                return await _put_back_in_two_steps(link, names, entries, logger, reply)
-            raise reply
-        if -1 in reply:
-            logger.error("an LBS entry has too many fields to be put back; it stays pending")
-        won += [acked == 1 for acked in reply]
-    return won
 
+    def __init__(
+        self, link: Link, names: Names, recorder: SafeRecorder | None, logger: logging.Logger
+    ) -> None:
+        self._link = link
+        self._names = names
+        self._recorder = recorder
+        self._logger = logger
+        self._scripts_forbidden = False
 
-async def _put_back_in_two_steps(
-    link: Link,
-    names: Names,
-    entries: Sequence[tuple[bytes, list[bytes]]],
-    logger: logging.Logger,
-    reason: ReplyError,
-) -> list[bool]:
-    logger.warning("scripts are forbidden (%s): entries are put back in two steps", reason)
-    ack = Template(b"XACK", names.lbs, names.group, ITEM)
-    acked = await link.pipeline(ack.pack([entry_id for entry_id, _ in entries]), len(entries))
-    adding = []
-    for (entry_id, pairs), count in zip(entries, acked, strict=True):
-        if count == 1:
-            adding.append(pack(b"XADD", names.lbs, b"*", *pairs))
-            adding.append(pack(b"XDEL", names.lbs, entry_id))
-    added = await link.pipeline(b"".join(adding), len(adding))
-    raise_first(acked)
-    raise_first(added)
-    return [count == 1 for count in acked]
+    async def put(self, entries: Sequence[Returning]) -> list[int]:
+        """For each entry PUT, LOST (it was not pending), ALIVE (locked) or TOO_LARGE."""
+        if not self._scripts_forbidden:
+            outcomes: list[int] = []
+            for reply in await run(self._link, PUT_BACK, self._calls(entries)):
+                if not isinstance(reply, ReplyError):
+                    outcomes += reply
+                elif reply.code == "NOPERM":
+                    self._scripts_forbidden = True
+                    self._logger.warning(
+                        "scripts are forbidden (%s): entries are put back in two steps; grant "
+                        "+evalsha, +script|load and +mget to make that one atomic step",
+                        reply,
+                    )
+                    break
+                else:
+                    raise reply
+            else:
+                if TOO_LARGE in outcomes:
+                    self._logger.error("an LBS entry has too many fields to be put back: it stays")
+                return outcomes
+        return await self._in_two_steps(entries)
+
+    def _calls(self, entries: Sequence[Returning]) -> list[tuple[list[bytes], list[Any]]]:
+        calls: list[tuple[list[bytes], list[Any]]] = []
+        size = held = SCRIPT_BYTES
+        for entry_id, pairs, lock in entries:
+            if held >= SCRIPT_KEYS or size >= SCRIPT_BYTES:
+                calls.append(([self._names.lbs], [self._names.group]))
+                size = held = 0
+            keys, args = calls[-1]
+            if lock is not None:
+                keys.append(lock)
+            args += (entry_id, len(pairs), *pairs)
+            held += 1
+            size += sum(map(len, pairs))
+        return calls
+
+    async def _in_two_steps(self, entries: Sequence[Returning]) -> list[int]:
+        locks = [lock for _, _, lock in entries if lock is not None]
+        held = await self._link.pipeline(Template(b"EXISTS", ITEM).pack(locks), len(locks))
+        taken = {key for key, there in zip(locks, raise_first(held), strict=True) if there}
+        free = [entry for entry in entries if entry[2] not in taken]
+        ack = Template(b"XACK", self._names.lbs, self._names.group, ITEM)
+        acked = await self._link.pipeline(ack.pack([entry[0] for entry in free]), len(free))
+        start = time.perf_counter()
+        adding = []
+        for (entry_id, pairs, _), count in zip(free, acked, strict=True):
+            if count == 1:
+                adding.append(pack(b"XADD", self._names.lbs, b"*", *pairs))
+                adding.append(pack(b"XDEL", self._names.lbs, entry_id))
+        added = await self._link.pipeline(b"".join(adding), len(adding))
+        if self._recorder is not None and adding:
+            self._recorder.ack_add_gap(len(adding) // 2, time.perf_counter() - start)
+        raise_first(acked)
+        raise_first(added)
+        counts = iter(acked)
+        return [ALIVE if lock in taken else int(next(counts)) for _, _, lock in entries]
 
 
 async def to_dlq(
@@ -123,3 +200,348 @@ async def discard(link: Link, names: Names, ids: Sequence[bytes]) -> None:
     """Acknowledges and deletes LBS entries that nobody needs any more."""
     packed = pack(b"XACK", names.lbs, names.group, *ids) + pack(b"XDEL", names.lbs, *ids)
     raise_first(await link.pipeline(packed, 2))
+
+
+class Tally:
+    """What became of the entries that were looked at."""
+
+    __slots__ = ("alive", "dead_letters", "requeued", "vanished")
+
+    def __init__(self) -> None:
+        self.requeued = self.alive = self.dead_letters = self.vanished = 0
+
+    def __iadd__(self, other: Tally) -> Tally:
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        return self
+
+
+class Recoverer:
+    """Recovers for all consumers of the service while it leads, and waits while another does."""
+
+    def __init__(
+        self,
+        link: Link,
+        names: Names,
+        consumer: str,
+        *,
+        heartbeat: float,
+        recovery: RecoveryConfig,
+        auto_claim: bool,
+        recorder: SafeRecorder | None,
+        logger: logging.Logger,
+    ) -> None:
+        self._link = link
+        self._names = names
+        self._consumer = consumer.encode()
+        self._ttl_ms = round(heartbeat * 1000)
+        self._recovery = recovery
+        self._auto_claim = auto_claim
+        self._recorder = recorder
+        self._logger = logger
+        self._put_back = PutBack(link, names, recorder, logger)
+        self._expired: dict[bytes, None] = {}
+        self._leading = False
+        self._known: dict[bytes, bytes] = {}  # sampled entries: id, lock
+
+    # --- from outside -------------------------------------------------------------------------
+
+    def expired(self, payload: LBSInfo) -> None:
+        """A lock expired: if it is ours to do so, its entry will be looked at."""
+        if self._leading and self._auto_claim and len(self._expired) < MAX_EXPIRED:
+            self._expired[payload.id_in_lbs.encode()] = None
+
+    async def claim(self, lbs_info: LBSInfo) -> None:
+        """Puts one entry back whose lock has expired. See `StreamClient.claim`."""
+        entry_id = lbs_info.id_in_lbs.encode()
+        if parse_id(entry_id) is None:
+            raise InvalidOption("lbs_info", lbs_info, "an id_in_lbs of the form <ms>-<seq>")
+        tally = await self._recover_ids([entry_id])
+        if not tally.requeued and not tally.dead_letters:
+            why = "its lock is held" if tally.alive else "another was first, or it is finished"
+            raise AlreadyClaimed(f"{lbs_info.data_stream_name!r} ({lbs_info.id_in_lbs}): {why}")
+
+    # --- leading ------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Tries to lead, and recovers while it does, until cancelled."""
+        backoff = Backoff(LEADERSHIP / 4, 5.0)
+        first = True
+        while True:
+            try:
+                if await self._try_to_lead():
+                    await self._lead(first)
+                    first = False
+                backoff.reset()
+                await asyncio.sleep(jittered(LEADERSHIP / 4, 0.5, random.random()))
+            except RelstreamError as error:
+                if not backoff.failures:
+                    self._logger.warning("recovery failed, trying again: %s", error)
+                await asyncio.sleep(backoff.failed())
+            finally:
+                self._leading = False
+                self._expired.clear()
+
+    async def resign(self) -> None:
+        """Lets another lead at once; for after `run` has ended."""
+        if await self._link.execute(b"GET", self._names.leader) == self._consumer:
+            await self._link.execute(b"DEL", self._names.leader)
+
+    async def _try_to_lead(self) -> bool:
+        try:
+            taken = await self._link.execute(
+                b"SET", self._names.leader, self._consumer, b"NX", b"PX", LEADERSHIP_MS
+            )
+        except ReplyError as error:
+            if error.code != "OOM":
+                raise
+            # Out of memory nobody can be chosen. Several that recover do no harm, none would.
+            return await self._link.execute(b"GET", self._names.leader) is None
+        return taken is not None
+
+    async def _still_leads(self) -> bool:
+        leader = await self._link.execute(b"GET", self._names.leader)
+        if leader is None:
+            return await self._try_to_lead()
+        if leader != self._consumer:
+            return False
+        return bool(await self._link.execute(b"PEXPIRE", self._names.leader, LEADERSHIP_MS))
+
+    async def _lead(self, first: bool) -> None:
+        """Recovers until leadership is lost; what fails in one part ends it, too."""
+        self._logger.info("this consumer recovers for the service now")
+        self._leading = True
+        parts = [self._keep_leading(), self._scan_for_ever(first), self._tidy_for_ever()]
+        if self._auto_claim:
+            parts.append(self._look_for_ever())
+        tasks = [asyncio.ensure_future(part) for part in parts]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _keep_leading(self) -> None:
+        while True:
+            if not await self._still_leads():
+                return
+            await asyncio.sleep(LEADERSHIP / 4)
+
+    async def _look_for_ever(self) -> None:
+        while True:
+            expired, self._expired = sorted(self._expired, key=_id_order), {}
+            for start in range(0, len(expired), self._recovery.batch_size):
+                await self._recover_ids(expired[start : start + self._recovery.batch_size])
+            await self._look()
+            await asyncio.sleep(LOOK_EVERY)
+
+    async def _tidy_for_ever(self) -> None:
+        while True:
+            await self._remove_dead_consumers()
+            await asyncio.sleep(REMOVE_EVERY)
+
+    async def _scan_for_ever(self, first: bool) -> None:
+        while True:
+            try:
+                await self._scan(first)
+                first = False
+            except ReplyError as error:
+                self._logger.warning("a scan broke off, the next one goes on: %s", error)
+            await asyncio.sleep(
+                jittered(self._recovery.reconciliation_interval, 0.1, random.random())
+            )
+
+    async def _scan(self, first: bool) -> None:
+        start = time.perf_counter()
+        success = False
+        tally = Tally()
+        try:
+            await self._walk(round(self._recovery.min_idle_time * 1000), tally)
+            success = True
+        finally:
+            if self._recorder is not None:
+                took = time.perf_counter() - start
+                if first:
+                    self._recorder.startup_recovery(success, tally.requeued, took)
+                self._recorder.reconciliation_scan(
+                    tally.requeued, tally.alive, tally.dead_letters, took
+                )
+
+    async def _walk(self, min_idle_ms: int, tally: Tally, consumer: bytes | None = None) -> None:
+        """Looks at all pending entries, or those of one consumer, page by page."""
+        size = self._recovery.batch_size
+        of_consumer = () if consumer is None else (consumer,)
+        start: bytes | None = b"-"
+        while start is not None:
+            page: PendingPage = await self._link.execute(
+                b"XPENDING", self._names.lbs, self._names.group, start, b"+", size, *of_consumer,
+                decode=PENDING,
+            )  # fmt: skip
+            start = b"(" + page[-1][0] if len(page) == size else None
+            ids = page.idle(min_idle_ms)
+            if ids:
+                tally += await self._recover(ids, await self._entries_of(ids, len(page)))
+
+    # --- deaths are looked for ----------------------------------------------------------------
+
+    async def _look(self) -> None:
+        """Looks at a few locks of every consumer; where one is free, at all that is pending for it.
+
+        Costs the server some us a consumer, however many streams it owns.
+        """
+        try:
+            rows = await self._link.execute(
+                b"XINFO", b"CONSUMERS", self._names.lbs, self._names.group
+            )
+        except ReplyError as error:
+            if error.code == "NOPERM":  # then events and scans have to do
+                return
+            raise
+        consumers = [row[b"name"] for row in map(_mapping, rows) if row[b"pending"]]
+        ask = Template(b"XPENDING", self._names.lbs, self._names.group, b"-", b"+", SAMPLE, ITEM)
+        pages: list[PendingPage] = raise_first(
+            await self._link.pipeline(ask.pack(consumers), len(consumers), decode=PENDING)
+        )
+        samples = [
+            (name, entry_id)
+            for name, page in zip(consumers, pages, strict=True)
+            for entry_id in page.idle(self._ttl_ms)  # younger ones may be about to be locked
+        ]
+        known = self._known
+        unknown = [entry_id for _, entry_id in samples if entry_id not in known]
+        unknown.sort(key=_id_order)
+        batches = await read_entries(self._link, self._names, unknown)
+        entries, _, _ = match(unknown, batches, INPUT_FIELD, SEPARATOR, orjson.loads)
+        known.update((entry.id, entry.lock_key) for entry in entries)
+        self._known = {entry_id: known[entry_id] for _, entry_id in samples if entry_id in known}
+        keys = list(self._known.values())
+        locks = dict(zip(self._known, await self._values(keys), strict=True))
+        # One without a known lock can't be read, or is gone.
+        suspects = {name for name, entry_id in samples if locks.get(entry_id) is None}
+        for name in suspects:
+            await self._walk(self._ttl_ms, Tally(), name)
+
+    async def _remove_dead_consumers(self) -> None:
+        """Removes consumers from the group that own nothing and have not been seen for long."""
+        try:
+            rows = await self._link.execute(
+                b"XINFO", b"CONSUMERS", self._names.lbs, self._names.group
+            )
+        except ReplyError as error:
+            if error.code in ("NOPERM", "NOGROUP"):
+                return
+            raise
+        names = [
+            row[b"name"]
+            for row in map(_mapping, rows)
+            # Every living consumer reads at least once a second.
+            if not row[b"pending"] and row[b"idle"] > REMOVE_AFTER * 1000
+        ]
+        calls = [([self._names.lbs], [self._names.group, name]) for name in names]
+        for name, reply in zip(names, await run(self._link, REMOVE_CONSUMER, calls), strict=True):
+            if reply == 1:
+                self._logger.info("removed consumer %s, not seen for an hour", name.decode())
+
+    # --- the steps ----------------------------------------------------------------------------
+
+    async def _recover_ids(self, ids: list[bytes]) -> Tally:
+        """Looks at these entries, in the order of ids, however long they were idle."""
+        batches = await read_entries(self._link, self._names, ids)
+        return await self._recover(ids, batches, surely_pending=False)
+
+    async def _entries_of(self, ids: list[bytes], page_size: int) -> list[Batch]:
+        """The entries of ids that all come from one page. Mostly that is nearly one range."""
+        if 4 * len(ids) < page_size:
+            return await read_entries(self._link, self._names, ids)
+        batches: list[Batch] = []
+        start: bytes | None = ids[0]
+        size = self._recovery.batch_size
+        while start is not None:
+            batch: Batch = await self._link.execute(
+                b"XRANGE", self._names.lbs, start, ids[-1], b"COUNT", size, decode=ENTRIES
+            )
+            batches.append(batch)
+            start = b"(" + batch.id(-1) if len(batch) == size else None
+        return batches
+
+    async def _values(self, keys: list[bytes]) -> list[bytes | None]:
+        if not keys:
+            return []
+        ask = Template(b"GET", ITEM)
+        values: list[bytes | None] = raise_first(
+            await self._link.pipeline(ask.pack(keys), len(keys))
+        )
+        return values
+
+    async def _recover(
+        self, ids: list[bytes], batches: list[Batch], *, surely_pending: bool = True
+    ) -> Tally:
+        """The steps of recovery, for these entries."""
+        tally = Tally()
+        entries, bad, gone = match(ids, batches, INPUT_FIELD, SEPARATOR, orjson.loads)
+        if gone:
+            await discard(self._link, self._names, gone)
+            tally.vanished = len(gone)
+        letters: list[Letter] = [(None, entry_id, pairs) for entry_id, pairs, _ in bad]
+        tally.dead_letters += await self._bury(letters, UNPARSEABLE, surely_pending)
+        free = unlocked(entries, await self._values(lock_keys(entries)))
+        tally.alive = len(entries) - len(free)
+        if tally.alive and self._recorder is not None:
+            self._recorder.alive_skip(tally.alive)
+        letters = []
+        returning: list[Entry] = []
+        calls: list[Returning] = []
+        for entry in free:
+            pairs = entry.pairs()
+            retries = retry_count(pairs) + 1
+            pairs = replace_fields(pairs, {RETRY_FIELD: b"%d" % retries})
+            if retries > self._recovery.max_retries:
+                letters.append((entry.data_stream_name, entry.id, pairs))
+            else:
+                returning.append(entry)
+                calls.append((entry.id, pairs, entry.lock_key))
+        tally.dead_letters += await self._bury(letters, MAX_RETRIES, surely_pending)
+        outcomes = await self._put_back.put(calls) if calls else []
+        tally.requeued = outcomes.count(PUT)
+        tally.alive += outcomes.count(ALIVE)
+        if self._recorder is not None:
+            for entry, outcome in zip(returning, outcomes, strict=True):
+                self._recorder.requeue(entry.data_stream_name, outcome == PUT)
+        return tally
+
+    async def _bury(self, letters: list[Letter], reason: bytes, surely_pending: bool) -> int:
+        if letters and not surely_pending:
+            ask = Template(b"XPENDING", self._names.lbs, self._names.group, ITEM, ITEM, 1)
+            ids = [entry_id for _, entry_id, _ in letters]
+            pages = await self._link.pipeline(ask.pack(ids), len(ids), decode=PENDING)
+            letters = [
+                letter for letter, page in zip(letters, raise_first(pages), strict=True) if page
+            ]
+        if not letters:
+            return 0
+        moving = [(entry_id, pairs) for _, entry_id, pairs in letters]
+        try:
+            await to_dlq(self._link, self._names, self._recovery.dlq_max_len, moving, reason)
+        except ReplyError as error:
+            self._logger.error(
+                "%d entries stay pending, as the dead-letter stream %s can't be written: %s",
+                len(letters), self._names.dlq.decode(), error,
+            )  # fmt: skip
+            return 0
+        self._logger.warning("%d entries became dead letters: %s", len(letters), reason.decode())
+        if self._recorder is not None:
+            for stream, _, _ in letters:
+                self._recorder.dlq_routing(stream, reason.decode())
+        return len(letters)
+
+
+def _mapping(row: Any) -> dict[bytes, Any]:
+    """A row of XINFO: RESP3 gives a map, RESP2 names and values in turn."""
+    return row if isinstance(row, dict) else dict(zip(row[::2], row[1::2], strict=True))
+
+
+def _id_order(entry_id: bytes) -> tuple[int, int]:
+    return parse_id(entry_id) or (0, 0)

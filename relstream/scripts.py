@@ -59,27 +59,45 @@ end
 return others
 """)
 
-# KEYS: the load balancer stream; ARGV: group, then for each entry its id, how many arguments its
-# fields are, and these. An entry is added again only if it was pending until now, all in one step:
-# there is no moment at which a crash could lose it. Returns for each 1 (put back), 0 (was not
-# pending) or -1: more fields than Lua can pass on, which it must not find out after the XACK.
+# KEYS: the load balancer stream, then, if they shall be free, the lock of each entry; ARGV: group,
+# then for each entry its id, how many arguments its fields are, and these. An entry is added again
+# only if nobody holds its lock and it was pending until now, all in one step: there is no moment at
+# which a crash could lose it. Returns for each 1 (put back), 0 (was not pending), 2 (locked) or -1:
+# more fields than Lua can pass on, which it must not find out after the XACK.
 PUT_BACK = Script("""\
-local won = {}
-local i = 2
+local locks = #KEYS > 1 and redis.call('MGET', unpack(KEYS, 2)) or {}
+local outcome, won = {}, {}
+local i, n = 2, 0
 while i <= #ARGV do
+  n = n + 1
   local id, size = ARGV[i], tonumber(ARGV[i + 1])
-  local acked = -1
-  if size < 7000 then
-    acked = redis.call('XACK', KEYS[1], ARGV[1], id)
-  end
-  won[#won + 1] = acked
-  if acked == 1 then
-    redis.call('XADD', KEYS[1], '*', unpack(ARGV, i + 2, i + 1 + size))
-    redis.call('XDEL', KEYS[1], id)
+  if locks[n] then
+    outcome[n] = 2
+  elseif size >= 7000 then
+    outcome[n] = -1
+  else
+    outcome[n] = redis.call('XACK', KEYS[1], ARGV[1], id)
+    if outcome[n] == 1 then
+      redis.call('XADD', KEYS[1], '*', unpack(ARGV, i + 2, i + 1 + size))
+      won[#won + 1] = id
+    end
   end
   i = i + 2 + size
 end
-return won
+if #won > 0 then
+  redis.call('XDEL', KEYS[1], unpack(won))
+end
+return outcome
+""")
+
+# KEYS: the load balancer stream; ARGV: group, consumer, ms for which it must not have been seen.
+# Removes a consumer from the group, if nothing is pending for it. Returns 1 if it did.
+REMOVE_CONSUMER = Script("""\
+if #redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 1, ARGV[2]) > 0 then
+  return 0
+end
+redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2])
+return 1
 """)
 
 

@@ -14,6 +14,8 @@ cdef class Entry:
     cdef public bint ended        # no longer owned: finished, handed over or lost
     cdef readonly Py_ssize_t cost # size of the announcement, in bytes
     cdef Id _id
+    cdef Batch _batch             # where its fields are, for one that may have to be put back
+    cdef int64_t _index
 
     @property
     def id(self):
@@ -26,6 +28,10 @@ cdef class Entry:
         cdef char text[41]
         cdef char* start = _write_id_before(text + 41, self._id)
         return PyUnicode_DecodeASCII(start, text + 41 - start, NULL)
+
+    def pairs(self):
+        """All its fields, name, value, …; only for what `match` returned."""
+        return self._batch.pairs(self._index)
 
     def __repr__(self):
         return f"<Entry {self.data_stream_name!r} {self.id_in_lbs}>"
@@ -56,6 +62,43 @@ cdef bytes _lock_key(str name, bytes separator, Id id):
     return key
 
 
+cdef object _announcement(Batch batch, int64_t index, bytes field, bytes separator, loads):
+    """What an entry announces, as an `Entry`; or, as text, why it announces nothing."""
+    cdef Located* located = &batch._at[index]
+    cdef bytes raw = batch._value(located, field)
+    cdef dict message
+    cdef Entry entry
+    if raw is None:
+        return f"no field {field.decode()}"
+    try:
+        decoded = loads(raw)
+    except ValueError as error:
+        return f"not JSON: {error}"
+    if type(decoded) is not dict:
+        return f"expected a JSON object, got {type(decoded).__name__}"
+    message = <dict>decoded
+    name = message.get("DataStreamName")
+    info = message.get("Info")
+    if len(message) != 2 or name is None or (info is None and "Info" not in message):
+        name, info = _loosely(message)
+    if type(name) is not str or not name:
+        # Not its text: what is nested deeply enough can't be printed.
+        shown = "empty" if name == "" else f"of type {type(name).__name__}"
+        return f"DataStreamName is {shown}, expected a name"
+    if info is not None and type(info) is not dict:
+        return f"Info is of type {type(info).__name__}, expected an object"
+    entry = Entry.__new__(Entry)
+    entry.data_stream_name = name
+    entry.info = info
+    entry.cost = PyBytes_GET_SIZE(raw)
+    entry._id = located.id
+    try:
+        entry.lock_key = _lock_key(<str>name, separator, located.id)
+    except UnicodeEncodeError as error:  # some JSON decoders let lone surrogates pass
+        return f"DataStreamName is not text: {error}"
+    return entry
+
+
 def announcements(Batch batch not None, bytes field not None, bytes separator not None, loads):
     """Decodes entries of the load balancer stream.
 
@@ -64,53 +107,71 @@ def announcements(Batch batch not None, bytes field not None, bytes separator no
     ValueError for what is none.
     """
     cdef list entries = [], unparseable = [], gone = []
-    cdef Entry entry
-    cdef Located* located
     cdef int64_t i
-    cdef bytes raw
-    cdef dict message
     for i in range(batch._n):
-        located = &batch._at[i]
-        if located.pairs < 0:
-            gone.append(_id_bytes(located.id))
+        if batch._at[i].pairs < 0:
+            gone.append(_id_bytes(batch._at[i].id))
             continue
-        raw = batch._value(located, field)
-        if raw is None:
-            unparseable.append((i, f"no field {field.decode()}"))
-            continue
-        try:
-            decoded = loads(raw)
-        except ValueError as error:
-            unparseable.append((i, f"not JSON: {error}"))
-            continue
-        if type(decoded) is not dict:
-            unparseable.append((i, f"expected a JSON object, got {type(decoded).__name__}"))
-            continue
-        message = <dict>decoded
-        name = message.get("DataStreamName")
-        info = message.get("Info")
-        if len(message) != 2 or name is None or (info is None and "Info" not in message):
-            name, info = _loosely(message)
-        if type(name) is not str or not name:
-            # Not its text: what is nested deeply enough can't be printed.
-            shown = "empty" if name == "" else f"of type {type(name).__name__}"
-            unparseable.append((i, f"DataStreamName is {shown}, expected a name"))
-            continue
-        if info is not None and type(info) is not dict:
-            unparseable.append((i, f"Info is of type {type(info).__name__}, expected an object"))
-            continue
-        entry = Entry.__new__(Entry)
-        entry.data_stream_name = name
-        entry.info = info
-        entry.cost = PyBytes_GET_SIZE(raw)
-        entry._id = located.id
-        try:
-            entry.lock_key = _lock_key(<str>name, separator, located.id)
-        except UnicodeEncodeError as error:  # some JSON decoders let lone surrogates pass
-            unparseable.append((i, f"DataStreamName is not text: {error}"))
-            continue
-        entries.append(entry)
+        made = _announcement(batch, i, field, separator, loads)
+        if type(made) is Entry:
+            entries.append(made)
+        else:
+            unparseable.append((i, made))
     return entries, unparseable, gone
+
+
+def match(
+    list ids not None, list batches not None, bytes field not None, bytes separator not None, loads
+):
+    """Finds the entries of pending ones by their ids, both in the order of ids.
+
+    `batches` may hold other entries, too. Returns `(entries, unparseable, gone)`: the good ones as
+    `Entry`, able to tell their `pairs()`; `(id, pairs, reason)` of those that announce nothing; the
+    ids of those that exist no more.
+    """
+    cdef list entries = [], unparseable = [], gone = []
+    cdef Batch batch = None
+    cdef Entry entry
+    cdef Id wanted
+    cdef int64_t at = 0, number = 0
+    cdef int order
+    cdef bytes text
+    for text in ids:
+        if not _parse_id(PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text), &wanted):
+            raise ValueError(f"{text!r}: expected the id of an entry")
+        order = 1
+        while True:
+            if batch is None or at == batch._n:
+                if number == len(batches):
+                    order = 1
+                    break
+                batch = batches[number]
+                number += 1
+                at = 0
+                continue
+            order = _compare(batch._at[at].id, wanted)
+            if order >= 0:
+                break
+            at += 1
+        if order != 0:
+            gone.append(text)
+            continue
+        made = _announcement(batch, at, field, separator, loads)
+        if type(made) is Entry:
+            entry = made
+            entry._batch = batch
+            entry._index = at
+            entries.append(entry)
+        else:
+            unparseable.append((text, batch.pairs(at), made))
+    return entries, unparseable, gone
+
+
+def unlocked(list entries not None, list values not None):
+    """Those entries whose locks, `values` in the same order, nobody holds."""
+    if len(entries) != len(values):
+        raise ValueError(f"{len(values)} locks of {len(entries)} entries")
+    return [entry for entry, value in zip(entries, values) if value is None]
 
 
 def grant(list entries not None, list replies not None, dict owned not None):

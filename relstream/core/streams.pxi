@@ -307,6 +307,13 @@ cdef class PendingPage:
     def __len__(self):
         return self._n
 
+    def idle(self, int64_t min_idle_ms):
+        """The ids of entries that were delivered at least `min_idle_ms` ago."""
+        cdef int64_t i
+        return [
+            _id_bytes(self._at[i].id) for i in range(self._n) if self._at[i].idle_ms >= min_idle_ms
+        ]
+
     @cython.boundscheck(True)  # `consumers` is the application's to change
     def __getitem__(self, Py_ssize_t index):
         """`(id, consumer, idle time in ms, deliveries)` of one pending entry."""

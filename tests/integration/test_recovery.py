@@ -1,0 +1,172 @@
+"""Streams of dead owners come back; those of living ones stay; what can't be served is buried."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from helpers import SEPARATOR, eventually, names, nothing_comes, take
+
+from relstream import AlreadyClaimed, InvalidOption, LBSInfo, RecoveryConfig
+
+SCAN_ONLY = RecoveryConfig(reconciliation_interval=0.3, min_idle_time=0.2, batch_size=50)
+
+
+def orphan(service, count, *, consumer="ghost", **fields):
+    """Streams that were read by a consumer that died before it could do anything with them."""
+    first = len(service.entries())
+    for i in range(first, first + count):
+        service.announce(f"s{i}", **fields)
+    if not service.redis.exists(service.lbs) or not service.redis.xinfo_groups(service.lbs):
+        service.redis.xgroup_create(service.lbs, service.group, "0", mkstream=True)
+    service.redis.xreadgroup(service.group, consumer, {service.lbs: ">"}, count=count)
+    return service.pending(consumer)
+
+
+def retries(service):
+    return [fields.get(b"_retry_count") for _, fields in service.redis.xrange(service.lbs)]
+
+
+async def test_orphans_are_found_by_the_scan_alone(consumer, service):
+    orphan(service, 120)
+    notes = await consumer(auto_claim=False, recovery=SCAN_ONLY).init()
+    assert sorted(names(await take(notes, 120))) == sorted(f"s{i}" for i in range(120))
+    assert set(retries(service)) == {b"1"}
+    assert service.pending("ghost") == []
+    await nothing_comes(notes, 0.5)
+
+
+async def test_orphans_are_found_by_looking_before_any_scan(consumer, service):
+    orphan(service, 120)
+    notes = await consumer().init()  # its scans look at what was idle for 30 s only
+    assert len(await take(notes, 120)) == 120
+    await nothing_comes(notes, 0.5)
+
+
+async def test_slow_but_living_owners_are_left_alone_however_many_stand_before(consumer, service):
+    living = orphan(service, 60, consumer="slow")
+    for i, entry_id in enumerate(living):
+        service.redis.set(f"s{i}{SEPARATOR}{entry_id}", "slow")
+    dead = orphan(service, 10)
+    notes = await consumer(recovery=SCAN_ONLY).init()
+    got = await take(notes, 10)
+    assert sorted(names(got)) == sorted(f"s{i}" for i in range(60, 70))
+    assert not {n.payload.id_in_lbs for n in got} & set(dead)
+    await nothing_comes(notes, 1.0)
+    assert service.pending("slow") == living
+
+
+async def test_too_many_retries_make_a_dead_letter(consumer, service):
+    (entry_id,) = orphan(service, 1, _retry_count="3", other="kept")
+    notes = await consumer(recovery=SCAN_ONLY).init()
+    await eventually(lambda: service.redis.xlen(service.dlq))
+    ((_, letter),) = service.redis.xrange(service.dlq)
+    assert letter[b"_retry_count"] == b"4"
+    assert letter[b"_dlq_reason"] == b"max_retries_exceeded"
+    assert letter[b"_source_id"] == entry_id.encode()
+    assert letter[b"other"] == b"kept"
+    assert (service.entries(), service.pending()) == ([], [])
+    await nothing_comes(notes, 0.3)
+
+
+@pytest.mark.parametrize("count", ["", "x", "-5", "1.5"])
+async def test_a_malformed_retry_count_reads_as_none(consumer, service, count):
+    orphan(service, 1, _retry_count=count)
+    await take(await consumer(recovery=SCAN_ONLY).init(), 1)
+    assert retries(service) == [b"1"]
+
+
+async def test_no_retries_at_all(consumer, service):
+    orphan(service, 3)
+    none = RecoveryConfig(reconciliation_interval=0.3, min_idle_time=0.2, max_retries=0)
+    await consumer(recovery=none).init()
+    await eventually(lambda: service.redis.xlen(service.dlq) == 3)
+    assert service.entries() == []
+
+
+async def test_an_unwritable_dead_letter_stream_loses_nothing(consumer, service):
+    service.redis.set(service.dlq, "in the way")
+    ids = orphan(service, 1, _retry_count="3")
+    orphan(service, 1)
+    notes = await consumer(recovery=SCAN_ONLY).init()
+    assert names(await take(notes, 1)) == ["s1"]
+    await asyncio.sleep(0.5)
+    assert service.pending("ghost") == ids
+    service.redis.delete(service.dlq)
+    await eventually(lambda: service.redis.xlen(service.dlq) == 1)
+
+
+async def test_what_vanished_is_acknowledged(consumer, service):
+    ids = orphan(service, 3)
+    service.redis.xdel(service.lbs, ids[1])
+    notes = await consumer(recovery=SCAN_ONLY).init()
+    assert sorted(names(await take(notes, 2))) == ["s0", "s2"]
+    assert service.pending("ghost") == []
+
+
+async def test_claim_puts_back_what_is_free(consumer, service):
+    client = consumer(auto_claim=False)
+    (entry_id,) = orphan(service, 1)
+    notes = await client.init()
+    await client.claim(LBSInfo("s0", entry_id))
+    (got,) = await take(notes, 1)
+    assert got.payload.id_in_lbs > entry_id
+    with pytest.raises(AlreadyClaimed, match="finished"):
+        await client.claim(LBSInfo("s0", entry_id))
+    with pytest.raises(AlreadyClaimed, match="lock is held"):
+        await client.claim(got.payload)
+    with pytest.raises(InvalidOption):
+        await client.claim(LBSInfo("s0", "nonsense"))
+
+
+async def test_several_claims_at_once_put_back_once(consumer, service):
+    clients = [consumer(f"c{i}", auto_claim=False, max_streams=1) for i in range(3)]
+    (entry_id,) = orphan(service, 1)
+    for client in clients:
+        await client.init()
+    outcomes = await asyncio.gather(
+        *[c.claim(LBSInfo("s0", entry_id)) for c in clients * 5], return_exceptions=True
+    )
+    assert sorted(type(outcome).__name__ for outcome in outcomes) == (
+        ["AlreadyClaimed"] * 14 + ["NoneType"]
+    )
+    assert len(service.entries()) == 1
+
+
+async def test_one_leads_and_another_follows(consumer, service):
+    clients = [consumer(f"c{i}") for i in range(3)]
+    for client in clients:
+        await client.init()
+    key = "svc-input-reconciler"
+    await eventually(lambda: service.redis.get(key))
+    leader = service.redis.get(key).decode()
+    await asyncio.sleep(1.5)
+    assert service.redis.get(key).decode() == leader
+    await next(client for client in clients if client.id == leader).aclose()
+    await eventually(lambda: service.redis.get(key) not in (None, leader.encode()), 2)
+
+
+async def test_scripts_forbidden_by_acl(consumer, service, redis_url):
+    service.redis.acl_setuser(
+        "noscripts", enabled=True, nopass=True, keys=["*"], channels=["*"],
+        commands=["+@all", "-@scripting"],
+    )  # fmt: skip
+    living = orphan(service, 5, consumer="slow")
+    for i, entry_id in enumerate(living):
+        service.redis.set(f"s{i}{SEPARATOR}{entry_id}", "slow")
+    orphan(service, 30)
+    url = redis_url.replace("://", "://noscripts:x@")
+    notes = await consumer(url=url, recovery=SCAN_ONLY).init()
+    assert len(await take(notes, 30)) == 30
+    await nothing_comes(notes, 0.5)
+    assert service.pending("slow") == living
+
+
+async def test_recovery_goes_on_out_of_memory(consumer, service):
+    orphan(service, 20)
+    notes = await consumer(recovery=SCAN_ONLY).init()
+    service.redis.config_set("maxmemory", 1)
+    await eventually(lambda: not service.pending("ghost"))
+    assert len(service.entries()) == 20
+    service.redis.config_set("maxmemory", 0)
+    assert len(await take(notes, 20)) == 20
