@@ -2,6 +2,7 @@
 
 from relstream.client import StreamClient
 from relstream.config import ClusterMode, RecoveryConfig, RetryConfig
+from relstream.dead_letters import DeadLetter, DeadLetters
 from relstream.errors import (
     AlreadyClaimed,
     AuthenticationFailed,
@@ -40,6 +41,8 @@ __all__ = [
     "ConnectionFailed",
     "ConnectionLost",
     "ConsumerIdMissing",
+    "DeadLetter",
+    "DeadLetters",
     "DeadlineExceeded",
     "InvalidOption",
     "KeyspaceSetupFailed",

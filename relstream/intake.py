@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
@@ -48,7 +49,7 @@ class Intake:
         *,
         notifications: Notifications,
         owned: Callable[[], int],
-        take: Callable[[list[Entry]], Awaitable[tuple[list[Entry], ReplyError | None]]],
+        take: Callable[[list[Entry], float], Awaitable[tuple[list[Entry], ReplyError | None]]],
         strays: Callable[[], Awaitable[list[bytes]]],
         max_streams: int | None,
         retry: RetryConfig,
@@ -191,6 +192,7 @@ class Intake:
             await self._adopt(room)
             return
         count = min(room, self._count)
+        asked_at = asyncio.get_running_loop().time()
         batches = await self._read(protocol, count)
         if not batches:
             await self._settle()
@@ -201,10 +203,10 @@ class Intake:
         self._in_hand += len(batch)
         if len(batch) == count:
             # There is more: it is read while these are being locked.
-            self._taking.append(asyncio.ensure_future(self._take(batches)))
+            self._taking.append(asyncio.ensure_future(self._take(batches, asked_at)))
         else:
             await self._settle()
-            await self._take(batches)
+            await self._take(batches, asked_at)
 
     async def _settle(self) -> None:
         """Waits for the batches that are being locked."""
@@ -229,7 +231,7 @@ class Intake:
         batches: list[Batch] = reply
         return batches
 
-    async def _take(self, batches: list[Batch]) -> None:
+    async def _take(self, batches: list[Batch], asked_at: float) -> None:
         """Locks the entries of these batches, and tells of those that are owned now."""
         try:
             entries: list[Entry] = []
@@ -242,7 +244,7 @@ class Intake:
                     await self._bury(batch, bad)
             refusal = None
             if entries:
-                new, refusal = await self._take_leases(entries)
+                new, refusal = await self._take_leases(entries, asked_at)
                 self._notifications.added(new)
             if gone:
                 await discard(self._link, self._names, gone)
@@ -262,7 +264,7 @@ class Intake:
         if gone:
             await discard(self._link, self._names, gone)
         self._in_hand += sum(map(len, batches))
-        await self._take(batches)
+        await self._take(batches, -math.inf)
 
     async def _bury(self, batch: Batch, bad: list[tuple[int, str]]) -> None:
         """Moves what announces nothing to the dead-letter stream; tells of it once a batch."""

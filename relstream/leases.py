@@ -14,7 +14,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from relstream._core import ITEM, PENDING, Audit, Entry, Template, forget, grant, lock_keys
+from relstream._core import (
+    ITEM,
+    PENDING,
+    Audit,
+    Entry,
+    Template,
+    entry_ids,
+    forget,
+    grant,
+    lock_keys,
+)
 from relstream.errors import RelstreamError, ReplyError
 from relstream.lbs import SEPARATOR, Names, split_lock_key
 from relstream.net.connection import Backoff, Endpoint, Link, raise_first
@@ -31,6 +41,9 @@ if TYPE_CHECKING:
 
 # Locks renewed, and pending entries compared, between two looks at what else there is to do.
 WINDOW = 1000
+# Seconds after which what a read returned may have been recovered by others before it was locked: a
+# read takes a second at most.
+DOUBTFUL_AFTER = 1.25
 # The part of the renewal period over which its windows are spread, so that the server can serve
 # others in between; the rest of the period is reserve.
 SPREAD = 0.5
@@ -368,15 +381,20 @@ class Leases:
         """The first entry of every owned stream."""
         return list(self._owned.values())
 
-    async def take(self, entries: list[Entry]) -> tuple[list[Entry], ReplyError | None]:
+    async def take(
+        self, entries: list[Entry], asked_at: float
+    ) -> tuple[list[Entry], ReplyError | None]:
         """Locks entries just read; those that bring a new stream are returned.
 
         An entry whose lock somebody holds stays pending, and so do all that the server refused: the
-        error that is returned is the last of these refusals.
+        error that is returned is the last of these refusals. `asked_at` is when the read was sent
+        (loop time): if that is long ago, others may have recovered the entries in the meantime.
         """
         start = time.perf_counter()
         keys = lock_keys(entries)
         replies = await self._locks.acquire(keys)
+        if asyncio.get_running_loop().time() - asked_at > DOUBTFUL_AFTER:
+            replies = await self._confirmed(entries, keys, replies)
         new, locked, refusal = grant(entries, replies, self._owned)
         if locked:
             self._keeper.add(locked)
@@ -385,6 +403,24 @@ class Leases:
             for entry, reply in zip(entries, replies, strict=True):
                 self._recorder.lock_acquisition(entry.data_stream_name, reply == b"OK", took)
         return new, refusal
+
+    async def _confirmed(
+        self, entries: list[Entry], keys: list[bytes], replies: list[Any]
+    ) -> list[Any]:
+        """`replies`, but None for entries that were not pending for us any more once locked."""
+        ids = entry_ids(entries)
+        still = await pending_for(self._link, self._names, self._consumer, keys, ids)
+        late = [
+            key
+            for key, reply in zip(keys, replies, strict=True)
+            if reply == b"OK" and key not in still
+        ]
+        if late:
+            await self._locks.release(late)
+        return [
+            None if reply == b"OK" and key not in still else reply
+            for key, reply in zip(keys, replies, strict=True)
+        ]
 
     def drop(self, heads: list[Entry]) -> None:
         """The streams of these first entries are owned no more."""

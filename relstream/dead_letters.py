@@ -1,0 +1,169 @@
+"""The operator's side of the dead-letter stream: look, replay, purge."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import orjson
+
+from relstream._core import ENTRIES, Batch, Entry, announcements, pack, parse_id
+from relstream.errors import ClientClosed, InvalidOption
+from relstream.lbs import (
+    DLQ_REASON_FIELD,
+    INPUT_FIELD,
+    RETRY_FIELD,
+    SEPARATOR,
+    SOURCE_FIELD,
+    Names,
+    replace_fields,
+    retry_count,
+)
+from relstream.net.connection import Link, endpoint_of, raise_first
+
+if TYPE_CHECKING:
+    import redis.asyncio
+
+__all__ = ["DeadLetter", "DeadLetters"]
+
+PAGE = 100
+
+
+class DeadLetter(NamedTuple):
+    """An entry that could not be served."""
+
+    id: str
+    """Its id in the dead-letter stream."""
+    source_id: str
+    """The id it had in the load balancer stream; empty where the Go client put it there."""
+    reason: str
+    """`max_retries_exceeded` or `unparseable`."""
+    retry_count: int
+    data_stream_name: str | None
+    """None where it announces none."""
+    info: dict[str, Any] | None
+    fields: dict[bytes, bytes]
+    """All its fields, as they are."""
+
+
+class DeadLetters:
+    """The dead letters of a service.
+
+    Args:
+        redis: a URL or a ready client, as for `StreamClient`.
+        service_name: the service.
+        dlq_stream: the key of its dead-letter stream; `<service>-input-dlq` unless given.
+
+    Raises:
+        InvalidOption: for a URL or a name that can't be.
+    """
+
+    def __init__(
+        self, redis: str | redis.asyncio.Redis, service_name: str, *, dlq_stream: str | None = None
+    ) -> None:
+        self._names = Names.of(service_name, dlq_stream)
+        self._link = Link(endpoint_of(redis).named("dead-letters"))
+        self._closed = False
+
+    async def __aiter__(self) -> AsyncIterator[DeadLetter]:
+        """All dead letters, oldest first, read by pages (XRANGE)."""
+        async for batch in self._pages():
+            entries, _, _ = announcements(batch, INPUT_FIELD, SEPARATOR, orjson.loads)
+            named = {entry.id: entry for entry in entries}
+            for index in range(len(batch)):
+                yield _letter(batch, index, named.get(batch.id(index)))
+
+    async def replay(self, ids: Iterable[str] | None = None) -> int:
+        """Announces dead letters (all of them unless `ids` are given) anew, their retries at 0.
+
+        Returns how many. Each is added to the load balancer stream before it is deleted here: when
+        this is interrupted, one may be announced twice and none is lost. What comes in meanwhile is
+        left for the next time.
+        """
+        replayed = 0
+        async for batch in self._chosen(ids):
+            adding = []
+            for index in range(len(batch)):
+                pairs = replace_fields(batch.pairs(index) or [], {RETRY_FIELD: b"0"})
+                kept = [
+                    part
+                    for name, value in zip(pairs[::2], pairs[1::2], strict=True)
+                    if name not in (DLQ_REASON_FIELD, SOURCE_FIELD)
+                    for part in (name, value)
+                ]
+                adding.append(pack(b"XADD", self._names.lbs, b"*", *kept))
+            raise_first(await self._link.pipeline(b"".join(adding), len(adding)))
+            await self._link.execute(b"XDEL", self._names.dlq, *batch.ids())
+            replayed += len(batch)
+        return replayed
+
+    async def purge(self, ids: Iterable[str] | None = None) -> int:
+        """Deletes dead letters, all that are there now unless `ids` are given; returns how many."""
+        purged = 0
+        async for batch in self._chosen(ids):
+            purged += await self._link.execute(b"XDEL", self._names.dlq, *batch.ids())
+        return purged
+
+    async def _chosen(self, ids: Iterable[str] | None) -> AsyncIterator[Batch]:
+        if ids is None:
+            async for page in self._pages():
+                yield page
+            return
+        wanted = [entry_id.encode() for entry_id in ids]
+        for entry_id in wanted:
+            if parse_id(entry_id) is None:
+                raise InvalidOption("ids", entry_id.decode(), "ids of the form <ms>-<seq>")
+        for entry_id in wanted:
+            batch: Batch = await self._range(entry_id, entry_id)
+            if len(batch):
+                yield batch
+
+    async def _pages(self) -> AsyncIterator[Batch]:
+        newest = await self._execute(b"XREVRANGE", self._names.dlq, b"+", b"-", b"COUNT", 1)
+        start = b"-"
+        while len(newest):
+            batch = await self._range(start, newest.id(0))
+            if not len(batch):
+                return
+            yield batch
+            start = b"(" + batch.id(-1)
+
+    async def _range(self, start: bytes, end: bytes) -> Batch:
+        return await self._execute(b"XRANGE", self._names.dlq, start, end, b"COUNT", PAGE)
+
+    async def _execute(self, *args: bytes | int) -> Batch:
+        if self._closed:
+            raise ClientClosed("these DeadLetters were closed")
+        batch: Batch = await self._link.execute(*args, decode=ENTRIES)
+        return batch
+
+    async def aclose(self) -> None:
+        """Closes the connection."""
+        self._closed = True
+        await self._link.close()
+
+    async def __aenter__(self) -> DeadLetters:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+
+def _letter(batch: Batch, index: int, named: Entry | None) -> DeadLetter:
+    pairs = batch.pairs(index) or []
+    fields = batch.fields(index) or {}
+    return DeadLetter(
+        id=batch.id(index).decode(),
+        source_id=fields.get(SOURCE_FIELD, b"").decode(errors="replace"),
+        reason=fields.get(DLQ_REASON_FIELD, b"").decode(errors="replace"),
+        retry_count=retry_count(pairs),
+        data_stream_name=named.data_stream_name if named else None,
+        info=named.info if named else None,
+        fields=fields,
+    )

@@ -1,0 +1,80 @@
+"""Dead letters: looked at, replayed, purged."""
+
+from __future__ import annotations
+
+import pytest
+from helpers import names, take
+
+from relstream import ClientClosed, DeadLetters, InvalidOption
+
+
+def bury(service, count):
+    return [
+        service.redis.xadd(
+            service.dlq,
+            {
+                "lbs-input": f'{{"DataStreamName":"s{i}","Info":{{"n":{i}}}}}',
+                "other": "kept",
+                "_retry_count": "4",
+                "_dlq_reason": "max_retries_exceeded",
+                "_source_id": f"1-{i}",
+            },
+        ).decode()
+        for i in range(count)
+    ]
+
+
+async def test_letters_are_listed_with_all_that_is_known(service, redis_url):
+    ids = bury(service, 250)
+    odd = service.redis.xadd(service.dlq, {"x": b"\xff", "_dlq_reason": "unparseable"}).decode()
+    async with DeadLetters(redis_url, "svc") as letters:
+        listed = [letter async for letter in letters]
+    assert [letter.id for letter in listed] == [*ids, odd]
+    assert listed[7][1:6] == ("1-7", "max_retries_exceeded", 4, "s7", {"n": 7})
+    assert listed[7].fields[b"other"] == b"kept"
+    assert listed[-1][1:6] == ("", "unparseable", 0, None, None)
+
+
+async def test_replay_announces_anew_with_no_retries(consumer, service, redis_url):
+    bury(service, 250)
+    async with DeadLetters(redis_url, "svc") as letters:
+        assert await letters.replay() == 250
+        assert await letters.replay() == 0
+    assert service.redis.xlen(service.dlq) == 0
+    ((_, fields), *_) = service.redis.xrange(service.lbs)
+    assert fields == {
+        b"lbs-input": b'{"DataStreamName":"s0","Info":{"n":0}}',
+        b"other": b"kept",
+        b"_retry_count": b"0",
+    }
+    notes = await consumer().init()
+    assert sorted(names(await take(notes, 250))) == sorted(f"s{i}" for i in range(250))
+
+
+async def test_some_are_replayed_and_some_purged(service, redis_url):
+    ids = bury(service, 4)
+    async with DeadLetters(redis_url, "svc") as letters:
+        assert await letters.replay([ids[1], "9-9"]) == 1
+        assert await letters.purge([ids[0]]) == 1
+        assert [letter.id async for letter in letters] == ids[2:]
+        with pytest.raises(InvalidOption, match="<ms>-<seq>"):
+            await letters.purge([ids[2], "nonsense"])
+        assert await letters.purge() == 2
+    assert len(service.entries()) == 1
+    with pytest.raises(ClientClosed):
+        await letters.purge()
+
+
+async def test_a_replay_that_is_refused_loses_nothing(service, redis_url):
+    bury(service, 3)
+    service.redis.set(service.lbs, "in the way")
+    async with DeadLetters(redis_url, "svc") as letters:
+        with pytest.raises(Exception, match="WRONGTYPE"):
+            await letters.replay()
+    assert service.redis.xlen(service.dlq) == 3
+
+
+async def test_another_stream_may_be_named(service, redis_url):
+    service.redis.xadd("elsewhere", {"x": "y"})
+    async with DeadLetters(redis_url, "svc", dlq_stream="elsewhere") as letters:
+        assert len([letter async for letter in letters]) == 1
