@@ -138,6 +138,8 @@ class StreamClient:
         )
         self._tasks: dict[asyncio.Task[None], str] = {}
         self._opened = False
+        self._ready = False
+        self._terminated = False
         self._closing: asyncio.Task[None] | None = None
         self._link = Link(endpoint.named(f"{self._consumer}:command"))
         self._reading = Link(endpoint.named(f"{self._consumer}:read"))
@@ -164,6 +166,7 @@ class StreamClient:
             locks,
             self._names,
             self._consumer,
+            heartbeat=self._heartbeat,
             keeper=self._keeper,
             on_drop=self._notifications.room_made.set,
             recorder=self._recorder,
@@ -200,6 +203,7 @@ class StreamClient:
             owned=self._leases.__len__,
             take=self._leases.take,
             strays=self._audit_now,
+            hand_back=self._recoverer.hand_back,
             max_streams=max_streams,
             retry=retry,
             recovery=recovery,
@@ -237,6 +241,7 @@ class StreamClient:
         except BaseException:
             await self._close_links()
             raise
+        self._ready = True
         self._start("keeper", self._keeper.run())
         self._start("finisher", self._finisher.run())
         self._start("events", self._events.run(subscribed))
@@ -280,17 +285,23 @@ class StreamClient:
     def _ended(self, task: asyncio.Task[None]) -> None:
         """No part ends unnoticed: without one of them the whole can't keep its word."""
         name = self._tasks.pop(task)
-        if self._closing is not None or task.cancelled():
+        if self._closing is not None or self._terminated:
             return
-        error = task.exception()
-        reason = f"{name} failed: {error}" if error else f"{name} ended"
+        self._terminated = True
+        error = None if task.cancelled() else task.exception()
+        reason = f"{name} was cancelled" if task.cancelled() else f"{name} ended"
+        if error is not None:
+            reason = f"{name} failed: {error}"
         unforeseen = error is not None and not isinstance(error, RelstreamError)
         self._logger.error("the client ends: %s", reason, exc_info=error if unforeseen else None)
         self._notifications.end(reason)
         for other, name in list(self._tasks.items()):
-            # What is owned stays owned, and can be finished, until the application closes.
+            # What the application was told of stays owned, and can be finished, until it closes.
             if name not in ("keeper", "finisher"):
                 other.cancel()
+        for head in self._leases.all():
+            if not head.delivered and not head.finishing:
+                self._finisher.release(head).add_done_callback(_observe)
 
     async def aclose(self) -> None:
         """Hands all owned streams over, without counting a retry, and closes.
@@ -321,7 +332,10 @@ class StreamClient:
         self._notifications.end("closed")
         tasks = {name: task for task, name in self._tasks.items()}
         try:
-            if "finisher" in tasks:
+            if self._ready:
+                if "finisher" not in tasks:  # cancelled with all else, say by asyncio.run
+                    self._start("finisher", self._finisher.run())
+                    tasks = {name: task for task, name in self._tasks.items()}
                 await asyncio.wait_for(self._give_up_all(tasks, finish), CLOSE_TIMEOUT)
         except (asyncio.TimeoutError, RelstreamError) as error:
             self._logger.warning(
@@ -335,24 +349,25 @@ class StreamClient:
             await self._close_links()
 
     async def _give_up_all(self, tasks: dict[str, asyncio.Task[None]], finish: bool) -> None:
-        for name in ("audit", "events"):
+        for name in ("audit", "events", "recovery"):
             if name in tasks:
                 tasks[name].cancel()
-        if "recovery" in tasks:
-            tasks["recovery"].cancel()
-            await asyncio.wait({tasks["recovery"]})
-            await self._recoverer.resign()
         if "intake" in tasks:
             await self._intake.stop()
             await asyncio.wait({tasks["intake"]})
-        # Read by this consumer but not owned: a reply that got lost, a lock that was refused.
-        await self._intake.adopt_all()
+        await asyncio.sleep(0)  # a finisher just started is not running yet
         ending = []
         for head in self._leases.all():
             if not head.finishing:
                 worked_on = finish and head.delivered
                 ending.append((self._finisher.done if worked_on else self._finisher.release)(head))
-        for outcome in await asyncio.gather(*ending, return_exceptions=True):
+        outcomes = await asyncio.gather(*ending, return_exceptions=True)
+        await self._finisher.idle()  # what the application has asked for before
+        # Read by this consumer but not owned: a reply that got lost, a lock that was refused.
+        await self._recoverer.hand_back(await self._audit_now())
+        if "recovery" in tasks:
+            await self._recoverer.resign()
+        for outcome in outcomes:
             if isinstance(outcome, RelstreamError) and not isinstance(outcome, StreamNotOwned):
                 raise outcome
 
@@ -408,7 +423,7 @@ class StreamClient:
         self._check_open()
 
     def _check_open(self) -> None:
-        if not self._opened or self._closing is not None:
+        if not self._ready or self._closing is not None:
             raise ClientClosed("the client is not open: call init() first, and not after closing")
 
     def _owned(self, data_stream_name: str) -> Entry:
@@ -431,23 +446,30 @@ class StreamClient:
         if self._leases.get(head.data_stream_name) is head:
             self._leases.drop([head])
             self._notifications.disowned(head)
-            self._logger.warning("lost %s", head)
 
     def _locks_lost(self, keys: list[bytes]) -> None:
         """Locks were found expired or taken, and their entries are not ours any more."""
-        lost = set(keys)
+        gone = set(keys)
+        lost: list[tuple[Entry, list[Entry]]] = []
         for key in keys:
             head = self._leases.by_lock(key)
             if head is not None and not head.finishing:
-                others = [entry for entry in head.again or () if entry.lock_key not in lost]
-                if head.lock_key not in lost:
+                others = [entry for entry in head.again or () if entry.lock_key not in gone]
+                if head.lock_key not in gone:
                     others.append(head)
-                self._lose(head, others)
+                lost.append((head, others))
+                head.finishing = True  # seen
+        self._lose(lost)
 
-    def _lose(self, head: Entry, others: list[Entry]) -> None:
-        """A stream is lost with one of its entries; the others go back."""
-        self._disown(head)
-        self._finisher.abandon(head, others)
+    def _lose(self, lost: list[tuple[Entry, list[Entry]]]) -> None:
+        """Streams are lost, each with one of its entries; its others go back."""
+        for head, others in lost:
+            self._disown(head)
+            self._finisher.abandon(head, others)
+        if lost:
+            names = [head.data_stream_name for head, _ in lost]
+            shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+            self._logger.warning("lost %d streams: %s", len(names), shown)
 
     def _expired(self, payload: LBSInfo) -> None:
         self._recoverer.expired(payload)
@@ -462,8 +484,7 @@ class StreamClient:
 
     async def _audit(self, min_idle: float) -> list[bytes]:
         lost, strays = await self._leases.audit(min_idle)
-        for head in lost:
-            self._lose(head, [head, *(head.again or ())] if head.again else [])
+        self._lose([(head, [head, *head.again] if head.again else []) for head in lost])
         return strays
 
     async def _audit_for_ever(self) -> None:
@@ -478,6 +499,12 @@ class StreamClient:
                 continue
             if strays:
                 self._intake.adopt(strays)
+
+
+def _observe(future: asyncio.Future[None]) -> None:
+    """What could not be handed over is recovered by others: there is nobody to tell."""
+    if not future.cancelled():
+        future.exception()
 
 
 def _consumer_name(consumer_id: str | None) -> str:

@@ -132,6 +132,11 @@ class ReplyError(ServerError):
         """Whether it means "not now": the same command may well succeed a little later."""
         return self.code in _NOT_NOW
 
+    @property
+    def about_keys(self) -> bool:
+        """Whether it refuses (NOPERM) a key and not a command: another key may be allowed."""
+        return re.search(r"access (at least )?(one of the keys|a key)", self.message) is not None
+
 
 class AuthenticationFailed(ServerError):
     """The server did not accept the user name and password."""

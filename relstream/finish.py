@@ -65,6 +65,8 @@ class Finisher:
         self._others: dict[Entry, list[Entry]] = {}
         self._asked = asyncio.Event()
         self._under_way: set[asyncio.Task[None]] = set()
+        self._running = False
+        self._failure: BaseException | None = None
 
     def done(self, head: Entry) -> Future:
         """Finishes the stream: XACK, XDEL, then the locks. Fails with `StreamNotOwned` if lost."""
@@ -82,8 +84,21 @@ class Finisher:
         self._others[head] = others
         self._ask(self._abandoned, head).add_done_callback(_observe)
 
+    async def idle(self) -> None:
+        """Waits until all that was asked for has ended, well or badly."""
+        while True:
+            if self._under_way:
+                await asyncio.wait(self._under_way)
+            elif self._running and (self._done or self._released or self._abandoned):
+                await asyncio.sleep(0)
+            else:
+                return
+
     def _ask(self, queue: deque[Ending], head: Entry) -> Future:
         future: Future = self._loop.create_future()
+        if not self._running:
+            future.set_exception(_closed())
+            return future
         head.finishing = True
         if not queue:
             self._asked.set()
@@ -93,10 +108,13 @@ class Finisher:
     async def run(self) -> None:
         """Serves `done`, `release` and `abandon` until cancelled."""
         self._loop = asyncio.get_running_loop()
+        self._running = True
         try:
             while True:
                 await self._asked.wait()
                 self._asked.clear()
+                if self._failure is not None:
+                    raise self._failure
                 for queue, end in (
                     (self._done, self._finish),
                     (self._released, self._hand_over),
@@ -108,12 +126,19 @@ class Finisher:
                         batch = [queue.popleft() for _ in range(min(BATCH, len(queue)))]
                         task = asyncio.ensure_future(self._persist(end, batch))
                         self._under_way.add(task)
-                        task.add_done_callback(self._under_way.discard)
+                        task.add_done_callback(self._batch_ended)
         finally:
+            self._running = False
             for task in self._under_way:
                 task.cancel()
             await asyncio.gather(*self._under_way, return_exceptions=True)
             _fail([*self._done, *self._released, *self._abandoned], _closed())
+
+    def _batch_ended(self, task: asyncio.Task[None]) -> None:
+        self._under_way.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self._failure = task.exception()
+            self._asked.set()
 
     async def _persist(
         self,
@@ -124,6 +149,7 @@ class Finisher:
         backoff = Backoff(self._retry.initial_delay, self._retry.max_delay)
         entries = _entries(endings)
         locks = lock_keys(entries)
+        owned = end != self._hand_back_others
         try:
             while True:
                 # Not renewed meanwhile, so that a lock just released does not look lost.
@@ -132,19 +158,32 @@ class Finisher:
                     await end(endings, entries, backoff.failures > 0)
                     return
                 except RelstreamError as error:
-                    self._keeper.add(locks)
+                    if owned:
+                        self._keeper.add(locks)
                     hopeless = isinstance(error, ReplyError) and not error.transient
                     if hopeless or backoff.failures == self._retry.max_retries:
-                        for head, _ in endings:
-                            head.finishing = False
-                            self._leases.keep(head)
-                        _fail(endings, error)
+                        self._give_up(endings, error, owned)
                         return
                     self._logger.warning("ending ownership failed, trying again: %s", error)
                 await asyncio.sleep(backoff.failed())
-        except BaseException:
+        except asyncio.CancelledError:
             _fail(endings, _closed())
             raise
+        except Exception as error:
+            if owned:
+                self._keeper.add(locks)
+            self._give_up(endings, RelstreamError(f"a mistake of ours: {error!r}"), owned)
+            raise
+
+    def _give_up(self, endings: Sequence[Ending], error: RelstreamError, owned: bool) -> None:
+        """What could not be ended is owned as before; what was lost stays lost."""
+        for head, _ in endings:
+            if owned:
+                head.finishing = False
+                self._leases.keep(head)
+            else:
+                self._others.pop(head, None)
+        _fail(endings, error)
 
     async def _finish(self, endings: Sequence[Ending], entries: list[Entry], again: bool) -> None:
         asked = [entry for entry in entries if not entry.acked] if again else entries

@@ -51,6 +51,7 @@ class Intake:
         owned: Callable[[], int],
         take: Callable[[list[Entry], float], Awaitable[tuple[list[Entry], ReplyError | None]]],
         strays: Callable[[], Awaitable[list[bytes]]],
+        hand_back: Callable[[list[bytes]], Awaitable[None]],
         max_streams: int | None,
         retry: RetryConfig,
         recovery: RecoveryConfig,
@@ -65,6 +66,7 @@ class Intake:
         self._owned = owned
         self._take_leases = take
         self._find_strays = strays
+        self._hand_back = hand_back
         self._max_streams = max_streams
         self._retry = retry
         self._recovery = recovery
@@ -75,6 +77,9 @@ class Intake:
         self._count = min(FIRST_READ, self._largest)
         self._taking: deque[asyncio.Task[None]] = deque()
         self._in_hand = 0
+        # Locks that a server refuses for now (OOM) are no failure to read, and are asked for again.
+        self._refused = False
+        self._refusals = Backoff(retry.initial_delay, min(retry.max_delay, 2.0))
         self._stopping = False
         self._blocked: RedisProtocol | None = None
         self._strays: list[bytes] = []
@@ -97,12 +102,6 @@ class Intake:
             except RelstreamError:  # not allowed, or no connection: the read ends by itself
                 await asyncio.sleep(BLOCK)
             await asyncio.sleep(0.01)
-
-    async def adopt_all(self) -> None:
-        """Takes all entries pending for this consumer, whether there is room or not."""
-        self._strays = await self._find_strays()
-        while self._strays:
-            await self._adopt(LARGEST_READ)
 
     # --- the loop -----------------------------------------------------------------------------
 
@@ -172,17 +171,29 @@ class Intake:
             room = min(room, self._max_streams - self._owned() - self._in_hand)
         return room
 
+    def _full(self) -> bool:
+        """Whether this consumer owns all that it may."""
+        return self._max_streams is not None and self._owned() >= self._max_streams
+
     async def _step(self) -> None:
         fresh = not self._reading.alive
         protocol = await self._reading.get()
-        if fresh:
-            # The reply to a read may have been lost with the connection, or with an earlier life.
+        if self._refused:
+            await asyncio.sleep(self._refusals.failed())
+        if fresh or self._refused:
+            # The reply to a read may have been lost with the connection, or with an earlier life;
+            # or locks were refused. What is pending for us already comes before anything new.
             await self._settle()
+            self._refused = False
             self._strays = await self._find_strays()
         self._notifications.room_made.clear()
         room = self._room()
         if room < self._count and self._taking:
             await self._taking.popleft()  # rather than reading in small portions
+            return
+        if self._strays and self._full():
+            strays, self._strays = self._strays, []
+            await self._hand_back(strays)  # others may have room for them
             return
         if room <= 0:
             await self._notifications.room_made.wait()
@@ -190,6 +201,8 @@ class Intake:
         if self._strays:
             await self._settle()
             await self._adopt(room)
+            return
+        if self._stopping:
             return
         count = min(room, self._count)
         asked_at = asyncio.get_running_loop().time()
@@ -240,7 +253,7 @@ class Intake:
                 good, bad, deleted = announcements(batch, INPUT_FIELD, SEPARATOR, orjson.loads)
                 entries += good
                 gone += deleted
-                if bad:
+                if bad and asked_at > -math.inf:  # else it failed before: the leader sees to it
                     await self._bury(batch, bad)
             refusal = None
             if entries:
@@ -248,9 +261,13 @@ class Intake:
                 self._notifications.added(new)
             if gone:
                 await discard(self._link, self._names, gone)
-            if refusal is not None:
-                if refusal.transient:
-                    raise refusal
+            if refusal is None:
+                self._refusals.reset()
+            elif refusal.transient:
+                if not self._refusals.failures:
+                    self._logger.warning("locks are refused for now, trying again: %s", refusal)
+                self._refused = True
+            else:
                 self._logger.error("locks were refused, their entries stay pending: %s", refusal)
         finally:
             self._in_hand -= sum(map(len, batches))

@@ -11,7 +11,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from relstream._core import pack
-from relstream.errors import ConfigConflict, KeyspaceSetupFailed, RelstreamError, ReplyError
+from relstream.errors import (
+    ConfigConflict,
+    ConnectionLost,
+    KeyspaceSetupFailed,
+    RelstreamError,
+    ReplyError,
+)
 from relstream.lbs import SEPARATOR, split_lock_key
 from relstream.net.connection import Backoff, Endpoint, Link
 from relstream.notifications import LBSInfo
@@ -135,11 +141,18 @@ class ExpiryEvents:
         self._subscribed = loop.create_future()
         protocol.replies_are_pushes = True
         protocol.post(pack(b"PSUBSCRIBE", self._pattern))
-        try:
-            await asyncio.wait_for(self._subscribed, self._link.endpoint.timeout)
-        except asyncio.TimeoutError:
+        waiting = {self._subscribed, protocol.closed}
+        await asyncio.wait(
+            waiting, timeout=self._link.endpoint.timeout, return_when=asyncio.FIRST_COMPLETED
+        )
+        if not self._subscribed.done():
+            self._subscribed.cancel()
+            if not protocol.alive:
+                raise ConnectionLost("the connection broke while subscribing to expiry events")
             protocol.abort()
-            raise KeyspaceSetupFailed("PSUBSCRIBE was not confirmed in time") from None
+            raise KeyspaceSetupFailed("PSUBSCRIBE was not confirmed in time")
+        try:
+            self._subscribed.result()
         except ReplyError as error:
             protocol.abort()
             raise KeyspaceSetupFailed(

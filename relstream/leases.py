@@ -41,9 +41,11 @@ if TYPE_CHECKING:
 
 # Locks renewed, and pending entries compared, between two looks at what else there is to do.
 WINDOW = 1000
-# Seconds after which what a read returned may have been recovered by others before it was locked: a
-# read takes a second at most.
-DOUBTFUL_AFTER = 1.25
+# Windows whose replies may be outstanding.
+WINDOWS = 8
+# The part of a lock's time to live after which an entry that was read, and not locked yet, may have
+# been recovered by others.
+DOUBTFUL_AFTER = 0.75
 # The part of the renewal period over which its windows are spread, so that the server can serve
 # others in between; the rest of the period is reserve.
 SPREAD = 0.5
@@ -91,12 +93,16 @@ class Locks:
                     for place in places:
                         (gone if place > 0 else taken).append(part[abs(place) - 1])
                 return gone, taken
-        values = await self._each(self._get, keys)
+        values = await self._link.pipeline(self._get.pack(keys), len(keys))
+        for value in values:
+            if isinstance(value, ReplyError) and value.transient:
+                raise value
         ours = [key for key, value in zip(keys, values, strict=True) if value == self._value]
         extended = await self._each(self._extend, ours)
         gone += [key for key, value in zip(keys, values, strict=True) if value is None]
         gone += [key for key, found in zip(ours, extended, strict=True) if not found]
-        mine = {self._value, None}
+        # One that we may not even read any more (ACL) can't be held either.
+        mine = (self._value, None)
         taken += [key for key, value in zip(keys, values, strict=True) if value not in mine]
         return gone, taken
 
@@ -120,6 +126,8 @@ class Locks:
         """Whether the user may not run scripts: then two commands a lock do, not atomically."""
         for reply in replies:
             if isinstance(reply, ReplyError) and reply.code == "NOPERM":
+                if reply.about_keys:
+                    return True  # one of these locks: for once, one by one
                 self._scripts_forbidden = True
                 self._logger.warning(
                     "scripts are forbidden (%s): locks are renewed and released by two commands "
@@ -209,13 +217,13 @@ class Keeper:
 
         def body() -> None:
             outcome: BaseException | None = None
-            self._loop = loop = new_event_loop()
             try:
-                loop.run_until_complete(self._main())
+                self._loop = new_event_loop()
+                with contextlib.closing(self._loop):
+                    self._loop.run_until_complete(self._main())
             except BaseException as error:  # noqa: BLE001 - raised again on the application's loop
                 outcome = error
             finally:
-                loop.close()
                 with contextlib.suppress(RuntimeError):  # the application's loop is closed
                     app_loop.call_soon_threadsafe(ended.set_result, outcome)
 
@@ -256,7 +264,9 @@ class Keeper:
         period = self._ttl / 2
         backoff = Backoff(period / 20, period / 2)
         due = loop.time()
-        while True:
+        assert self._app_loop is not None
+        while not self._app_loop.is_closed():  # else there is nobody left to own anything
+            start = loop.time()
             try:
                 await self._renew_all(link, locks, period * SPREAD)
             except RelstreamError as error:
@@ -268,27 +278,54 @@ class Keeper:
             if backoff.failures:
                 self._logger.warning("leases are renewed again")
                 backoff.reset()
+            if loop.time() - start > period:
+                self._logger.warning(
+                    "renewing %d leases took %.2f s, and should take %.2f s at most",
+                    len(self._keys), loop.time() - start, period,
+                )  # fmt: skip
             due = max(due + period, loop.time())
             await asyncio.sleep(due - loop.time())
 
     async def _renew_all(self, link: Link, locks: Locks, spread: float) -> None:
+        """Renews all, window by window; several are under way where the server is far away."""
         loop = asyncio.get_running_loop()
         with self._guard:
             held = list(self._keys)
         windows = list(chunks(held, WINDOW))
         start = loop.time()
-        for number, window in enumerate(windows):
-            ahead = start + spread * number / len(windows) - loop.time()
-            if ahead > 0:
-                await asyncio.sleep(ahead)
-            keys = [key for key in window if key in self._keys]
-            if not keys:
-                continue
-            gone, taken = await locks.renew(keys)
-            lost = taken + (await self._revive(link, locks, gone) if gone else [])
-            if lost or self._recorder is not None:
-                self.drop(lost)
-                self._tell(keys, lost)
+        under_way: set[asyncio.Task[None]] = set()
+        ended: set[asyncio.Task[None]] = set()
+        try:
+            for number, window in enumerate(windows):
+                ahead = start + spread * number / len(windows) - loop.time()
+                if ahead > 0:
+                    await asyncio.sleep(ahead)
+                if len(under_way) == WINDOWS:
+                    done, under_way = await asyncio.wait(
+                        under_way, return_when=asyncio.FIRST_COMPLETED
+                    )
+                    ended |= done
+                under_way.add(asyncio.ensure_future(self._renew(link, locks, window)))
+            if under_way:
+                ended |= (await asyncio.wait(under_way))[0]
+        except asyncio.CancelledError:
+            for task in under_way:
+                task.cancel()
+            await asyncio.gather(*under_way, return_exceptions=True)
+            raise
+        failures = [error for error in [task.exception() for task in ended] if error is not None]
+        if failures:  # all others are renewed all the same
+            raise failures[0]
+
+    async def _renew(self, link: Link, locks: Locks, window: Sequence[bytes]) -> None:
+        keys = [key for key in window if key in self._keys]
+        if not keys:
+            return
+        gone, taken = await locks.renew(keys)
+        lost = taken + (await self._revive(link, locks, gone) if gone else [])
+        if lost or self._recorder is not None:
+            self.drop(lost)
+            self._tell(keys, lost)
 
     def _tell(self, keys: list[bytes], lost: list[bytes]) -> None:
         def told() -> None:
@@ -359,6 +396,7 @@ class Leases:
         names: Names,
         consumer: str,
         *,
+        heartbeat: float,
         keeper: Keeper,
         on_drop: Callable[[], None],
         recorder: SafeRecorder | None,
@@ -368,6 +406,7 @@ class Leases:
         self._names = names
         self._consumer = consumer
         self._keeper = keeper
+        self._doubtful_after = heartbeat * DOUBTFUL_AFTER
         self._on_drop = on_drop
         self._recorder = recorder
         self._owned: dict[str, Entry] = {}
@@ -393,7 +432,7 @@ class Leases:
         start = time.perf_counter()
         keys = lock_keys(entries)
         replies = await self._locks.acquire(keys)
-        if asyncio.get_running_loop().time() - asked_at > DOUBTFUL_AFTER:
+        if asyncio.get_running_loop().time() - asked_at > self._doubtful_after:
             replies = await self._confirmed(entries, keys, replies)
         new, locked, refusal = grant(entries, replies, self._owned)
         if locked:
@@ -468,7 +507,9 @@ class Leases:
             strays += found
             for entry in missing:
                 head = self._owned.get(entry.data_stream_name)
-                if head is not None and not head.finishing and entry.lock_key in locks_of(head):
+                if head is None or head in lost or head.finishing:
+                    continue
+                if entry.lock_key in locks_of(head):
                     lost[head] = None
             if more:
                 start = b"(" + page[-1][0]

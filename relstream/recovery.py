@@ -63,6 +63,8 @@ SCRIPT_BYTES = 1 << 20
 LEADERSHIP = 1.0
 LEADERSHIP_MS = round(LEADERSHIP * 1000)
 LOOK_EVERY = 0.2
+# Seconds before a consumer is looked at again whose entries could not be recovered.
+LOOK_AGAIN = 0.5
 # Locks that are looked at of each consumer: a dead one loses all of them together.
 SAMPLE = 3
 # Expired locks that may wait to be looked at; what comes beyond is found by looking anyway.
@@ -85,7 +87,7 @@ class PutBack:
 
     One atomic step an entry (the script). Where scripts are forbidden XACK comes first, then XADD
     and XDEL for those that were won by it, and a crash between the two would lose them: such gaps
-    are counted.
+    are counted. So it is for an entry with more fields than a script can pass on.
     """
 
     def __init__(
@@ -98,7 +100,7 @@ class PutBack:
         self._scripts_forbidden = False
 
     async def put(self, entries: Sequence[Returning]) -> list[int]:
-        """For each entry PUT, LOST (it was not pending), ALIVE (locked) or TOO_LARGE."""
+        """For each entry PUT, LOST (it was not pending) or ALIVE (locked)."""
         if not self._scripts_forbidden:
             outcomes: list[int] = []
             for reply in await run(self._link, PUT_BACK, self._calls(entries)):
@@ -115,8 +117,11 @@ class PutBack:
                 else:
                     raise reply
             else:
-                if TOO_LARGE in outcomes:
-                    self._logger.error("an LBS entry has too many fields to be put back: it stays")
+                large = [i for i, outcome in enumerate(outcomes) if outcome == TOO_LARGE]
+                if large:
+                    steps = await self._in_two_steps([entries[i] for i in large])
+                    for i, outcome in zip(large, steps, strict=True):
+                        outcomes[i] = outcome
                 return outcomes
         return await self._in_two_steps(entries)
 
@@ -137,8 +142,8 @@ class PutBack:
 
     async def _in_two_steps(self, entries: Sequence[Returning]) -> list[int]:
         locks = [lock for _, _, lock in entries if lock is not None]
-        held = await self._link.pipeline(Template(b"EXISTS", ITEM).pack(locks), len(locks))
-        taken = {key for key, there in zip(locks, raise_first(held), strict=True) if there}
+        held = await self._link.pipeline(Template(b"GET", ITEM).pack(locks), len(locks))
+        taken = {key for key, value in zip(locks, raise_first(held), strict=True) if value}
         free = [entry for entry in entries if entry[2] not in taken]
         ack = Template(b"XACK", self._names.lbs, self._names.group, ITEM)
         acked = await self._link.pipeline(ack.pack([entry[0] for entry in free]), len(free))
@@ -243,6 +248,8 @@ class Recoverer:
         self._expired: dict[bytes, None] = {}
         self._leading = False
         self._known: dict[bytes, bytes] = {}  # sampled entries: id, lock
+        self._fruitless: dict[bytes, float] = {}  # consumers looked at in vain, and when
+        self._dlq_failed = False
 
     # --- from outside -------------------------------------------------------------------------
 
@@ -253,6 +260,8 @@ class Recoverer:
 
     async def claim(self, lbs_info: LBSInfo) -> None:
         """Puts one entry back whose lock has expired. See `StreamClient.claim`."""
+        if not isinstance(lbs_info, LBSInfo):
+            raise InvalidOption("lbs_info", lbs_info, "an LBSInfo")
         entry_id = lbs_info.id_in_lbs.encode()
         if parse_id(entry_id) is None:
             raise InvalidOption("lbs_info", lbs_info, "an id_in_lbs of the form <ms>-<seq>")
@@ -260,6 +269,20 @@ class Recoverer:
         if not tally.requeued and not tally.dead_letters:
             why = "its lock is held" if tally.alive else "another was first, or it is finished"
             raise AlreadyClaimed(f"{lbs_info.data_stream_name!r} ({lbs_info.id_in_lbs}): {why}")
+
+    async def hand_back(self, ids: list[bytes]) -> None:
+        """Puts entries back that nobody has locked, without counting a retry."""
+        ids = sorted(ids, key=_id_order)
+        for start in range(0, len(ids), self._recovery.batch_size):
+            some = ids[start : start + self._recovery.batch_size]
+            batches = await read_entries(self._link, self._names, some)
+            entries, _, gone = match(some, batches, INPUT_FIELD, SEPARATOR, orjson.loads)
+            if gone:
+                await discard(self._link, self._names, gone)
+            if entries:
+                await self._put_back.put(
+                    [(entry.id, entry.pairs(), entry.lock_key) for entry in entries]
+                )
 
     # --- leading ------------------------------------------------------------------------------
 
@@ -286,6 +309,7 @@ class Recoverer:
         """Lets another lead at once; for after `run` has ended."""
         if await self._link.execute(b"GET", self._names.leader) == self._consumer:
             await self._link.execute(b"DEL", self._names.leader)
+            self._logger.info("this consumer recovers for the service no more")
 
     async def _try_to_lead(self) -> bool:
         try:
@@ -421,8 +445,13 @@ class Recoverer:
         locks = dict(zip(self._known, await self._values(keys), strict=True))
         # One without a known lock can't be read, or is gone.
         suspects = {name for name, entry_id in samples if locks.get(entry_id) is None}
-        for name in suspects:
-            await self._walk(self._ttl_ms, Tally(), name)
+        now = asyncio.get_running_loop().time()
+        self._fruitless = {n: at for n, at in self._fruitless.items() if now - at < LOOK_AGAIN}
+        for name in suspects - self._fruitless.keys():
+            tally = Tally()
+            await self._walk(self._ttl_ms, tally, name)
+            if not tally.requeued + tally.dead_letters + tally.vanished:
+                self._fruitless[name] = now  # say, the dead-letter stream can't be written
 
     async def _remove_dead_consumers(self) -> None:
         """Removes consumers from the group that own nothing and have not been seen for long."""
@@ -526,11 +555,14 @@ class Recoverer:
         try:
             await to_dlq(self._link, self._names, self._recovery.dlq_max_len, moving, reason)
         except ReplyError as error:
-            self._logger.error(
-                "%d entries stay pending, as the dead-letter stream %s can't be written: %s",
-                len(letters), self._names.dlq.decode(), error,
-            )  # fmt: skip
+            if not self._dlq_failed:
+                self._dlq_failed = True
+                self._logger.error(
+                    "%d entries stay pending, as the dead-letter stream %s can't be written: %s",
+                    len(letters), self._names.dlq.decode(), error,
+                )  # fmt: skip
             return 0
+        self._dlq_failed = False
         self._logger.warning("%d entries became dead letters: %s", len(letters), reason.decode())
         if self._recorder is not None:
             for stream, _, _ in letters:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 from relstream._core import pack
@@ -35,6 +34,8 @@ async def check_rights(link: Link, names: Names, consumer: str) -> None:
         (names.lbs, (b"XDEL", names.lbs, b"0-0")),
         (names.lbs, (b"XRANGE", names.lbs, b"0-0", b"0-0")),
         (names.lbs, (b"XPENDING", names.lbs, names.group, b"0-0", b"0-0", 1)),
+        # Both NX and XX: a mistake of syntax, which is found after the rights were checked.
+        (names.leader, (b"SET", names.leader, b"-", b"NX", b"XX")),
         # Locks are named after data streams: which of them the user may touch can't be known yet.
         (None, (b"SET", lock, b"-", b"XX", b"PX", 1)),
         (None, (b"GET", lock)),
@@ -47,7 +48,7 @@ async def check_rights(link: Link, names: Names, consumer: str) -> None:
         if isinstance(reply, ReplyError) and reply.code == "NOPERM":
             command = args[0]
             assert isinstance(command, bytes)
-            if not re.search(r"access (one of the keys|a key)", reply.message):
+            if not reply.about_keys:
                 denied[f"+{command.decode().lower()}"] = None
             elif key is not None:
                 denied[f"~{key.decode()}"] = None

@@ -98,7 +98,7 @@ async def test_a_lock_that_somebody_else_holds_is_lost(consumer, service):
 
 async def test_an_entry_claimed_by_another_is_found_by_the_audit(consumer, service):
     ids = [service.announce(f"s{i}") for i in range(3)]
-    notes = await consumer(max_streams=3).init()
+    notes = await consumer(max_streams=3, auto_claim=False).init()
     await take(notes, 3)
     service.redis.xclaim(service.lbs, service.group, "c2", 0, [ids[1]])
     assert names(await take(notes, 1, DISOWNED)) == ["s1"]
@@ -117,7 +117,7 @@ async def test_a_deleted_consumer_loses_everything(consumer, service):
 
 async def test_losing_one_announcement_of_two_loses_the_stream(consumer, service):
     first = service.announce("s1")
-    notes = await consumer().init()
+    notes = await consumer(auto_claim=False).init()
     await take(notes, 1)
     second = service.announce("s1")
     await eventually(lambda: len(service.locks()) == 2)

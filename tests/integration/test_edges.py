@@ -1,0 +1,185 @@
+"""Where things meet: closing while calls are under way, refusals, freezes, servers far away."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import redis
+from helpers import DISOWNED, SEPARATOR, TERMINATED, Service, eventually, names, nothing_comes, take
+from wire import Proxy
+
+from relstream import RetryConfig, leases
+
+
+async def test_calls_under_way_are_finished_before_the_client_closes(consumer, service):
+    client = consumer(queue_size=3000)
+    notes = await client.init()
+    for i in range(2000):
+        service.announce(f"s{i}")
+    owned = names(await take(notes, 2000))
+    calls = [asyncio.create_task(client.done_stream(name)) for name in owned[:1500]]
+    calls += [asyncio.create_task(client.release(name)) for name in owned[1500:]]
+    await asyncio.sleep(0)
+    await client.aclose()
+    assert set(await asyncio.gather(*calls)) == {None}
+    assert len(service.entries()) == 500
+    assert (service.pending(), service.locks()) == ([], {})
+
+
+async def test_what_was_worked_on_is_finished_though_the_rest_can_not_be_read(consumer, service):
+    for i in range(9):
+        service.announce(f"s{i}")
+    client = consumer()
+    notes = await client.init()
+    await take(notes, 9)
+    service.redis.xgroup_create("other", "g", mkstream=True)
+    service.announce("stray")
+    service.redis.config_set("maxmemory", 1)
+    await eventually(lambda: len(service.pending()) == 10)
+    await client.done()
+    assert service.locks() == {}
+    assert len(service.entries()) == 1
+
+
+async def test_a_thread_that_can_not_start_ends_the_client(consumer, monkeypatch):
+    def broken() -> None:
+        raise OSError("too many open files")
+
+    monkeypatch.setattr(leases, "new_event_loop", broken)
+    client = consumer()
+    notes = await client.init()
+    (last,) = [n async for n in notes]
+    assert "too many open files" in last.additional_info["info"]
+    await asyncio.wait_for(client.aclose(), 12)
+
+
+async def test_out_of_memory_a_consumer_does_not_take_what_it_can_not_lock(consumer, service):
+    for i in range(300):
+        service.announce(f"s{i}")
+    service.redis.xgroup_create(service.lbs, service.group, "0")
+    service.redis.config_set("maxmemory", 1)
+    notes = await consumer(max_streams=20, queue_size=40).init()
+    await asyncio.sleep(1.5)
+    assert len(service.pending()) <= 20
+    service.redis.config_set("maxmemory", 0)
+    assert len(await take(notes, 20)) == 20
+
+
+async def test_what_a_former_life_held_beyond_the_limit_goes_to_others(consumer, service):
+    for i in range(30):
+        service.announce(f"s{i}")
+    service.redis.xgroup_create(service.lbs, service.group, "0")
+    service.redis.xreadgroup(service.group, "c1", {service.lbs: ">"}, count=30)
+    first = await consumer("c1", max_streams=5, auto_claim=False).init()
+    second = await consumer("c2", auto_claim=False).init()
+    got = names(await take(first, 5)) + names(await take(second, 25))
+    assert sorted(got) == sorted(f"s{i}" for i in range(30))
+    assert all(b"_retry_count" not in fields for _, fields in service.redis.xrange(service.lbs))
+
+
+async def test_an_entry_recovered_while_the_application_blocked_is_not_told(consumer, service):
+    notes = await consumer(auto_claim=False, max_streams=1).init()
+    await nothing_comes(notes, 0.3)
+    entry_id = service.announce("s1")  # goes into the read that waits, and into the socket
+    time.sleep(0.1)  # noqa: ASYNC251
+    service.put_back(entry_id)
+    service.redis.xreadgroup(service.group, "c2", {service.lbs: ">"})
+    time.sleep(0.6)  # noqa: ASYNC251
+    await nothing_comes(notes, 0.7)
+    assert service.locks() == {}
+
+
+async def test_leases_are_kept_at_a_server_far_away(consumer, service, server):
+    async with Proxy(server.port) as proxy:
+        client = consumer(url=proxy.url, queue_size=6000, retry=RetryConfig(max_retries=-1))
+        notes = await client.init()
+        for i in range(6000):
+            service.announce(f"s{i}")
+        await take(notes, 6000, timeout=30)
+        proxy.delay = 0.03
+        for _ in range(10):
+            await asyncio.sleep(0.2)
+            assert len(service.locks()) == 6000
+        proxy.delay = 0.0
+        await client.aclose()
+
+
+async def test_one_lock_that_is_forbidden_costs_no_other(consumer, service, redis_url):
+    def allow(*keys: str) -> None:
+        service.redis.execute_command(
+            *("ACL", "SETUSER", "joe", "reset", "on", ">pw", "allchannels", "+@all"),
+            *("~svc-*", *keys),
+        )
+
+    allow("~*")
+    client = consumer(url=redis_url.replace("//", "//joe:pw@"))
+    notes = await client.init()
+    for i in range(150):
+        service.announce(f"s{i}")
+    await take(notes, 150)
+    allow(*(f"~s{i}{SEPARATOR}*" for i in range(150) if i != 7))
+    assert names(await take(notes, 1, DISOWNED)) == ["s7"]
+    await asyncio.sleep(1.0)
+    assert len(service.locks()) == 149
+
+
+async def test_cancelling_everything_hands_over_and_tells(consumer, service):
+    for i in range(5):
+        service.announce(f"s{i}")
+    client = consumer()
+    notes = await client.init()
+    await take(notes, 5)
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+    assert [n.type async for n in notes] == [TERMINATED]
+    await asyncio.wait_for(client.aclose(), 5)
+    assert (service.locks(), service.pending()) == ({}, [])
+    assert len(service.entries()) == 5
+
+
+async def test_streams_nobody_was_told_of_are_released_when_the_client_ends(consumer, service):
+    for i in range(50):
+        service.announce(f"s{i}")
+    client = consumer(retry=RetryConfig(max_retries=0))
+    notes = await client.init()
+    await take(notes, 1)
+    await eventually(lambda: len(service.locks()) == 50)
+    service.redis.client_kill_filter(_id=client._reading._protocol.client_id)
+    await eventually(lambda: client._terminated)
+    assert [n.type async for n in notes] == [TERMINATED]
+    await eventually(lambda: len(service.locks()) == 1)
+    assert len(service.pending()) == 1
+
+
+async def test_a_lost_stream_stays_lost_though_its_rest_can_not_be_returned(consumer, make_server):
+    with make_server() as server:
+        admin = redis.Redis.from_url(server.url)
+        service = Service(admin)
+        client = consumer(url=server.url, retry=RetryConfig(max_retries=0), auto_claim=False)
+        notes = await client.init()
+        first = service.announce("s1")
+        await take(notes, 1)
+        service.announce("s1")
+        await eventually(lambda: len(service.locks()) == 2)
+        head = client._leases.get("s1")
+        client._lose([(head, list(head.again))])
+        await asyncio.to_thread(server.kill)
+        await take(notes, 1, DISOWNED)
+        await asyncio.sleep(0.5)
+        assert len(client._leases) == 0
+        assert client._finisher._others == {}
+        assert first
+        admin.close()
+
+
+async def test_an_entry_with_more_fields_than_a_script_can_pass_on(consumer, service):
+    fields = {f"f{i}": "x" for i in range(4000)}
+    service.announce("s1", **fields)
+    client = consumer(max_streams=1)
+    notes = await client.init()
+    await take(notes, 1)
+    await client.release("s1")
+    await take(notes, 1)
+    ((_, kept),) = service.redis.xrange(service.lbs)
+    assert len(kept) == 4001
