@@ -24,6 +24,7 @@ from relstream._core import (
     forget,
     grant,
     lock_keys,
+    pack,
 )
 from relstream.errors import RelstreamError, ReplyError
 from relstream.lbs import SEPARATOR, Names, split_lock_key
@@ -70,6 +71,10 @@ class Locks:
         self._get = Template(b"GET", ITEM)
         self._extend = Template(b"PEXPIRE", ITEM, ttl_ms)
         self._delete = Template(b"DEL", ITEM)
+
+    async def prepare(self) -> None:
+        """Opens the connection and loads the script, so that the first renewal need not wait."""
+        await self._link.pipeline(pack(b"SCRIPT", b"LOAD", RENEW.source), 1)
 
     async def acquire(self, keys: list[bytes]) -> list[Any]:
         """For each lock b"OK", None (it is held) or a `ReplyError`."""
@@ -265,9 +270,13 @@ class Keeper:
         backoff = Backoff(period / 20, period / 2)
         due = loop.time()
         assert self._app_loop is not None
+        prepared = False
         while not self._app_loop.is_closed():  # else there is nobody left to own anything
             start = loop.time()
             try:
+                if not prepared:
+                    await locks.prepare()
+                    prepared = True
                 await self._renew_all(link, locks, period * SPREAD)
             except RelstreamError as error:
                 if not backoff.failures:

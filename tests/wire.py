@@ -77,7 +77,7 @@ class Proxy:
         self.refusing = False
         """New connections are cut at once."""
         self.delay = 0.0
-        """Seconds that every piece waits."""
+        """Seconds that every piece is under way."""
         self.piece = 65536
         """Bytes that are passed on at a time: 1 makes them trickle."""
 
@@ -125,13 +125,18 @@ class Proxy:
             beyond.transport.abort()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        loop = asyncio.get_running_loop()
+        due = 0.0
         while True:
             await self._open.wait()
             data = await reader.read(self.piece)
             if not data:
                 return
-            if self.delay:
-                await asyncio.sleep(self.delay)
+            if self.delay or due > loop.time():
+                # A long way, not a narrow one: what follows need not wait until this has arrived.
+                due = max(due, loop.time() + self.delay)
+                loop.call_at(due, writer.write, data)
+                continue
             await self._open.wait()
             writer.write(data)
             await writer.drain()

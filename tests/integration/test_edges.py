@@ -9,7 +9,7 @@ import redis
 from helpers import DISOWNED, SEPARATOR, TERMINATED, Service, eventually, names, nothing_comes, take
 from wire import Proxy
 
-from relstream import RetryConfig, leases
+from relstream import Producer, RetryConfig, leases
 
 
 async def test_calls_under_way_are_finished_before_the_client_closes(consumer, service):
@@ -90,17 +90,18 @@ async def test_an_entry_recovered_while_the_application_blocked_is_not_told(cons
     assert service.locks() == {}
 
 
-async def test_leases_are_kept_at_a_server_far_away(consumer, service, server):
-    async with Proxy(server.port) as proxy:
-        client = consumer(url=proxy.url, queue_size=6000, retry=RetryConfig(max_retries=-1))
+async def test_leases_are_kept_at_a_server_far_away(consumer, service, server, redis_url):
+    async with Proxy(server.port) as proxy, Producer(redis_url, "svc") as producer:
+        proxy.piece = 1 << 20
+        await producer.announce_many([(f"s{i}", None) for i in range(12_000)])
+        client = consumer(url=proxy.url, queue_size=12_000, heartbeat_interval=2.0)
         notes = await client.init()
-        for i in range(6000):
-            service.announce(f"s{i}")
-        await take(notes, 6000, timeout=30)
-        proxy.delay = 0.03
-        for _ in range(10):
-            await asyncio.sleep(0.2)
-            assert len(service.locks()) == 6000
+        await take(notes, 12_000, timeout=30)
+        proxy.delay = 0.12  # so that one window after the other would take longer than they live
+        for _ in range(30):
+            await asyncio.sleep(0.1)
+            # All but the stream and, perhaps, the leader's key.
+            assert service.redis.dbsize() >= 12_001
         proxy.delay = 0.0
         await client.aclose()
 
