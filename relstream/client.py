@@ -228,6 +228,8 @@ class StreamClient:
             AuthenticationFailed, PermissionDenied, ServerTooOld: the server does not let us.
             ConfigConflict: `notify-keyspace-events` is insufficient, and may not be overridden.
             KeyspaceSetupFailed: the server refuses the subscription.
+            ReplyError: the server says something else, such as LOADING or READONLY.
+            ProtocolError: what answers is no Redis.
             ClientClosed: it was called before.
         """
         if self._opened:
@@ -262,6 +264,10 @@ class StreamClient:
                 raise ReplyError(
                     f"{error}: {self._names.lbs.decode()!r} exists and is no stream; remove it, or "
                     "choose another service_name"
+                ) from None
+            if error.code == "READONLY":
+                raise ReplyError(
+                    f"{error} {self._link.endpoint} is a replica: give the address of its master"
                 ) from None
             raise
 
@@ -391,7 +397,8 @@ class StreamClient:
             StreamNotOwned: it is not owned, or was lost; nothing of its new owner's is touched.
             ConnectionFailed: Redis could not be reached in as many tries as `retry` allows; the
                 stream is still owned.
-            ClientClosed: the client is closed.
+            ReplyError: the server refuses; the stream is still owned.
+            ClientClosed: the client is closed, or was before the server had answered.
         """
         head = self._owned(data_stream_name)
         await self._finisher.done(head)

@@ -280,7 +280,7 @@ class Finisher:
                     future.set_exception(
                         StreamNotOwned(
                             head.data_stream_name,
-                            "was lost to another consumer before this: nothing of it was changed",
+                            "was lost to another consumer before this, which is not disturbed",
                         )
                     )
             endings = kept

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from relstream._core import ITEM, Template
-from relstream.errors import ClientClosed
+from relstream.errors import ClientClosed, InvalidOption
 from relstream.lbs import INPUT_FIELD, Names, message
 from relstream.leases import chunks
 from relstream.net.connection import Link, endpoint_of, raise_first
@@ -64,7 +64,13 @@ class Producer:
         """
         if self._closed:
             raise ClientClosed("the producer is closed: make a new one")
-        values = [message(name, info) for name, info in streams]
+        try:
+            pairs = [(name, info) for name, info in streams]
+        except (TypeError, ValueError):
+            raise InvalidOption(
+                "streams", streams, "names of data streams with their infos: [(name, info), …]"
+            ) from None
+        values = [message(name, info) for name, info in pairs]
         ids: list[str] = []
         for part in chunks(values, BATCH):
             replies = await self._link.pipeline(self._add.pack(list(part)), len(part))
