@@ -250,6 +250,7 @@ class Recoverer:
         self._known: dict[bytes, bytes] = {}  # sampled entries: id, lock
         self._fruitless: dict[bytes, float] = {}  # consumers looked at in vain, and when
         self._dlq_failed = False
+        self._mget_forbidden = False
 
     # --- from outside -------------------------------------------------------------------------
 
@@ -395,19 +396,35 @@ class Recoverer:
                 )
 
     async def _walk(self, min_idle_ms: int, tally: Tally, consumer: bytes | None = None) -> None:
-        """Looks at all pending entries, or those of one consumer, page by page."""
+        """Looks at all pending entries, or those of one consumer, page by page.
+
+        While one page is recovered the next one is read.
+        """
+        reading = asyncio.ensure_future(self._page(b"-", min_idle_ms, consumer))
+        try:
+            start: bytes | None = b"-"
+            while start is not None:
+                start, ids, batches = await reading
+                if start is not None:
+                    reading = asyncio.ensure_future(self._page(start, min_idle_ms, consumer))
+                if ids:
+                    tally += await self._recover(ids, batches)
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+
+    async def _page(
+        self, start: bytes, min_idle_ms: int, consumer: bytes | None
+    ) -> tuple[bytes | None, list[bytes], list[Batch]]:
+        """Where the next page starts, the ids that were idle for long enough, and their entries."""
         size = self._recovery.batch_size
-        of_consumer = () if consumer is None else (consumer,)
-        start: bytes | None = b"-"
-        while start is not None:
-            page: PendingPage = await self._link.execute(
-                b"XPENDING", self._names.lbs, self._names.group, start, b"+", size, *of_consumer,
-                decode=PENDING,
-            )  # fmt: skip
-            start = b"(" + page[-1][0] if len(page) == size else None
-            ids = page.idle(min_idle_ms)
-            if ids:
-                tally += await self._recover(ids, await self._entries_of(ids, len(page)))
+        page: PendingPage = await self._link.execute(
+            b"XPENDING", self._names.lbs, self._names.group, start, b"+", size,
+            *(() if consumer is None else (consumer,)), decode=PENDING,
+        )  # fmt: skip
+        ids = page.idle(min_idle_ms)
+        batches = await self._entries_of(ids, len(page)) if ids else []
+        return b"(" + page[-1][0] if len(page) == size else None, ids, batches
 
     # --- deaths are looked for ----------------------------------------------------------------
 
@@ -493,17 +510,29 @@ class Recoverer:
                 b"XRANGE", self._names.lbs, start, ids[-1], b"COUNT", size, decode=ENTRIES
             )
             batches.append(batch)
-            start = b"(" + batch.id(-1) if len(batch) == size else None
+            done = len(batch) < size or batch.id(-1) == ids[-1]
+            start = None if done else b"(" + batch.id(-1)
         return batches
 
     async def _values(self, keys: list[bytes]) -> list[bytes | None]:
+        """Who holds these locks."""
         if not keys:
             return []
+        if not self._mget_forbidden:
+            try:
+                values: list[bytes | None] = await self._link.execute(b"MGET", *keys)
+                return values
+            except ReplyError as error:
+                if error.code != "NOPERM":
+                    raise
+                self._mget_forbidden = True
         ask = Template(b"GET", ITEM)
-        values: list[bytes | None] = raise_first(
-            await self._link.pipeline(ask.pack(keys), len(keys))
-        )
-        return values
+        replies = await self._link.pipeline(ask.pack(keys), len(keys))
+        for reply in replies:
+            if isinstance(reply, ReplyError) and reply.transient:
+                raise reply
+        # Something that can't be read holds the lock: leave it alone, and go on with the others.
+        return [str(r).encode() if isinstance(r, ReplyError) else r for r in replies]
 
     async def _recover(
         self, ids: list[bytes], batches: list[Batch], *, surely_pending: bool = True

@@ -13,7 +13,7 @@ import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from relstream.bench.measure import SIDES, Scenario
+from relstream.bench.measure import Scenario
 from relstream.bench.report import as_json, environment, headline, table
 from relstream.bench.runner import MeasurementFailed, Result, measure
 from relstream.bench.scenarios import SCENARIOS
@@ -35,7 +35,9 @@ INTERRUPTED = 130
 @click.option("--url", help="A Redis to measure on, instead of a private one: redis://…, unix://…")
 @click.option("-n", "n", type=click.IntRange(min=1), help="How many, in each scenario.")
 @click.option(
-    "--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds to repeat."
+    "--rounds",
+    type=click.IntRange(min=1),
+    help="Rounds to repeat.  [default: 3; failover: 1]",
 )
 @click.option(
     "--json",
@@ -44,11 +46,15 @@ INTERRUPTED = 130
     help="Write the figures to this file, too.",
 )
 def command(
-    scenarios: Sequence[str], url: str | None, n: int | None, rounds: int, json_file: Path | None
+    scenarios: Sequence[str],
+    url: str | None,
+    n: int | None,
+    rounds: int | None,
+    json_file: Path | None,
 ) -> None:
     """Measures relstream beside redis-py at the same work.
 
-    Without arguments: every scenario, for about a minute, on a private server.
+    Without arguments: every scenario, for about two minutes, on a private server.
     """
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise click.BadParameter(f"there is no folder {json_file.parent}", param_hint="--json")
@@ -82,7 +88,7 @@ def _server(url: str | None) -> Iterator[str]:
 
 
 def _measured(
-    chosen: Sequence[Scenario], n: int | None, rounds: int, url: str, *, private: bool
+    chosen: Sequence[Scenario], n: int | None, rounds: int | None, url: str, *, private: bool
 ) -> Iterator[Result]:
     """Takes the measurements, showing how far they are."""
     with Progress(
@@ -93,20 +99,25 @@ def _measured(
         console=Console(stderr=True),
         transient=True,
     ) as progress:
-        task = progress.add_task("", total=len(chosen) * rounds * len(SIDES))
+        task = progress.add_task(
+            "", total=sum((rounds or each.rounds) * len(each.sides) for each in chosen)
+        )
         steps = -1
         for scenario in chosen:
+            times = rounds or scenario.rounds
 
-            def on_step(number: int, side: str, name: str = scenario.name) -> None:
+            def on_step(
+                number: int, side: str, name: str = scenario.name, times: int = times
+            ) -> None:
                 nonlocal steps
                 steps += 1
-                what = f"{name}, round {number} of {rounds}, {side}"
+                what = f"{name}, round {number} of {times}, {side}"
                 progress.update(task, completed=steps, description=f"{what:34}")
 
             yield measure(
                 scenario,
                 n=n or scenario.n,
-                rounds=rounds,
+                rounds=times,
                 url=url,
                 private=private,
                 on_step=on_step,

@@ -5,6 +5,7 @@ Units: seconds, microseconds (`_us`), milliseconds (`_ms`) and megabytes of 10^6
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 import re
@@ -18,6 +19,7 @@ from typing import Any, NoReturn
 
 import psutil
 
+from relstream import Producer
 from relstream.net.connection import Link, endpoint_of
 
 RELSTREAM = "relstream"
@@ -25,6 +27,10 @@ PEER = "redis-py"
 SIDES = (RELSTREAM, PEER)
 
 Figures = dict[str, float]
+
+ANNOUNCED_AT_ONCE = 10_000
+SAMPLE_EVERY = 0.01
+"""Seconds between two looks at memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +59,14 @@ class Metric:
     """None: neither is better, so there is nothing to compare."""
 
 
+async def announce(url: str, service: str, n: int) -> None:
+    """Announces n data streams, named `<service>:<number>`."""
+    async with Producer(url, service) as producer:
+        for start in range(0, n, ANNOUNCED_AT_ONCE):
+            numbers = range(start, min(start + ANNOUNCED_AT_ONCE, n))
+            await producer.announce_many((f"{service}:{i}", {"number": i}) for i in numbers)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
     """A kind of work. `run` does it in a process of its own and returns its figures."""
@@ -64,8 +78,15 @@ class Scenario:
     run: Callable[[Job], Coroutine[Any, Any, Figures]]
     metrics: tuple[Metric, ...]
     """The first is the one whose ratio decides who wins."""
-    announced: bool = True
-    """Before the measurement, n data streams are announced."""
+    prepare: Callable[[str, str, int], Coroutine[Any, Any, None]] | None = announce
+    """Makes what is worked on, by URL, service and n: before the measurement, in another process,
+    so that it leaves nothing in the memory of the one that is measured."""
+    sides: tuple[str, ...] = SIDES
+    """Who does it."""
+    peer_n: int | None = None
+    """The peer is given no more than so many: it would take too long."""
+    rounds: int = 3
+    """How often, unless the command line says so."""
 
 
 def throughput(items: str) -> tuple[Metric, ...]:
@@ -146,6 +167,29 @@ def resident_mb() -> float:
     return resident / 1e6
 
 
+class PeakMemory:
+    """How far this process' memory that is in RAM grows between entering and leaving.
+
+    A thread looks at it again and again: what is taken and given back in between counts, too.
+    """
+
+    def __enter__(self) -> PeakMemory:
+        self._before = self._peak = resident_mb()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self.growth_mb = max(self._peak, resident_mb()) - self._before
+
+    def _watch(self) -> None:
+        while not self._over.wait(SAMPLE_EVERY):
+            self._peak = max(self._peak, resident_mb())
+
+
 def percentile(ordered: list[int], share: float) -> float:
     """The least of the sorted values that at least this share of them do not exceed."""
     return float(ordered[max(math.ceil(len(ordered) * share) - 1, 0)])
@@ -175,3 +219,19 @@ def write_line(text: str) -> None:
     """Hands a line to the parent."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+async def tell(process: asyncio.subprocess.Process, line: str) -> None:
+    """Sends a line to another process."""
+    assert process.stdin is not None
+    process.stdin.write(line.encode() + b"\n")
+    await process.stdin.drain()
+
+
+async def hear(process: asyncio.subprocess.Process) -> str:
+    """The next line of another process."""
+    assert process.stdout is not None
+    line = await process.stdout.readline()
+    if not line:
+        raise RuntimeError("another process of this measurement has ended early")
+    return line.decode()

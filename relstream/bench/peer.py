@@ -12,16 +12,22 @@ trip a stream. Where redis-py leaves a choice, the faster one was taken, as meas
 * Delivery: an asynchronous generator over the batch that was read; no queue, as each `get` of an
   asyncio.Queue costs more than a `yield`, and waits for a turn of the event loop. Reading ahead
   would gain nothing: the client's CPU is busy all the time.
+* Scanning: XRANGE of one page and XPENDING of the next share a pipeline; locks by one MGET a page,
+  as a pipeline of a thousand GET is what redis-py is slow at.
+
+Only `requeue_all` does without batches: it goes entry by entry, step by step, as the Go client does
+that relstream takes after.
 
 What it leaves out, all of it in its favour: expiry events, reconnecting, looking for streams that
-it lost without noticing, renewing while the application blocks the event loop.
+it lost without noticing, renewing while the application blocks the event loop; when it recovers,
+dead letters, and choosing one consumer that does it for all.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import hiredis  # noqa: F401  # redis-py takes it when it is there; without it this were no fair peer
@@ -110,8 +116,7 @@ class Consumer:
             if added is None:
                 await self._to_dlq(id_, fields)
             else:
-                lock = f"{added.data_stream_name}{SEPARATOR}{added.id_in_lbs}"
-                read.append((id_, lock, added))
+                read.append((id_, _lock_of(added), added))
         pipeline = self._redis.pipeline(transaction=False)
         for _, lock, _ in read:
             pipeline.set(lock, self._me, nx=True, px=self._ttl_ms)
@@ -176,6 +181,58 @@ class Consumer:
         await self._redis.aclose()
 
 
+async def requeue_all(client: redis.asyncio.Redis, service: str) -> int:
+    """Puts back all pending entries that nobody holds the lock of; returns how many."""
+    lbs, group = f"{service}-input", f"{service}-group"
+    requeued = 0
+    start = "-"
+    while page := await client.xpending_range(lbs, group, start, "+", BATCH):
+        ids = ids_of(page)
+        for id_ in ids:
+            requeued += await _requeue(client, lbs, group, id_)
+        start = f"({ids[-1].decode()}"
+    return requeued
+
+
+async def _requeue(client: redis.asyncio.Redis, lbs: str, group: str, id_: bytes) -> bool:
+    """The five steps: read, look at the lock, acknowledge, add, delete."""
+    entries: Any = await client.xrange(lbs, id_, id_)
+    for _, fields in entries:
+        added = announced(id_, fields)
+        if added is None or await client.exists(_lock_of(added)):
+            return False
+        if not await client.xack(lbs, group, id_):  # another was first
+            return False
+        retries = int(fields.get(b"_retry_count", 0)) + 1
+        await client.xadd(lbs, {**fields, b"_retry_count": retries})
+        await client.xdel(lbs, id_)
+        return True
+    await client.xack(lbs, group, id_)
+    return False
+
+
+async def scan(client: redis.asyncio.Redis, service: str) -> int:
+    """Looks at all pending entries; returns how many have an owner that holds the lock."""
+    lbs, group = f"{service}-input", f"{service}-group"
+    alive = 0
+    page = await client.xpending_range(lbs, group, "-", "+", BATCH)
+    while page:
+        ids = ids_of(page)
+        pipeline = client.pipeline(transaction=False)
+        pipeline.xrange(lbs, ids[0], ids[-1])
+        pipeline.xpending_range(lbs, group, f"({ids[-1].decode()}", "+", BATCH)
+        entries, page = await pipeline.execute()
+        pending_ids = set(ids)
+        read = [announced(id_, fields) for id_, fields in entries if id_ in pending_ids]
+        values = await client.mget([_lock_of(added) for added in read if added is not None])
+        alive += len(values) - values.count(None)
+    return alive
+
+
+def _lock_of(added: Added) -> str:
+    return f"{added.data_stream_name}{SEPARATOR}{added.id_in_lbs}"
+
+
 def announced(id_: bytes, fields: dict[bytes, bytes]) -> Added | None:
     """What an entry announces; None when it announces nothing."""
     try:
@@ -188,6 +245,11 @@ def announced(id_: bytes, fields: dict[bytes, bytes]) -> Added | None:
 def chunks(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
     """The items in portions of at most `size`."""
     return (items[at : at + size] for at in range(0, len(items), size))
+
+
+def ids_of(page: Iterable[Any]) -> list[bytes]:
+    """The ids in what redis-py makes of an XPENDING reply."""
+    return [pending["message_id"] for pending in page]
 
 
 def entries_of(reply: Any) -> Iterator[Any]:

@@ -67,7 +67,7 @@ def as_json(results: Sequence[Result]) -> list[dict[str, Any]]:
             "n": result.n,
             "rounds": len(result.rounds[RELSTREAM]),
             RELSTREAM: result.medians(RELSTREAM),
-            PEER: result.medians(PEER),
+            PEER: result.medians(PEER) or None,
             "ratio": _ratio(result, result.scenario.metrics[0]),
         }
         for result in results
@@ -104,8 +104,8 @@ def table(results: Sequence[Result]) -> Table:
             out.add_row(
                 _title(result, place),
                 metric.label,
-                f"{ours[metric.key]:,.{metric.digits}f}",
-                f"{peers[metric.key]:,.{metric.digits}f}",
+                _number(ours.get(metric.key), metric),
+                _number(peers.get(metric.key), metric),
                 _times(_ratio(result, metric)),
                 _verdict(_ratio(result, metric), first=place == 0),
             )
@@ -127,6 +127,10 @@ def _ratio(result: Result, metric: Metric) -> float | None:
     if metric.less_is_better is None:
         return None
     return result.ratio(metric.key, less_is_better=metric.less_is_better)
+
+
+def _number(figure: float | None, metric: Metric) -> str:
+    return "" if figure is None else f"{figure:,.{metric.digits}f}"
 
 
 def _times(ratio: float | None) -> str:

@@ -13,7 +13,6 @@ from statistics import median
 
 import uvloop
 
-from relstream import Producer
 from relstream.bench.measure import PEER, RELSTREAM, SIDES, Figures, Job, Scenario, link
 
 PATIENCE = 60.0
@@ -37,12 +36,16 @@ class Result:
     rounds: dict[str, list[Figures]] = field(default_factory=lambda: {side: [] for side in SIDES})
 
     def medians(self, side: str) -> Figures:
-        """Each figure's median over the rounds."""
+        """Each figure's median over the rounds; none where that side does not take part."""
         rounds = self.rounds[side]
+        if not rounds:
+            return {}
         return {key: median(figures[key] for figures in rounds) for key in rounds[0]}
 
     def ratio(self, key: str, *, less_is_better: bool | None) -> float | None:
-        """How many times better relstream is; None where a zero leaves nothing to divide."""
+        """How many times better relstream is; None where there is nothing to divide by, or with."""
+        if not self.rounds[PEER] or key not in self.rounds[PEER][0]:
+            return None
         ours, peers = self.medians(RELSTREAM)[key], self.medians(PEER)[key]
         if less_is_better:
             ours, peers = peers, ours
@@ -62,11 +65,17 @@ def measure(
     result = Result(scenario, n)
     for number in range(rounds):
         # Who comes first changes, so that neither profits from what drifts.
-        for side in SIDES if number % 2 == 0 else reversed(SIDES):
+        for side in scenario.sides if number % 2 == 0 else reversed(scenario.sides):
             on_step(number + 1, side)
-            with service(scenario, n, url) as name:
+            many = min(n, scenario.peer_n or n) if side == PEER else n
+            with service(scenario, many, url) as name:
                 job = Job(
-                    scenario=scenario.name, side=side, url=url, service=name, n=n, private=private
+                    scenario=scenario.name,
+                    side=side,
+                    url=url,
+                    service=name,
+                    n=many,
+                    private=private,
                 )
                 result.rounds[side].append(work(job))
     return result
@@ -74,21 +83,15 @@ def measure(
 
 @contextlib.contextmanager
 def service(scenario: Scenario, n: int, url: str) -> Iterator[str]:
-    """The name of a service of our own, with n announcements where the scenario wants them."""
+    """The name of a service of our own, with what the scenario wants to be there."""
     name = f"relstream-bench-{secrets.token_hex(4)}"
-    streams = [(f"{name}:{i}", {"number": i}) for i in range(n)] if scenario.announced else []
     try:
-        if streams:
-            uvloop.run(_announce(url, name, streams))
+        if scenario.prepare is not None:
+            uvloop.run(scenario.prepare(url, name, n))
         yield name
     finally:
         # The locks are released when a client closes; those of a killed one expire by themselves.
         uvloop.run(_remove(url, name))
-
-
-async def _announce(url: str, name: str, streams: list[tuple[str, dict[str, int]]]) -> None:
-    async with Producer(url, name) as producer:
-        await producer.announce_many(streams)
 
 
 async def _remove(url: str, name: str) -> None:

@@ -428,7 +428,7 @@ async def test_locks_that_are_no_strings(consumer, service):
     service.redis.rpush(f"odd{SEPARATOR}5-0", "x")
     service.redis.xadd(service.lbs, {"lbs-input": json.dumps({"DataStreamName": "odd"})}, "5-0")
     service.announce("good")
-    client = consumer("c1")
+    client = consumer("c1", auto_claim=False)
     notes = await client.init()
     assert names(await take(notes, 1)) == ["good"]
     await nothing_comes(notes, 0.7)

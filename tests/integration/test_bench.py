@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import redis
 
 from relstream.bench import runner
 from relstream.bench.measure import PEER, RELSTREAM, SIDES, Job, percentile
+from relstream.bench.report import as_json, table
 from relstream.bench.runner import Result
 from relstream.bench.scenarios import SCENARIOS
 from relstream.server import Server
@@ -25,6 +27,8 @@ COMMON = {"per_second", "client_cpu_us", "server_cpu_us", "server_share"}
 OF_ITS_OWN = {
     "hold": {"client_core", "server_core", "lost", "rss_mb"},
     "latency": {"p50_ms", "p99_ms", "max_ms", "xadd_p50_ms"},
+    "recover": {"n"},
+    "scan": {"n", "rss_mb"},
 }
 
 
@@ -45,7 +49,7 @@ def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 def test_json_and_table(url: str, tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
-    names = ["read", "assign", "done", "latency"]
+    names = ["read", "assign", "done", "recover", "scan", "latency"]
     run = bench(*names, "--url", url, "-n", "40", "--rounds", "1", "--json", file)
     assert run.returncode == 0, run.stderr
     report = json.loads(file.read_text())
@@ -85,6 +89,47 @@ def test_hold(url: str, side: str) -> None:
     assert set(figures) == COMMON | OF_ITS_OWN["hold"]
     assert figures["lost"] == 0
     assert 0 < figures["client_core"] < 1
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_scan_on_a_private_server(url: str, side: str) -> None:
+    scan = SCENARIOS["scan"]
+    with runner.service(scan, 2500, url) as service:
+        figures = runner.work(
+            Job(scenario="scan", side=side, url=url, service=service, n=2500, private=True)
+        )
+    assert set(figures) == COMMON | OF_ITS_OWN["scan"] | {"slowest_ms"}
+    assert 0 < figures["slowest_ms"] < 1000
+    assert figures["rss_mb"] >= 0
+    with redis.Redis.from_url(url) as client:
+        assert client.dbsize() == 0, client.keys()
+
+
+def test_peer_may_be_given_fewer(url: str) -> None:
+    recover = dataclasses.replace(SCENARIOS["recover"], peer_n=20)
+    result = runner.measure(
+        recover, n=60, rounds=1, url=url, private=False, on_step=lambda *_: None
+    )
+    assert [result.medians(side)["n"] for side in SIDES] == [60, 20]
+
+
+@pytest.mark.slow
+def test_failover_has_no_peer(url: str) -> None:
+    failover = SCENARIOS["failover"]
+    result = runner.measure(
+        failover, n=40, rounds=1, url=url, private=False, on_step=lambda *_: None
+    )
+    (as_written,) = as_json([result])
+    assert (as_written[PEER], as_written["ratio"]) == (None, None)
+    figures = as_written[RELSTREAM]
+    assert (figures["lost"], figures["twice"]) == (0, 0)
+    for victim in ("", "few_"):
+        assert 0 < figures[f"{victim}p50_ms"] <= figures[f"{victim}p99_ms"]
+        assert figures[f"{victim}p99_ms"] <= figures[f"{victim}last_ms"]
+        assert figures[f"{victim}last_after_ttl_ms"] == figures[f"{victim}last_ms"] - 2000
+    assert table([result]).row_count == len(failover.metrics)
+    with redis.Redis.from_url(url) as client:
+        assert client.dbsize() == 0, client.keys()
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,10 @@ from relstream.bench.measure import (
     Metric,
     Scenario,
     Window,
+    hear,
     link,
     percentile,
+    tell,
 )
 
 SETTLE = 0.3
@@ -100,28 +102,12 @@ async def announcer(job: Job) -> AsyncIterator[asyncio.subprocess.Process]:
         await process.wait()
 
 
-async def tell(process: asyncio.subprocess.Process, line: str) -> None:
-    """Sends a line to another process."""
-    assert process.stdin is not None
-    process.stdin.write(line.encode() + b"\n")
-    await process.stdin.drain()
-
-
-async def hear(process: asyncio.subprocess.Process) -> str:
-    """The next line of another process."""
-    assert process.stdout is not None
-    line = await process.stdout.readline()
-    if not line:
-        raise RuntimeError("the announcing process has ended early")
-    return line.decode()
-
-
 LATENCY = Scenario(
     name="latency",
     work="an announcement every few ms to an idle consumer, from just before XADD to delivery",
     n=400,
     run=latency,
-    announced=False,
+    prepare=None,
     metrics=(
         Metric(key="p50_ms", label="p50, ms", digits=3, less_is_better=True),
         Metric(key="p99_ms", label="p99, ms", digits=3, less_is_better=True),
