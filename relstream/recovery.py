@@ -496,7 +496,7 @@ class Recoverer:
     async def _recover_ids(self, ids: list[bytes]) -> Tally:
         """Looks at these entries, in the order of ids, however long they were idle."""
         batches = await read_entries(self._link, self._names, ids)
-        return await self._recover(ids, batches, surely_pending=False)
+        return await self._recover(ids, batches)
 
     async def _entries_of(self, ids: list[bytes], page_size: int) -> list[Batch]:
         """The entries of ids that all come from one page. Mostly that is nearly one range."""
@@ -534,9 +534,7 @@ class Recoverer:
         # Something that can't be read holds the lock: leave it alone, and go on with the others.
         return [str(r).encode() if isinstance(r, ReplyError) else r for r in replies]
 
-    async def _recover(
-        self, ids: list[bytes], batches: list[Batch], *, surely_pending: bool = True
-    ) -> Tally:
+    async def _recover(self, ids: list[bytes], batches: list[Batch]) -> Tally:
         """The steps of recovery, for these entries."""
         tally = Tally()
         entries, bad, gone = match(ids, batches, INPUT_FIELD, SEPARATOR, orjson.loads)
@@ -544,7 +542,7 @@ class Recoverer:
             await discard(self._link, self._names, gone)
             tally.vanished = len(gone)
         letters: list[Letter] = [(None, entry_id, pairs) for entry_id, pairs, _ in bad]
-        tally.dead_letters += await self._bury(letters, UNPARSEABLE, surely_pending)
+        tally.dead_letters += await self._bury(letters, UNPARSEABLE)
         free = unlocked(entries, await self._values(lock_keys(entries)))
         tally.alive = len(entries) - len(free)
         if tally.alive and self._recorder is not None:
@@ -561,7 +559,7 @@ class Recoverer:
             else:
                 returning.append(entry)
                 calls.append((entry.id, pairs, entry.lock_key))
-        tally.dead_letters += await self._bury(letters, MAX_RETRIES, surely_pending)
+        tally.dead_letters += await self._bury(letters, MAX_RETRIES)
         outcomes = await self._put_back.put(calls) if calls else []
         tally.requeued = outcomes.count(PUT)
         tally.alive += outcomes.count(ALIVE)
@@ -570,8 +568,8 @@ class Recoverer:
                 self._recorder.requeue(entry.data_stream_name, outcome == PUT)
         return tally
 
-    async def _bury(self, letters: list[Letter], reason: bytes, surely_pending: bool) -> int:
-        if letters and not surely_pending:
+    async def _bury(self, letters: list[Letter], reason: bytes) -> int:
+        if letters:  # it may have been finished since it was read
             ask = Template(b"XPENDING", self._names.lbs, self._names.group, ITEM, ITEM, 1)
             ids = [entry_id for _, entry_id, _ in letters]
             pages = await self._link.pipeline(ask.pack(ids), len(ids), decode=PENDING)
