@@ -167,6 +167,8 @@ class Server:
     Raises ServerNotFound, and ValueError for options that contradict each other. Not thread-safe.
     """
 
+    _arguments: tuple[str, ...] = ()  # on the command line, after redis.conf
+
     def __init__(
         self,
         *,
@@ -224,7 +226,8 @@ class Server:
         self._directory = Path(tempfile.mkdtemp(prefix="relstream-server-"))
         try:
             for tries_left in reversed(range(_PORT_TRIES)):
-                self._port = 0 if self._unix_socket else _free_port()
+                self._port = 0 if self._unix_socket else self._free_port()
+                self._write_conf(self._directory)
                 try:
                     self._launch(self._directory)
                     break
@@ -294,16 +297,23 @@ class Server:
             }
         return directives
 
-    def _launch(self, directory: Path) -> None:
+    @staticmethod
+    def _free_port() -> int:
+        return _free_port()
+
+    def _write_conf(self, directory: Path) -> None:
+        # At the first start only: the server itself may rewrite it later (CONFIG REWRITE).
         tls = {} if self._tls is None else {"tls-auth-clients": "no"}
         directives = tls | self._config | self._directives(directory)
-        conf = directory / "redis.conf"
-        conf.write_text(
+        (directory / "redis.conf").write_text(
             "".join(f"{k} {v}\n" if v != "" else f'{k} ""\n' for k, v in directives.items())
         )
+
+    def _launch(self, directory: Path) -> None:
+        command: list[str | Path] = [self.binary.path, directory / "redis.conf", *self._arguments]
         with (directory / "log").open("wb") as log:
             self._process = subprocess.Popen(
-                ["/bin/sh", "-c", _SUPERVISOR, "sh", directory, self.binary.path, conf],
+                ["/bin/sh", "-c", _SUPERVISOR, "sh", directory, *command],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

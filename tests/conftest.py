@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import pytest_asyncio
 import redis
 import uvloop
+from helpers import connections_left, forget_settings
 
 from relstream.server import Binary, Server, ServerNotFound, find_binary
 
@@ -48,9 +48,15 @@ def pytest_asyncio_loop_factories(
 
 
 @pytest.fixture(scope="session")
-def server(pytestconfig: pytest.Config) -> Iterator[Server]:
+def binary(pytestconfig: pytest.Config) -> Binary:
+    """What `--server` chose."""
+    return pytestconfig.stash[BINARY]
+
+
+@pytest.fixture(scope="session")
+def server(binary: Binary) -> Iterator[Server]:
     """Shared by all tests: those that stop it, or change it for good, want `make_server`."""
-    with Server(binary=pytestconfig.stash[BINARY]) as server:
+    with Server(binary=binary) as server:
         yield server
 
 
@@ -59,28 +65,9 @@ def redis_url(server: Server) -> Iterator[str]:
     """The shared server, without data, scripts, users and settings of earlier tests."""
     with redis.Redis.from_url(server.url) as admin:
         admin.flushall()
-        admin.script_flush()
-        admin.config_set("notify-keyspace-events", "")
-        admin.config_set("maxmemory", 0)
-        admin.config_set("maxmemory-policy", "noeviction")
-        for user in admin.acl_users():
-            if user != "default":
-                admin.acl_deluser(user)
-        admin.execute_command(
-            *("ACL", "SETUSER", "default", "reset", "on", "nopass", "~*", "&*", "+@all")
-        )
+        forget_settings(admin)
         yield server.url
-        # The server hears of a closed connection a little later than the test did.
-        deadline = time.monotonic() + 1
-        while (left := engine_connections(admin)) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        for connection in left:
-            admin.client_kill_filter(_id=connection["id"])  # the next test is not to blame
-        assert not left, f"connections left behind: {left}"
-
-
-def engine_connections(admin: redis.Redis) -> list[dict[str, str]]:
-    return [c for c in admin.client_list() if c["name"].startswith("relstream")]
+        assert not (left := connections_left([admin])), f"connections left behind: {left}"
 
 
 @pytest.fixture
@@ -91,12 +78,12 @@ def redis_sync(redis_url: str) -> Iterator[redis.Redis]:
 
 
 @pytest.fixture
-def make_server(pytestconfig: pytest.Config) -> Iterator[Callable[..., Server]]:
+def make_server(binary: Binary) -> Iterator[Callable[..., Server]]:
     """Starts servers with the options of `Server`, for this test alone."""
     with contextlib.ExitStack() as stack:
 
         def make(**options: Any) -> Server:
-            return stack.enter_context(Server(**{"binary": pytestconfig.stash[BINARY]} | options))
+            return stack.enter_context(Server(**{"binary": binary} | options))
 
         yield make
 

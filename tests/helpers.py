@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 
 import redis
 
@@ -102,3 +103,35 @@ class Service:
         new_id = self.redis.xadd(self.lbs, fields)
         self.redis.xdel(self.lbs, entry_id)
         return new_id.decode()
+
+
+def forget_settings(admin: redis.Redis) -> None:
+    """Takes back what earlier tests may have changed on a server, but for its data."""
+    admin.script_flush()
+    admin.config_set("notify-keyspace-events", "")
+    admin.config_set("maxmemory", 0)
+    admin.config_set("maxmemory-policy", "noeviction")
+    for user in admin.acl_users():
+        if user != "default":
+            admin.acl_deluser(user)
+    admin.execute_command(
+        *("ACL", "SETUSER", "default", "reset", "on", "nopass", "~*", "&*", "+@all")
+    )
+
+
+def engine_connections(admin: redis.Redis) -> list[dict[str, str]]:
+    return [c for c in admin.client_list() if c["name"].startswith("relstream")]
+
+
+def connections_left(servers: Iterable[redis.Redis]) -> list[dict[str, str]]:
+    """The engine's connections that don't end within a second. They are ended, then."""
+    # A server hears of a closed connection a little later than the test did.
+    deadline = time.monotonic() + 1
+    left: list[dict[str, str]] = []
+    for admin in servers:
+        while (there := engine_connections(admin)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for connection in there:
+            admin.client_kill_filter(_id=connection["id"])  # the next test is not to blame
+        left += there
+    return left

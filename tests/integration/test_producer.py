@@ -9,8 +9,7 @@ import socket
 import pytest
 import redis
 import redis.asyncio
-from conftest import engine_connections
-from helpers import eventually
+from helpers import engine_connections, eventually
 
 from relstream import (
     ClientClosed,
