@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Coroutine
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,6 @@ from relstream.errors import (
     ClusterClientRequired,
     ConsumerIdMissing,
     InvalidOption,
-    NotSupported,
     PermissionDenied,
     RelstreamError,
     ReplyError,
@@ -31,10 +31,10 @@ from relstream.errors import (
 )
 from relstream.finish import Finisher
 from relstream.intake import Intake
-from relstream.keyspace import ExpiryEvents
+from relstream.keyspace import ClusterEvents, ExpiryEvents
 from relstream.lbs import Names
 from relstream.leases import Keeper, Leases, Locks
-from relstream.net.connection import Link, endpoint_of
+from relstream.net.topology import SlotTable, deployment_of
 from relstream.notifications import LBSInfo, Notifications
 from relstream.recorder import Recorder, SafeRecorder
 from relstream.recovery import Recoverer
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     import redis.asyncio
 
     from relstream._core import Entry
+    from relstream.net.connection import Endpoint
 
 __all__ = ["StreamClient"]
 
@@ -63,8 +64,11 @@ class StreamClient:
                     ...
 
     Args:
-        redis: a URL (redis://, rediss://, unix://) or a ready `redis.asyncio.Redis`, of which
-            address, credentials, TLS and database are taken over; its connections are not used.
+        redis: a URL (redis://, rediss://, unix://; redis+cluster://host:port,host:port;
+            redis+sentinel://host:port,host:port/name-of-master/db; rediss+… with TLS) or a ready
+            `redis.asyncio` client (`Redis`, `RedisCluster`, or one that `Sentinel.master_for`
+            made), of which addresses, credentials, TLS and database are taken over; its
+            connections are not used.
         service_name: names the load balancer stream, `<service>-input`, and its group.
         consumer_id: this consumer's name, as it is. Without it `redis-consumer-` and POD_NAME, else
             POD_IP, of the environment. Two living consumers must never share one.
@@ -74,7 +78,7 @@ class StreamClient:
         retry: how often a failing read is tried again before the client ends.
         recovery: how streams of dead consumers come back.
         auto_claim: whether this consumer helps to recover streams whose locks expired.
-        cluster_mode: what kind of deployment `redis` is.
+        cluster_mode: OSS insists on a Redis Cluster; one is recognised without it.
         force_config_override: whether `notify-keyspace-events` may be extended where it is set.
         renew_in_thread: renew locks in a thread, so that they outlive a blocked event loop.
         logger: receives what is worth knowing; `logging.getLogger("relstream")` unless given.
@@ -83,12 +87,12 @@ class StreamClient:
     Raises:
         InvalidOption: names the setting, the value and the bound.
         ConsumerIdMissing: there is no name for this consumer.
-        ClusterClientRequired: `ClusterMode.OSS` without a `RedisCluster`.
+        ClusterClientRequired: `ClusterMode.OSS` without a `RedisCluster` or such a URL.
     """
 
     def __init__(
         self,
-        redis: str | redis.asyncio.Redis,
+        redis: str | redis.asyncio.Redis | redis.asyncio.RedisCluster,
         service_name: str,
         *,
         consumer_id: str | None = None,
@@ -122,14 +126,12 @@ class StreamClient:
             raise InvalidOption("logger", logger, "a logging.Logger")
         self._names = Names.of(service_name, recovery.dlq_stream)
         self._consumer = _consumer_name(consumer_id)
-        if cluster_mode is ClusterMode.OSS:
-            if not type(redis).__name__.startswith("RedisCluster"):
-                raise ClusterClientRequired(
-                    "cluster_mode=OSS needs a redis.asyncio.RedisCluster, "
-                    f"got {type(redis).__name__}"
-                )
-            raise NotSupported("Redis Cluster is not supported yet")
-        endpoint = endpoint_of(redis)
+        deployment = deployment_of(redis)
+        if cluster_mode is ClusterMode.OSS and not deployment.nodes:
+            raise ClusterClientRequired(
+                "cluster_mode=OSS needs a redis.asyncio.RedisCluster or a URL redis+cluster://, "
+                f"got {type(redis).__name__}"
+            )
         self._heartbeat = float(heartbeat_interval)
         self._logger = logger or logging.getLogger("relstream")
         self._recorder = None if recorder is None else SafeRecorder(recorder, self._logger.warning)
@@ -141,17 +143,30 @@ class StreamClient:
         self._ready = False
         self._terminated = False
         self._closing: asyncio.Task[None] | None = None
-        self._link = Link(endpoint.named(f"{self._consumer}:command"))
-        self._reading = Link(endpoint.named(f"{self._consumer}:read"))
-        self._events = ExpiryEvents(
-            endpoint.named(f"{self._consumer}:events"),
-            force_config_override=force_config_override,
-            on_expired=self._expired,
-            recorder=self._recorder,
-            logger=self._logger,
+        slots = SlotTable(deployment) if deployment.nodes else None
+        self._commands = deployment.open(f"{self._consumer}:command", slots)
+        self._link = self._commands.link(self._names.lbs)
+        self._reads = deployment.open(f"{self._consumer}:read", slots)
+        self._reading = self._reads.link(self._names.lbs)
+        self._recovering = deployment.open(f"{self._consumer}:recover", slots)
+
+        def events_of(master: Endpoint) -> ExpiryEvents:
+            role = f"{self._consumer}:events"
+            return ExpiryEvents(
+                lambda on_push: replace(deployment, endpoint=master).link(role, on_push),
+                force_config_override=force_config_override,
+                on_expired=self._expired,
+                recorder=self._recorder,
+                logger=self._logger,
+            )
+
+        self._events: ExpiryEvents | ClusterEvents = (
+            events_of(deployment.endpoint)
+            if slots is None
+            else ClusterEvents(slots, events_of, self._logger)
         )
         self._keeper = Keeper(
-            endpoint.named(f"{self._consumer}:renew"),
+            deployment,
             self._names,
             self._consumer,
             self._heartbeat,
@@ -160,7 +175,7 @@ class StreamClient:
             recorder=self._recorder,
             threaded=renew_in_thread,
         )
-        locks = Locks(self._link, self._consumer, round(self._heartbeat * 1000), self._logger)
+        locks = Locks(self._commands, self._consumer, round(self._heartbeat * 1000), self._logger)
         self._leases = Leases(
             self._link,
             locks,
@@ -172,7 +187,7 @@ class StreamClient:
             recorder=self._recorder,
         )
         self._finisher = Finisher(
-            self._link,
+            self._commands,
             locks,
             self._names,
             self._consumer,
@@ -183,7 +198,6 @@ class StreamClient:
             recorder=self._recorder,
             logger=self._logger,
         )
-        self._recovering = Link(endpoint.named(f"{self._consumer}:recover"))
         self._recoverer = Recoverer(
             self._recovering,
             self._names,
@@ -196,7 +210,7 @@ class StreamClient:
         )
         self._intake = Intake(
             self._reading,
-            self._link,
+            self._commands,
             self._names,
             self._consumer,
             notifications=self._notifications,
@@ -237,16 +251,16 @@ class StreamClient:
         self._opened = True
         try:
             await self._link.get()
-            await check_rights(self._link, self._names, self._consumer)
+            await check_rights(self._commands, self._names, self._consumer)
             await self._create_group()
-            subscribed = await self._events.set_up()
+            await self._events.set_up()
         except BaseException:
             await self._close_links()
             raise
         self._ready = True
         self._start("keeper", self._keeper.run())
         self._start("finisher", self._finisher.run())
-        self._start("events", self._events.run(subscribed))
+        self._start("events", self._events.run())
         self._start("intake", self._intake.run())
         self._start("audit", self._audit_for_ever())
         self._start("recovery", self._recoverer.run())
@@ -381,8 +395,8 @@ class StreamClient:
         await asyncio.gather(
             self._events.close(),
             self._recovering.close(),
-            self._reading.close(),
-            self._link.close(),
+            self._reads.close(),
+            self._commands.close(),
         )
 
     # --- streams ------------------------------------------------------------------------------
@@ -426,8 +440,28 @@ class StreamClient:
         await self._recoverer.claim(lbs_info)
 
     async def reset_topology(self) -> None:
-        """Redis Cluster: subscribes to the masters of today. Nothing to do on a single shard."""
+        """Redis Cluster: switches expiry events on and subscribes anew, on the masters of today.
+
+        A client notices by itself what happens to a cluster; this forces it, say after somebody
+        changed the servers' settings. May be called at any time, from many places at once. Nothing
+        to do on a single shard.
+
+        Raises:
+            ClusterNotSettled: a node says that the cluster is not ok, or they do not agree on who
+                serves its slots (CLUSTER INFO, CLUSTER SLOTS); nothing was changed.
+            ConfigConflict: a master's `notify-keyspace-events` may not be overridden.
+            KeyspaceSetupFailed: on no master events could be set up.
+            ConnectionFailed: no node can be reached.
+            ClientClosed: the client is closed.
+        """
         self._check_open()
+        success = False
+        try:
+            await self._events.reset()
+            success = True
+        finally:
+            if self._recorder is not None:
+                self._recorder.topology_reset(success)
 
     def _check_open(self) -> None:
         if not self._ready or self._closing is not None:

@@ -20,7 +20,8 @@ from relstream.lbs import (
     replace_fields,
     retry_count,
 )
-from relstream.net.connection import Link, endpoint_of, raise_first
+from relstream.net.connection import raise_first
+from relstream.net.topology import deployment_of
 
 if TYPE_CHECKING:
     import redis.asyncio
@@ -63,7 +64,9 @@ class DeadLetters:
         self, redis: str | redis.asyncio.Redis, service_name: str, *, dlq_stream: str | None = None
     ) -> None:
         self._names = Names.of(service_name, dlq_stream)
-        self._link = Link(endpoint_of(redis).named("dead-letters"))
+        self._topology = deployment_of(redis).open("dead-letters")
+        self._lbs = self._topology.link(self._names.lbs)
+        self._dlq = self._topology.link(self._names.dlq)
         self._closed = False
 
     async def __aiter__(self) -> AsyncIterator[DeadLetter]:
@@ -93,8 +96,8 @@ class DeadLetters:
                     for part in (name, value)
                 ]
                 adding.append(pack(b"XADD", self._names.lbs, b"*", *kept))
-            raise_first(await self._link.pipeline(b"".join(adding), len(adding)))
-            await self._link.execute(b"XDEL", self._names.dlq, *batch.ids())
+            raise_first(await self._lbs.pipeline(b"".join(adding), len(adding)))
+            await self._dlq.execute(b"XDEL", self._names.dlq, *batch.ids())
             replayed += len(batch)
         return replayed
 
@@ -102,7 +105,7 @@ class DeadLetters:
         """Deletes dead letters, all that are there now unless `ids` are given; returns how many."""
         purged = 0
         async for batch in self._chosen(ids):
-            purged += await self._link.execute(b"XDEL", self._names.dlq, *batch.ids())
+            purged += await self._dlq.execute(b"XDEL", self._names.dlq, *batch.ids())
         return purged
 
     async def _chosen(self, ids: Iterable[str] | None) -> AsyncIterator[Batch]:
@@ -135,13 +138,13 @@ class DeadLetters:
     async def _execute(self, *args: bytes | int) -> Batch:
         if self._closed:
             raise ClientClosed("these DeadLetters were closed")
-        batch: Batch = await self._link.execute(*args, decode=ENTRIES)
+        batch: Batch = await self._dlq.execute(*args, decode=ENTRIES)
         return batch
 
     async def aclose(self) -> None:
         """Closes the connection."""
         self._closed = True
-        await self._link.close()
+        await self._topology.close()
 
     async def __aenter__(self) -> DeadLetters:
         return self

@@ -27,7 +27,6 @@ __all__ = [
     "DeadlineExceeded",
     "InvalidOption",
     "KeyspaceSetupFailed",
-    "NotSupported",
     "PermissionDenied",
     "ProtocolError",
     "RelstreamError",
@@ -85,10 +84,6 @@ class ConsumerIdMissing(UsageError):
 
 class ClusterClientRequired(UsageError):
     """`cluster_mode=OSS` was asked for with a client that is not a `RedisCluster`."""
-
-
-class NotSupported(UsageError):
-    """This version of relstream can't do that. Says what to do instead."""
 
 
 class StreamNotOwned(UsageError):

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 from relstream._core import ITEM, Entry, Template, entry_ids, lock_keys, pack
 from relstream.errors import ClientClosed, RelstreamError, ReplyError, StreamNotOwned
 from relstream.leases import pending_for
-from relstream.net.connection import Backoff, Link, raise_first
+from relstream.net.connection import Backoff, raise_first
 from relstream.recovery import PUT, PutBack, read_entries
 
 if TYPE_CHECKING:
     from relstream.config import RetryConfig
     from relstream.lbs import Names
     from relstream.leases import Keeper, Leases, Locks
+    from relstream.net.topology import Topology
     from relstream.recorder import SafeRecorder
 
     Future = asyncio.Future[None]
@@ -35,7 +36,7 @@ class Finisher:
 
     def __init__(
         self,
-        link: Link,
+        topology: Topology,
         locks: Locks,
         names: Names,
         consumer: str,
@@ -47,7 +48,8 @@ class Finisher:
         recorder: SafeRecorder | None,
         logger: logging.Logger,
     ) -> None:
-        self._link = link
+        self._link = topology.link(names.lbs)
+        self._single = topology.single
         self._locks = locks
         self._names = names
         self._consumer = consumer
@@ -55,7 +57,7 @@ class Finisher:
         self._keeper = keeper
         self._retry = retry
         self._on_lost = on_lost
-        self._put = PutBack(link, names, recorder, logger).put
+        self._put = PutBack(topology, names, recorder, logger).put
         self._recorder = recorder
         self._logger = logger
         self._ack = Template(b"XACK", names.lbs, names.group, ITEM)
@@ -197,12 +199,16 @@ class Finisher:
             try:
                 if again or lost:
                     ids = entry_ids(entries)
-                protocol = await self._link.get()
-                timeout = self._link.endpoint.timeout
-                # Over one connection in this order: nothing need be awaited in between.
-                deleting = protocol.send(pack(b"XDEL", self._names.lbs, *ids), timeout=timeout)
-                await self._unlock(entries)
-                raise_first(await deleting)
+                delete = pack(b"XDEL", self._names.lbs, *ids)
+                if self._single:
+                    # Over one connection in this order: nothing need be awaited in between.
+                    protocol = await self._link.get()
+                    deleting = protocol.send(delete, timeout=self._link.endpoint.timeout)
+                    await self._unlock(entries)
+                    raise_first(await deleting)
+                else:
+                    raise_first(await self._link.pipeline(delete, 1))
+                    await self._unlock(entries)
             except RelstreamError:
                 for entry in entries:
                     entry.acked = True

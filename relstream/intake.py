@@ -14,12 +14,13 @@ import orjson
 from relstream._core import STREAMS, Batch, Entry, announcements, pack
 from relstream.errors import ProtocolError, RelstreamError, ReplyError
 from relstream.lbs import INPUT_FIELD, SEPARATOR, UNPARSEABLE, Names
-from relstream.net.connection import Backoff, Link
+from relstream.net.connection import Backoff
 from relstream.recovery import discard, read_entries, to_dlq
 
 if TYPE_CHECKING:
     from relstream.config import RecoveryConfig, RetryConfig
     from relstream.net.protocol import RedisProtocol
+    from relstream.net.topology import KeyLink, Topology
     from relstream.notifications import Notifications
     from relstream.recorder import SafeRecorder
 
@@ -42,8 +43,8 @@ class Intake:
 
     def __init__(
         self,
-        reading: Link,
-        link: Link,
+        reading: KeyLink,
+        topology: Topology,
         names: Names,
         consumer: str,
         *,
@@ -59,7 +60,8 @@ class Intake:
         logger: logging.Logger,
     ) -> None:
         self._reading = reading
-        self._link = link
+        self._topology = topology
+        self._link = topology.link(names.lbs)
         self._names = names
         self._consumer = consumer
         self._notifications = notifications
@@ -234,7 +236,7 @@ class Intake:
         timeout = BLOCK + self._reading.endpoint.timeout
         self._blocked = protocol
         try:
-            (reply,) = await protocol.send(command, 1, decode=STREAMS, timeout=timeout)
+            (reply,) = await self._reading.pipeline(command, 1, decode=STREAMS, timeout=timeout)
         finally:
             self._blocked = None
         if isinstance(reply, ReplyError):
@@ -290,7 +292,9 @@ class Intake:
         which = ", ".join(told) + (f" and {len(bad) - TOLD} more" if len(bad) > TOLD else "")
         dlq = self._names.dlq.decode()
         try:
-            await to_dlq(self._link, self._names, self._recovery.dlq_max_len, letters, UNPARSEABLE)
+            await to_dlq(
+                self._topology, self._names, self._recovery.dlq_max_len, letters, UNPARSEABLE
+            )
         except ReplyError as error:
             if not self._dlq_failed:  # it is tried again as long as they are pending
                 self._dlq_failed = True

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from relstream._core import pack
+from relstream._core import jittered, pack
 from relstream.errors import (
     ConfigConflict,
     ConnectionLost,
@@ -19,11 +20,13 @@ from relstream.errors import (
     ReplyError,
 )
 from relstream.lbs import SEPARATOR, split_lock_key
-from relstream.net.connection import Backoff, Endpoint, Link
+from relstream.net.connection import Backoff
 from relstream.notifications import LBSInfo
 
 if TYPE_CHECKING:
+    from relstream.net.connection import Endpoint, Link
     from relstream.net.protocol import RedisProtocol
+    from relstream.net.topology import SlotTable
     from relstream.recorder import SafeRecorder
 
 SETTING = b"notify-keyspace-events"
@@ -33,6 +36,9 @@ NEEDED = "KEx"
 ALL = "g$lshzxetd"
 # Seconds between two proofs that the subscription's connection is alive.
 PING_INTERVAL = 5.0
+# Seconds between two looks at the slots of a cluster when nothing happens, and when much does.
+LOOK_EVERY = 1.5
+PAUSE = 0.1
 
 
 def merged_flags(current: str) -> str | None:
@@ -47,58 +53,73 @@ class ExpiryEvents:
 
     def __init__(
         self,
-        endpoint: Endpoint,
+        link: Callable[[Callable[[Any], None]], Link],
         *,
         force_config_override: bool,
         on_expired: Callable[[LBSInfo], None],
         recorder: SafeRecorder | None,
         logger: logging.Logger,
     ) -> None:
-        self._link = Link(endpoint, on_push=self._on_push)
+        self._link = link(self._on_push)
         self._force = force_config_override
         self._on_expired = on_expired
         self._recorder = recorder
         self._logger = logger
-        self._prefix = b"__keyspace@%d__:" % endpoint.db
+        self._prefix = b"__keyspace@%d__:" % self._link.endpoint.db
         self._pattern = self._prefix + b"*" + SEPARATOR + b"*"
         self._subscribed: asyncio.Future[None] | None = None
         self._ponged = asyncio.Event()
         self._config_forbidden = False
+        # The connection with the subscription, and who is making one.
+        self._protocol: RedisProtocol | None = None
+        self._setting_up = asyncio.Lock()
 
-    async def set_up(self) -> RedisProtocol:
-        """Switches events on and subscribes.
+    async def set_up(self, *, anew: bool = False) -> None:
+        """Switches events on and subscribes, unless that is done; `anew`: even then.
 
         Raises `ConfigConflict` when the server's setting is insufficient and may not be overridden,
         and `KeyspaceSetupFailed` when subscribing is refused.
         """
-        try:
-            protocol = await self._link.get()
-            await self._configure(protocol)
-            await self._subscribe(protocol)
-        except BaseException:
+        async with self._setting_up:
+            if self._protocol is not None:
+                if self._protocol.alive and not anew:
+                    return
+                self._protocol.abort()
+                await asyncio.wait({self._protocol.closed})
+                self._protocol = None
+            try:
+                protocol = await self._link.get()
+                await self._configure(protocol)
+                await self._subscribe(protocol)
+            except BaseException:
+                if self._recorder is not None:
+                    self._recorder.keyspace_setup(False)
+                raise
             if self._recorder is not None:
-                self._recorder.keyspace_setup(False)
-            raise
-        if self._recorder is not None:
-            self._recorder.keyspace_setup(True)
-        return protocol
+                self._recorder.keyspace_setup(True)
+            self._protocol = protocol
 
-    async def run(self, protocol: RedisProtocol) -> None:
+    async def run(self) -> None:
         """Keeps the subscription, through reconnects, until cancelled."""
-        backoff = Backoff(0.1, 5.0)
+        backoff = Backoff(0.1, 1.0)
         while True:
-            await self._watch(protocol)
-            while True:
-                try:
-                    protocol = await self.set_up()
-                except RelstreamError as error:
-                    if not backoff.failures:
-                        self._logger.warning("no expiry events for now, trying again: %s", error)
-                    await asyncio.sleep(backoff.failed())
-                    continue
-                backoff.reset()
-                self._logger.info("expiry events are subscribed to again")
-                break
+            if self._protocol is not None:
+                await self._watch(self._protocol)
+            try:
+                await self.set_up()
+            except RelstreamError as error:
+                if not backoff.failures:
+                    self._logger.warning(
+                        "no expiry events from %s for now, trying again: %s",
+                        self._link.endpoint, error,
+                    )  # fmt: skip
+                await asyncio.sleep(backoff.failed())
+                continue
+            backoff.reset()
+            self._logger.info("expiry events of %s are subscribed to again", self._link.endpoint)
+
+    async def reset(self) -> None:
+        """Nothing to do where one server is all there is."""
 
     async def close(self) -> None:
         """Ends subscription and connection."""
@@ -189,3 +210,119 @@ class ExpiryEvents:
             parts = split_lock_key(message[2][len(self._prefix) :])
             if parts is not None:
                 self._on_expired(LBSInfo(*parts))
+
+
+class ClusterEvents:
+    """The subscriptions to expired locks on all masters of a cluster, in one flow.
+
+    Follows the masters: looks at the slots whenever there is a reason to, and slowly otherwise.
+    """
+
+    def __init__(
+        self,
+        slots: SlotTable,
+        events_of: Callable[[Endpoint], ExpiryEvents],
+        logger: logging.Logger,
+    ) -> None:
+        self._slots = slots
+        self._events_of = events_of
+        self._logger = logger
+        self._events: dict[Endpoint, ExpiryEvents] = {}
+        self._tasks: dict[Endpoint, asyncio.Task[None]] = {}
+        self._resetting: asyncio.Task[None] | None = None
+
+    async def set_up(self) -> None:
+        """Switches events on and subscribes, on every master; what fails is tried again later.
+
+        Raises `ConfigConflict` as soon as one master's setting may not be overridden, and
+        `KeyspaceSetupFailed` when no master could be set up.
+        """
+        await self._slots.refresh()
+        await self._follow()
+        await self._set_up_all(anew=False)
+
+    async def _set_up_all(self, *, anew: bool) -> None:
+        masters = list(self._events)
+        outcomes = await asyncio.gather(
+            *(self._events[master].set_up(anew=anew) for master in masters), return_exceptions=True
+        )
+        failures = []
+        for master, outcome in zip(masters, outcomes, strict=True):
+            if isinstance(outcome, ConfigConflict) or (
+                isinstance(outcome, BaseException) and not isinstance(outcome, RelstreamError)
+            ):
+                raise outcome
+            if outcome is not None:
+                failures.append(f"{master}: {outcome}")
+        if failures and len(failures) == len(masters):
+            raise KeyspaceSetupFailed(f"on no master of the cluster: {'; '.join(failures)}")
+        for failure in failures:
+            self._logger.warning("no expiry events from a master for now: %s", failure)
+
+    async def run(self) -> None:
+        """Keeps exactly one subscription to every master, until cancelled."""
+        noticed = self._slots.noticed
+        try:
+            while True:
+                await self._follow()
+                for master in self._events.keys() - self._tasks.keys():
+                    self._tasks[master] = asyncio.ensure_future(self._events[master].run())
+                noticing = asyncio.ensure_future(noticed.wait())
+                try:
+                    done, _ = await asyncio.wait(
+                        {noticing, *self._tasks.values()},
+                        timeout=jittered(LOOK_EVERY, 0.2, random.random()),
+                        return_when=asyncio.FIRST_COMPLETED,
+                    )
+                finally:
+                    noticing.cancel()
+                for task in done - {noticing}:
+                    task.result()
+                noticed.clear()
+                try:
+                    await self._slots.refresh()
+                except RelstreamError as error:
+                    self._logger.debug("the slots can't be looked at: %s", error)
+                if noticing in done:
+                    await asyncio.sleep(PAUSE)
+        finally:
+            for task in self._tasks.values():
+                task.cancel()
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    async def _follow(self) -> None:
+        """Leaves servers that are no masters any more, and turns to new ones."""
+        masters = self._slots.masters
+        for master in self._events.keys() - set(masters):
+            self._logger.info("%s is no master any more", master)
+            events = self._events.pop(master)
+            task = self._tasks.pop(master, None)
+            if task is not None:
+                task.cancel()
+                await asyncio.wait({task})
+            await events.close()
+        for master in masters:
+            if master not in self._events:
+                self._events[master] = self._events_of(master)
+
+    async def reset(self) -> None:
+        """Subscribes anew on the masters of today; callers that come meanwhile share the outcome.
+
+        Raises `ClusterNotSettled`, having changed nothing, while the nodes do not agree.
+        """
+        if self._resetting is None or self._resetting.done():
+            self._resetting = asyncio.ensure_future(self._reset())
+        await asyncio.shield(self._resetting)
+
+    async def _reset(self) -> None:
+        await self._slots.settle()
+        await self._follow()
+        await self._set_up_all(anew=True)
+        self._slots.noticed.set()
+
+    async def close(self) -> None:
+        """Ends all subscriptions and their connections."""
+        if self._resetting is not None:
+            self._resetting.cancel()
+            await asyncio.gather(self._resetting, return_exceptions=True)
+        await asyncio.gather(*(events.close() for events in self._events.values()))

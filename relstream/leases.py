@@ -11,7 +11,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from relstream._core import (
@@ -24,12 +23,11 @@ from relstream._core import (
     forget,
     grant,
     lock_keys,
-    pack,
 )
 from relstream.errors import RelstreamError, ReplyError
 from relstream.lbs import SEPARATOR, Names, split_lock_key
-from relstream.net.connection import Backoff, Endpoint, Link, raise_first
-from relstream.scripts import RELEASE, RENEW, SCRIPT_KEYS, run
+from relstream.net.connection import Backoff, raise_first
+from relstream.scripts import RELEASE, RENEW, SCRIPT_KEYS, Script, run, run_each
 
 new_event_loop: Callable[[], asyncio.AbstractEventLoop]
 try:
@@ -38,6 +36,7 @@ except ImportError:  # there is none for Windows
     from asyncio import new_event_loop
 
 if TYPE_CHECKING:
+    from relstream.net.topology import Deployment, KeyLink, Topology
     from relstream.recorder import SafeRecorder
 
 # Locks renewed, and pending entries compared, between two looks at what else there is to do.
@@ -59,10 +58,12 @@ def chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
 
 
 class Locks:
-    """Locks of one consumer: acquire, renew, release, in batches, over one link."""
+    """Locks of one consumer: acquire, renew, release, in batches."""
 
-    def __init__(self, link: Link, consumer: str, ttl_ms: int, logger: logging.Logger) -> None:
-        self._link = link
+    def __init__(
+        self, topology: Topology, consumer: str, ttl_ms: int, logger: logging.Logger
+    ) -> None:
+        self._topology = topology
         self._value = consumer.encode()
         self._ttl_ms = ttl_ms
         self._logger = logger
@@ -74,11 +75,11 @@ class Locks:
 
     async def prepare(self) -> None:
         """Opens the connection and loads the script, so that the first renewal need not wait."""
-        await self._link.pipeline(pack(b"SCRIPT", b"LOAD", RENEW.source), 1)
+        await self._topology.load(RENEW.source)
 
     async def acquire(self, keys: list[bytes]) -> list[Any]:
         """For each lock b"OK", None (it is held) or a `ReplyError`."""
-        return await self._link.pipeline(self._set.pack(keys), len(keys))
+        return await self._topology.each(self._set.pack, keys)
 
     async def held(self, keys: list[bytes]) -> list[bool]:
         """Which of these locks are ours."""
@@ -90,15 +91,13 @@ class Locks:
         gone: list[bytes] = []
         taken: list[bytes] = []
         if not self._scripts_forbidden:
-            parts = list(chunks(keys, SCRIPT_KEYS))
-            args = (self._value, self._ttl_ms)
-            replies = await run(self._link, RENEW, [(part, args) for part in parts])
+            parts, replies = await self._run(RENEW, keys, self._value, self._ttl_ms)
             if not self._forbidden(replies):
                 for part, places in zip(parts, raise_first(replies), strict=True):
                     for place in places:
                         (gone if place > 0 else taken).append(part[abs(place) - 1])
                 return gone, taken
-        values = await self._link.pipeline(self._get.pack(keys), len(keys))
+        values = await self._topology.each(self._get.pack, keys)
         for value in values:
             if isinstance(value, ReplyError) and value.transient:
                 raise value
@@ -114,8 +113,7 @@ class Locks:
     async def release(self, keys: list[bytes]) -> list[bytes]:
         """Deletes locks that are ours; returns those that were not."""
         if not self._scripts_forbidden:
-            parts = list(chunks(keys, SCRIPT_KEYS))
-            replies = await run(self._link, RELEASE, [(part, (self._value,)) for part in parts])
+            parts, replies = await self._run(RELEASE, keys, self._value)
             if not self._forbidden(replies):
                 return [
                     part[place - 1]
@@ -126,6 +124,18 @@ class Locks:
         ours = [key for key, mine in zip(keys, held, strict=True) if mine]
         await self._each(self._delete, ours)
         return [key for key, mine in zip(keys, held, strict=True) if not mine]
+
+    async def _run(
+        self, script: Script, keys: list[bytes], *args: bytes | int
+    ) -> tuple[list[Sequence[bytes]], list[Any]]:
+        """Runs a script on these locks; returns those of each call, and its reply."""
+        if not self._topology.single:
+            return [[key] for key in keys], await run_each(self._topology, script, keys, args)
+        parts = list(chunks(keys, SCRIPT_KEYS))
+        if not parts:
+            return [], []
+        link = self._topology.link(keys[0])
+        return parts, await run(link, script, [(part, args) for part in parts])
 
     def _forbidden(self, replies: list[Any]) -> bool:
         """Whether the user may not run scripts: then two commands a lock do, not atomically."""
@@ -143,11 +153,11 @@ class Locks:
         return self._scripts_forbidden
 
     async def _each(self, command: Template, keys: list[bytes]) -> list[Any]:
-        return raise_first(await self._link.pipeline(command.pack(keys), len(keys)))
+        return raise_first(await self._topology.each(command.pack, keys))
 
 
 class Keeper:
-    """Renews leases every half TTL, over a connection of its own.
+    """Renews leases every half TTL, over connections of its own.
 
     By default it runs in a thread with an event loop of its own, so that leases outlive an
     application that blocks its loop. What is exchanged are keys of locks: `add` and `drop` are
@@ -159,7 +169,7 @@ class Keeper:
 
     def __init__(
         self,
-        endpoint: Endpoint,
+        deployment: Deployment,
         names: Names,
         consumer: str,
         ttl: float,
@@ -170,11 +180,7 @@ class Keeper:
         threaded: bool,
     ) -> None:
         # A server that keeps us waiting for longer than that has let the leases expire.
-        self._endpoint = replace(
-            endpoint,
-            timeout=min(endpoint.timeout, ttl),
-            connect_timeout=min(endpoint.connect_timeout, ttl),
-        )
+        self._deployment = deployment.patient(ttl)
         self._names = names
         self._consumer = consumer
         self._ttl = ttl
@@ -250,8 +256,8 @@ class Keeper:
     # --- on its own loop -----------------------------------------------------------------------
 
     async def _main(self) -> None:
-        link = Link(self._endpoint)
-        renewing = asyncio.ensure_future(self._renew_for_ever(link))
+        topology = self._deployment.open(f"{self._consumer}:renew")
+        renewing = asyncio.ensure_future(self._renew_for_ever(topology))
         stopped = asyncio.ensure_future(self._stopping.wait())
         try:
             await asyncio.wait({renewing, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -261,11 +267,12 @@ class Keeper:
             for task in (renewing, stopped):
                 task.cancel()
             await asyncio.gather(renewing, stopped, return_exceptions=True)
-            await link.close()
+            await topology.close()
 
-    async def _renew_for_ever(self, link: Link) -> None:
+    async def _renew_for_ever(self, topology: Topology) -> None:
         loop = asyncio.get_running_loop()
-        locks = Locks(link, self._consumer, round(self._ttl * 1000), self._logger)
+        link = topology.link(self._names.lbs)
+        locks = Locks(topology, self._consumer, round(self._ttl * 1000), self._logger)
         period = self._ttl / 2
         backoff = Backoff(period / 20, period / 2)
         due = loop.time()
@@ -295,7 +302,7 @@ class Keeper:
             due = max(due + period, loop.time())
             await asyncio.sleep(due - loop.time())
 
-    async def _renew_all(self, link: Link, locks: Locks, spread: float) -> None:
+    async def _renew_all(self, link: KeyLink, locks: Locks, spread: float) -> None:
         """Renews all, window by window; several are under way where the server is far away."""
         loop = asyncio.get_running_loop()
         with self._guard:
@@ -326,7 +333,7 @@ class Keeper:
         if failures:  # all others are renewed all the same
             raise failures[0]
 
-    async def _renew(self, link: Link, locks: Locks, window: Sequence[bytes]) -> None:
+    async def _renew(self, link: KeyLink, locks: Locks, window: Sequence[bytes]) -> None:
         keys = [key for key in window if key in self._keys]
         if not keys:
             return
@@ -354,7 +361,7 @@ class Keeper:
         else:
             told()
 
-    async def _revive(self, link: Link, locks: Locks, gone: list[bytes]) -> list[bytes]:
+    async def _revive(self, link: KeyLink, locks: Locks, gone: list[bytes]) -> list[bytes]:
         """Takes locks anew whose entries are still ours; returns the others: they are lost."""
         ours = await self._pending(link, gone)
         kept = [key for key in gone if key in ours]
@@ -371,14 +378,14 @@ class Keeper:
         alive = set(kept)
         return [key for key in gone if key not in alive]
 
-    async def _pending(self, link: Link, keys: list[bytes]) -> set[bytes]:
+    async def _pending(self, link: KeyLink, keys: list[bytes]) -> set[bytes]:
         """Those of `keys` whose entries are pending for this consumer."""
         ids = [key.rpartition(SEPARATOR)[2] for key in keys]
         return await pending_for(link, self._names, self._consumer, keys, ids)
 
 
 async def pending_for(
-    link: Link, names: Names, consumer: str, keys: list[bytes], ids: list[bytes]
+    link: KeyLink, names: Names, consumer: str, keys: list[bytes], ids: list[bytes]
 ) -> set[bytes]:
     """Those of `keys` whose ids are pending for the consumer (XPENDING, ranges of one id)."""
     ask = Template(b"XPENDING", names.lbs, names.group, ITEM, ITEM, 1)
@@ -400,7 +407,7 @@ class Leases:
 
     def __init__(
         self,
-        link: Link,
+        link: KeyLink,
         locks: Locks,
         names: Names,
         consumer: str,

@@ -10,7 +10,8 @@ from relstream._core import ITEM, Template
 from relstream.errors import ClientClosed, InvalidOption
 from relstream.lbs import INPUT_FIELD, Names, message
 from relstream.leases import chunks
-from relstream.net.connection import Link, endpoint_of, raise_first
+from relstream.net.connection import raise_first
+from relstream.net.topology import deployment_of
 
 if TYPE_CHECKING:
     import redis.asyncio
@@ -24,7 +25,8 @@ BATCH = 1000
 class Producer:
     """Announces data streams: from then on some consumer of the service owns each.
 
-    Holds one connection, opened at the first use and again after it was lost.
+    Holds one connection, opened at the first use and again after it was lost. In a Redis Cluster
+    and behind Sentinel it finds the master by itself.
 
     Args:
         redis: a URL or a ready client, as for `StreamClient`.
@@ -36,7 +38,8 @@ class Producer:
 
     def __init__(self, redis: str | redis.asyncio.Redis, service_name: str) -> None:
         names = Names.of(service_name)
-        self._link = Link(endpoint_of(redis).named("producer"))
+        self._topology = deployment_of(redis).open("producer")
+        self._link = self._topology.link(names.lbs)
         self._closed = False
         self._add = Template(b"XADD", names.lbs, b"*", INPUT_FIELD, ITEM)
 
@@ -80,7 +83,7 @@ class Producer:
     async def aclose(self) -> None:
         """Closes the connection."""
         self._closed = True
-        await self._link.close()
+        await self._topology.close()
 
     async def __aenter__(self) -> Producer:
         return self

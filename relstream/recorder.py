@@ -55,6 +55,9 @@ class Recorder:
     def ack_add_gap(self, count: int, duration: float) -> None:
         """So many entries were put back in two steps, as scripts are forbidden."""
 
+    def topology_reset(self, success: bool) -> None:
+        """`reset_topology` was called, and did it or not."""
+
     def keyspace_setup(self, success: bool) -> None:
         """Expiry events were set up on a master, or could not be."""
 

@@ -44,12 +44,13 @@ from relstream.lbs import (
     replace_fields,
     retry_count,
 )
-from relstream.net.connection import Backoff, Link, raise_first
+from relstream.net.connection import Backoff, raise_first
 from relstream.notifications import LBSInfo
 from relstream.scripts import PUT_BACK, REMOVE_CONSUMER, SCRIPT_KEYS, run
 
 if TYPE_CHECKING:
     from relstream.config import RecoveryConfig
+    from relstream.net.topology import KeyLink, Topology
     from relstream.recorder import SafeRecorder
 
     # An entry's id, its field names and values, and the lock that must be free, if one must.
@@ -76,7 +77,7 @@ REMOVE_EVERY = 60.0
 PUT, LOST, ALIVE, TOO_LARGE = 1, 0, 2, -1
 
 
-async def read_entries(link: Link, names: Names, ids: Sequence[bytes]) -> list[Batch]:
+async def read_entries(link: KeyLink, names: Names, ids: Sequence[bytes]) -> list[Batch]:
     """Entries of the LBS by their ids, a batch of one or none each (XRANGE)."""
     ask = Template(b"XRANGE", names.lbs, ITEM, ITEM)
     return raise_first(await link.pipeline(ask.pack(list(ids)), len(ids), decode=ENTRIES))
@@ -91,9 +92,14 @@ class PutBack:
     """
 
     def __init__(
-        self, link: Link, names: Names, recorder: SafeRecorder | None, logger: logging.Logger
+        self,
+        topology: Topology,
+        names: Names,
+        recorder: SafeRecorder | None,
+        logger: logging.Logger,
     ) -> None:
-        self._link = link
+        self._topology = topology
+        self._link = topology.link(names.lbs)
         self._names = names
         self._recorder = recorder
         self._logger = logger
@@ -101,6 +107,15 @@ class PutBack:
 
     async def put(self, entries: Sequence[Returning]) -> list[int]:
         """For each entry PUT, LOST (it was not pending) or ALIVE (locked)."""
+        if self._topology.single:
+            return await self._put(entries)
+        # The locks are on other servers than the script: they are looked at just before it.
+        taken = await self._taken(entries)
+        free = [(entry_id, pairs, None) for entry_id, pairs, lock in entries if lock not in taken]
+        outcomes = iter(await self._put(free) if free else [])
+        return [ALIVE if lock in taken else next(outcomes) for _, _, lock in entries]
+
+    async def _put(self, entries: Sequence[Returning]) -> list[int]:
         if not self._scripts_forbidden:
             outcomes: list[int] = []
             for reply in await run(self._link, PUT_BACK, self._calls(entries)):
@@ -140,10 +155,14 @@ class PutBack:
             size += sum(map(len, pairs))
         return calls
 
-    async def _in_two_steps(self, entries: Sequence[Returning]) -> list[int]:
+    async def _taken(self, entries: Sequence[Returning]) -> set[bytes]:
+        """The locks among those of the entries that somebody holds."""
         locks = [lock for _, _, lock in entries if lock is not None]
-        held = await self._link.pipeline(Template(b"GET", ITEM).pack(locks), len(locks))
-        taken = {key for key, value in zip(locks, raise_first(held), strict=True) if value}
+        held = await self._topology.each(Template(b"GET", ITEM).pack, locks)
+        return {key for key, value in zip(locks, raise_first(held), strict=True) if value}
+
+    async def _in_two_steps(self, entries: Sequence[Returning]) -> list[int]:
+        taken = await self._taken(entries)
         free = [entry for entry in entries if entry[2] not in taken]
         ack = Template(b"XACK", self._names.lbs, self._names.group, ITEM)
         acked = await self._link.pipeline(ack.pack([entry[0] for entry in free]), len(free))
@@ -163,7 +182,7 @@ class PutBack:
 
 
 async def to_dlq(
-    link: Link,
+    topology: Topology,
     names: Names,
     max_len: int,
     letters: Sequence[tuple[bytes, list[bytes]]],
@@ -190,18 +209,18 @@ async def to_dlq(
         )
         for entry_id, pairs in letters
     ]  # fmt: skip
-    replies = await link.pipeline(b"".join(adding), len(adding))
+    replies = await topology.link(names.dlq).pipeline(b"".join(adding), len(adding))
     ids = [
         entry_id
         for (entry_id, _), reply in zip(letters, replies, strict=True)
         if not isinstance(reply, ReplyError)
     ]
     if ids:
-        await discard(link, names, ids)
+        await discard(topology.link(names.lbs), names, ids)
     raise_first(replies)
 
 
-async def discard(link: Link, names: Names, ids: Sequence[bytes]) -> None:
+async def discard(link: KeyLink, names: Names, ids: Sequence[bytes]) -> None:
     """Acknowledges and deletes LBS entries that nobody needs any more."""
     packed = pack(b"XACK", names.lbs, names.group, *ids) + pack(b"XDEL", names.lbs, *ids)
     raise_first(await link.pipeline(packed, 2))
@@ -226,7 +245,7 @@ class Recoverer:
 
     def __init__(
         self,
-        link: Link,
+        topology: Topology,
         names: Names,
         consumer: str,
         *,
@@ -236,7 +255,9 @@ class Recoverer:
         recorder: SafeRecorder | None,
         logger: logging.Logger,
     ) -> None:
-        self._link = link
+        self._topology = topology
+        self._link = topology.link(names.lbs)
+        self._leader = topology.link(names.leader)
         self._names = names
         self._consumer = consumer.encode()
         self._ttl_ms = round(heartbeat * 1000)
@@ -244,7 +265,7 @@ class Recoverer:
         self._auto_claim = auto_claim
         self._recorder = recorder
         self._logger = logger
-        self._put_back = PutBack(link, names, recorder, logger)
+        self._put_back = PutBack(topology, names, recorder, logger)
         self._expired: dict[bytes, None] = {}
         self._leading = False
         self._known: dict[bytes, bytes] = {}  # sampled entries: id, lock
@@ -308,29 +329,29 @@ class Recoverer:
 
     async def resign(self) -> None:
         """Lets another lead at once; for after `run` has ended."""
-        if await self._link.execute(b"GET", self._names.leader) == self._consumer:
-            await self._link.execute(b"DEL", self._names.leader)
+        if await self._leader.execute(b"GET", self._names.leader) == self._consumer:
+            await self._leader.execute(b"DEL", self._names.leader)
             self._logger.info("this consumer recovers for the service no more")
 
     async def _try_to_lead(self) -> bool:
         try:
-            taken = await self._link.execute(
+            taken = await self._leader.execute(
                 b"SET", self._names.leader, self._consumer, b"NX", b"PX", LEADERSHIP_MS
             )
         except ReplyError as error:
             if error.code != "OOM":
                 raise
             # Out of memory nobody can be chosen. Several that recover do no harm, none would.
-            return await self._link.execute(b"GET", self._names.leader) is None
+            return await self._leader.execute(b"GET", self._names.leader) is None
         return taken is not None
 
     async def _still_leads(self) -> bool:
-        leader = await self._link.execute(b"GET", self._names.leader)
+        leader = await self._leader.execute(b"GET", self._names.leader)
         if leader is None:
             return await self._try_to_lead()
         if leader != self._consumer:
             return False
-        return bool(await self._link.execute(b"PEXPIRE", self._names.leader, LEADERSHIP_MS))
+        return bool(await self._leader.execute(b"PEXPIRE", self._names.leader, LEADERSHIP_MS))
 
     async def _lead(self, first: bool) -> None:
         """Recovers until leadership is lost; what fails in one part ends it, too."""
@@ -518,7 +539,7 @@ class Recoverer:
         """Who holds these locks."""
         if not keys:
             return []
-        if not self._mget_forbidden:
+        if self._topology.single and not self._mget_forbidden:
             try:
                 values: list[bytes | None] = await self._link.execute(b"MGET", *keys)
                 return values
@@ -526,8 +547,7 @@ class Recoverer:
                 if error.code != "NOPERM":
                     raise
                 self._mget_forbidden = True
-        ask = Template(b"GET", ITEM)
-        replies = await self._link.pipeline(ask.pack(keys), len(keys))
+        replies = await self._topology.each(Template(b"GET", ITEM).pack, keys)
         for reply in replies:
             if isinstance(reply, ReplyError) and reply.transient:
                 raise reply
@@ -580,7 +600,7 @@ class Recoverer:
             return 0
         moving = [(entry_id, pairs) for _, entry_id, pairs in letters]
         try:
-            await to_dlq(self._link, self._names, self._recovery.dlq_max_len, moving, reason)
+            await to_dlq(self._topology, self._names, self._recovery.dlq_max_len, moving, reason)
         except ReplyError as error:
             if not self._dlq_failed:
                 self._dlq_failed = True

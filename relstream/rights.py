@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from relstream._core import pack
@@ -10,10 +11,10 @@ from relstream.lbs import SEPARATOR
 
 if TYPE_CHECKING:
     from relstream.lbs import Names
-    from relstream.net.connection import Link
+    from relstream.net.topology import Topology
 
 
-async def check_rights(link: Link, names: Names, consumer: str) -> None:
+async def check_rights(topology: Topology, names: Names, consumer: str) -> None:
     """Raises `PermissionDenied`, naming every command that the user lacks.
 
     Asks by running each in a form that changes nothing: ids that no entry can have, a lock that
@@ -42,9 +43,11 @@ async def check_rights(link: Link, names: Names, consumer: str) -> None:
         (None, (b"PEXPIRE", lock, 1)),
         (None, (b"DEL", lock)),
     ]
-    replies = await link.pipeline(b"".join([pack(*args) for _, args in probes]), len(probes))
+    answers = await asyncio.gather(
+        *(topology.link(key or lock).pipeline(pack(*args), 1) for key, args in probes)
+    )
     denied: dict[str, None] = {}
-    for (key, args), reply in zip(probes, replies, strict=True):
+    for (key, args), (reply,) in zip(probes, answers, strict=True):
         if isinstance(reply, ReplyError) and reply.code == "NOPERM":
             command = args[0]
             assert isinstance(command, bytes)
@@ -53,7 +56,7 @@ async def check_rights(link: Link, names: Names, consumer: str) -> None:
             elif key is not None:
                 denied[f"~{key.decode()}"] = None
     if denied:
-        user = link.endpoint.username or "default"
+        user = topology.link(names.lbs).endpoint.username or "default"
         raise PermissionDenied(
             f"the user {user!r} lacks rights that relstream needs: grant them by "
             f"ACL SETUSER {user} {' '.join(denied)}"

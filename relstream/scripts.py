@@ -9,11 +9,11 @@ import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from relstream._core import pack
+from relstream._core import ITEM, Template, pack
 from relstream.errors import ReplyError
 
 if TYPE_CHECKING:
-    from relstream.net.connection import Link
+    from relstream.net.topology import KeyLink, Topology
 
 SCRIPT_KEYS = 100
 """At most so many locks or entries a call keep it well under a millisecond of server time."""
@@ -102,7 +102,7 @@ return 1
 
 
 async def run(
-    link: Link,
+    link: KeyLink,
     script: Script,
     calls: Sequence[tuple[Sequence[bytes], Sequence[bytes | str | int]]],
 ) -> list[Any]:
@@ -123,7 +123,7 @@ async def run(
         if isinstance(reply, ReplyError) and reply.code == "NOSCRIPT"
     ]
     if unknown:
-        (loaded,) = await link.pipeline(pack("SCRIPT", "LOAD", script.source), 1)
+        loaded = await link.load(script.source)
         if isinstance(loaded, ReplyError):  # forbidden, say: so is running it
             for i in unknown:
                 replies[i] = loaded
@@ -131,4 +131,25 @@ async def run(
         again = await link.pipeline(b"".join([commands[i] for i in unknown]), len(unknown))
         for i, reply in zip(unknown, again, strict=True):
             replies[i] = reply
+    return replies
+
+
+async def run_each(
+    topology: Topology, script: Script, keys: list[bytes], args: Sequence[bytes | int]
+) -> list[Any]:
+    """Runs a script once for each key, wherever that is; else as `run`."""
+    command = Template(b"EVALSHA", script.digest, 1, ITEM, *args)
+    replies = await topology.each(command.pack, keys)
+    unknown = [
+        place
+        for place, reply in enumerate(replies)
+        if isinstance(reply, ReplyError) and reply.code == "NOSCRIPT"
+    ]
+    if unknown:
+        loaded = await topology.load(script.source)
+        again: list[Any] = [loaded] * len(unknown)
+        if not isinstance(loaded, ReplyError):
+            again = await topology.each(command.pack, [keys[place] for place in unknown])
+        for place, reply in zip(unknown, again, strict=True):
+            replies[place] = reply
     return replies

@@ -119,3 +119,22 @@ cdef class Template:
                 if place < places:
                     at = _write_bulk(at, PyBytes_AS_STRING(item), PyBytes_GET_SIZE(item))
         return out
+
+
+def commands(bytes packed not None):
+    """The single commands in packed ones, each still packed."""
+    cdef list found = []
+    cdef Py_ssize_t start = 0
+    cdef Py_ssize_t at = 0
+    cdef Py_ssize_t end, arguments
+    while at < len(packed):
+        end = packed.index(b"\r\n", at)
+        arguments = int(packed[at + 1 : end])
+        at = end + 2
+        while arguments:
+            end = packed.index(b"\r\n", at)
+            at = end + 4 + <Py_ssize_t>int(packed[at + 1 : end])
+            arguments -= 1
+        found.append(packed[start:at])
+        start = at
+    return found

@@ -33,3 +33,20 @@ def key_slot(bytes key not None):
     for i in range(size):
         crc = <uint16_t>((crc << 8) ^ _crc_table[((crc >> 8) ^ <uint8_t>at[i]) & 0xFF])
     return crc & 0x3FFF
+
+
+def by_owner(list keys not None, list places not None, list owners not None):
+    """Which owner serves which keys: `{owner: places}`, of the `places` in `keys`.
+
+    `owners` names the owner of each of the 16384 slots.
+    """
+    cdef dict groups = {}
+    cdef list group
+    cdef object owner
+    for place in places:
+        owner = owners[key_slot(<bytes?>keys[place])]
+        group = <list>groups.get(owner)
+        if group is None:
+            group = groups[owner] = []
+        group.append(place)
+    return groups

@@ -11,14 +11,13 @@ import random
 import re
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 import redis.asyncio
 from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection
-from redis.asyncio.sentinel import SentinelConnectionPool
 
 from relstream._core import OBJECT, backoff, first_error, pack
 from relstream.errors import (
@@ -26,7 +25,6 @@ from relstream.errors import (
     ConnectionFailed,
     ConnectionLost,
     InvalidOption,
-    NotSupported,
     PermissionDenied,
     ProtocolError,
     ReplyError,
@@ -91,7 +89,7 @@ def endpoint_of(source: str | redis.asyncio.Redis) -> Endpoint:
     """Reads an address off a URL (redis://, rediss://, unix://) or a `redis.asyncio.Redis`.
 
     Raises `InvalidOption` for what is neither, or has settings that can't be; its message shows no
-    password. Raises `NotSupported` for clusters and Sentinel.
+    password.
     """
     if isinstance(source, str):
         shown: object = _without_secrets(source)
@@ -99,14 +97,10 @@ def endpoint_of(source: str | redis.asyncio.Redis) -> Endpoint:
     elif isinstance(source, redis.asyncio.Redis):
         shown = source
         pool = source.connection_pool
-    elif isinstance(source, redis.asyncio.RedisCluster):
-        raise NotSupported("Redis Cluster is not supported yet: give a client of a single server")
     else:
         raise InvalidOption(
             "redis", type(source), "a URL (redis://, rediss://, unix://) or a redis.asyncio client"
         )
-    if isinstance(pool, SentinelConnectionPool):
-        raise NotSupported("Sentinel is not supported yet: give the address of the master")
     try:
         parsed: AbstractConnection = cast("Any", pool).make_connection()
         tls = parsed.ssl_context.get() if isinstance(parsed, SSLConnection) else None
@@ -340,6 +334,9 @@ class Link:
 
     It is opened by whoever needs it; nothing runs in between. Callers who come while it is being
     opened share the attempt, and its error.
+
+    With `locate` it is a connection to a master that may be replaced by another: each opening asks
+    where it is, and a server that says READONLY is one no more.
     """
 
     def __init__(
@@ -347,9 +344,11 @@ class Link:
         endpoint: Endpoint,
         *,
         on_push: Callable[[Any], None] | None = None,
+        locate: Callable[[], Awaitable[tuple[str, int]]] | None = None,
     ) -> None:
         self.endpoint = endpoint
         self._on_push = on_push
+        self._locate = locate
         self._protocol: RedisProtocol | None = None
         self._attempt: _Attempt | None = None
         self._closed = False
@@ -388,11 +387,24 @@ class Link:
 
     async def _open(self) -> RedisProtocol:
         try:
-            self._protocol = await connect(self.endpoint, self._on_push)
-            return self._protocol
+            if self._locate is not None:
+                host, port = await self._locate()
+                self.endpoint = replace(self.endpoint, host=host, port=port)
+            protocol = await connect(self.endpoint, self._on_push)
+            if self._locate is not None:
+                await self._check_master(protocol)
+            self._protocol = protocol
+            return protocol
         finally:
             if self._attempt is not None and self._attempt.task is asyncio.current_task():
                 self._attempt = None
+
+    async def _check_master(self, protocol: RedisProtocol) -> None:
+        """A Sentinel may name a master of yesterday: it has to say itself that it is one (ROLE)."""
+        (role,) = await protocol.send(pack(b"ROLE"), timeout=self.endpoint.timeout)
+        if isinstance(role, list) and role[0] != b"master":
+            protocol.abort()
+            raise ConnectionFailed(f"{self.endpoint} is no master yet, or no more")
 
     async def pipeline(
         self, packed: bytes, replies: int, *, decode: int = OBJECT, timeout: float | None = None
@@ -409,9 +421,18 @@ class Link:
         if protocol is None or not protocol.alive:
             protocol = await self.get()
         await protocol.drain()
-        return await protocol.send(
+        received = await protocol.send(
             packed, replies, decode=decode, timeout=timeout or self.endpoint.timeout
         )
+        if self._locate is not None:
+            error = first_error(received)
+            if error is not None and error.code == "READONLY":
+                protocol.abort(ConnectionLost(f"{self.endpoint} is no master any more"))
+        return received
+
+    async def load(self, source: str) -> Any:
+        """Makes a script known to the server (SCRIPT LOAD); returns the reply."""
+        return (await self.pipeline(pack(b"SCRIPT", b"LOAD", source), 1))[0]
 
     async def execute(
         self, *args: bytes | str | int, decode: int = OBJECT, timeout: float | None = None

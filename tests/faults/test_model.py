@@ -24,6 +24,7 @@ from relstream import intake as intake_module
 from relstream.leases import Locks
 from relstream.net.connection import Link
 from relstream.net.protocol import RedisProtocol
+from relstream.net.topology import SingleTopology
 from relstream.recovery import Tally
 from relstream.server import Server
 
@@ -101,10 +102,10 @@ class Life:
         loop = asyncio.get_running_loop()
         client._opened = client._ready = True
         client._keeper._app_loop = loop
-        self.keeper_link = Link(client._link.endpoint)
-        locks = Locks(self.keeper_link, name, round(TTL * 1000), client._logger)
+        self.keeping = SingleTopology(Link(client._link.endpoint))
+        locks = Locks(self.keeping, name, round(TTL * 1000), client._logger)
         self.work = {
-            "renew": lambda: client._keeper._renew_all(self.keeper_link, locks, 0.0),
+            "renew": lambda: client._keeper._renew_all(self.keeping.link(b""), locks, 0.0),
             "audit": lambda: client._audit(TTL),
             "recover": lambda: client._recoverer._walk(0, Tally()),
         }
@@ -142,7 +143,7 @@ class Life:
         outcomes = await asyncio.gather(*self.tasks.values(), return_exceptions=True)
         self.notifications.end("crashed")
         await self.client._close_links()
-        await self.keeper_link.close()
+        await self.keeping.close()
         for outcome in outcomes:
             if isinstance(outcome, Exception) and not isinstance(outcome, RelstreamError):
                 raise outcome

@@ -28,7 +28,6 @@ from relstream.errors import (
     ConnectionLost,
     DeadlineExceeded,
     InvalidOption,
-    NotSupported,
     PermissionDenied,
     ProtocolError,
     ReplyError,
@@ -444,16 +443,6 @@ def test_bad_url(url, why):
 def test_what_is_no_server():
     with pytest.raises(InvalidOption, match="int"):
         endpoint_of(6379)
-    sentinel = redis.asyncio.Sentinel([("localhost", 26379)])
-    with pytest.raises(NotSupported, match="Sentinel"):
-        endpoint_of(sentinel.master_for("mymaster"))
-
-
-async def test_what_is_a_cluster():
-    cluster = redis.asyncio.RedisCluster(host="localhost")
-    with pytest.raises(NotSupported, match="Cluster"):
-        endpoint_of(cluster)
-    await cluster.aclose()
 
 
 def test_ipv6_addresses_are_shown_as_urls_have_them():

@@ -15,7 +15,6 @@ from relstream import (
     ConsumerIdMissing,
     InvalidOption,
     NotificationType,
-    NotSupported,
     RecoveryConfig,
     StreamClient,
 )
@@ -132,10 +131,11 @@ def test_cluster_mode_wants_a_cluster_client():
     for single in ("redis://localhost", redis.asyncio.Redis()):
         with pytest.raises(ClusterClientRequired, match=r"needs a redis.asyncio.RedisCluster"):
             make(single, cluster_mode=ClusterMode.OSS)
-    cluster = redis.asyncio.RedisCluster(host="localhost")
-    for mode in ClusterMode:
-        with pytest.raises(NotSupported, match="not supported yet"):
-            make(cluster, cluster_mode=mode)
+    for several in (
+        "redis+cluster://localhost:7000,localhost:7001",
+        redis.asyncio.RedisCluster(host="localhost"),
+    ):
+        make(several, cluster_mode=ClusterMode.OSS)
 
 
 async def test_a_client_never_opened():

@@ -24,6 +24,7 @@ from relstream.bench.measure import (
 )
 from relstream.lbs import SEPARATOR, Names
 from relstream.net.connection import Link, raise_first
+from relstream.net.topology import deployment_of
 from relstream.recovery import Recoverer, Tally
 
 OWNERS = 10
@@ -86,25 +87,28 @@ async def _relstream(job: Job, counted: str) -> AsyncIterator[Walk]:
 
     Yields what does it and returns how many were `counted`: `requeued` or `alive`.
     """
-    async with link(job.url) as connection:
-        recoverer = Recoverer(
-            connection,
-            Names.of(job.service),
-            "bench",
-            heartbeat=2.0,
-            recovery=RecoveryConfig(),
-            auto_claim=False,
-            recorder=None,
-            logger=logging.getLogger("relstream"),
-        )
+    topology = deployment_of(job.url).open("bench")
+    recoverer = Recoverer(
+        topology,
+        Names.of(job.service),
+        "bench",
+        heartbeat=2.0,
+        recovery=RecoveryConfig(),
+        auto_claim=False,
+        recorder=None,
+        logger=logging.getLogger("relstream"),
+    )
 
-        async def walk() -> int:
-            tally = Tally()
-            await recoverer._walk(0, tally)
-            count: int = getattr(tally, counted)
-            return count
+    async def walk() -> int:
+        tally = Tally()
+        await recoverer._walk(0, tally)
+        count: int = getattr(tally, counted)
+        return count
 
+    try:
         yield walk
+    finally:
+        await topology.close()
 
 
 @asynccontextmanager

@@ -1,0 +1,615 @@
+"""Which master serves a key: the only server there is, the one Sentinel names, or one of a cluster.
+
+A `Deployment` says where Redis is, and opens a `Topology` for each purpose; a topology hands out
+links to keys, and carries commands to where their keys are. In a cluster it follows redirects, and
+looks at the slots again whenever a node or a connection gives it a reason to.
+
+https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/
+https://redis.io/docs/latest/develop/reference/sentinel-clients/
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import redis.asyncio
+from redis.asyncio.sentinel import SentinelConnectionPool
+
+from relstream._core import OBJECT, by_owner, commands, first_error, key_slot, pack
+from relstream.errors import (
+    ClusterNotSettled,
+    ConnectionFailed,
+    ConnectionLost,
+    InvalidOption,
+    RelstreamError,
+    ReplyError,
+)
+from relstream.net.connection import Endpoint, Link, connect, endpoint_of, raise_first
+
+if TYPE_CHECKING:
+    from relstream.net.protocol import RedisProtocol
+
+SLOTS = 16384
+# How often a command follows a redirect before its sender is told, and the pause in between once
+# the slots look the same as before, in seconds.
+REDIRECTS = 8
+PAUSE = 0.05
+# Asking for the slots, or for the master, in seconds: there are others to ask.
+ASK_TIMEOUT = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """Where Redis is, and what kind of it. Holds no connection; may be shared between threads."""
+
+    endpoint: Endpoint
+    """What all servers have in common; of a single server also its address."""
+    nodes: tuple[Endpoint, ...] = ()
+    """Nodes of a cluster to start from."""
+    sentinels: tuple[Endpoint, ...] = ()
+    master_name: str = ""
+    """What the Sentinels call the master."""
+
+    @property
+    def heals(self) -> bool:
+        """Whether a lost master is replaced: then it is worth waiting for."""
+        return bool(self.nodes or self.sentinels)
+
+    def patient(self, timeout: float) -> Deployment:
+        """The same, waiting for so many seconds at most, for a connection as for a reply."""
+        bounded = replace(
+            self.endpoint,
+            timeout=min(self.endpoint.timeout, timeout),
+            connect_timeout=min(self.endpoint.connect_timeout, timeout),
+        )
+        return replace(self, endpoint=bounded)
+
+    def open(self, role: str, slots: SlotTable | None = None) -> Topology:
+        """What carries commands, over connections that CLIENT LIST shows under this role.
+
+        Nothing is connected yet. In a cluster several on one event loop may share their `slots`.
+        """
+        if self.nodes:
+            return ClusterTopology(self.endpoint.named(role), slots or SlotTable(self))
+        return SingleTopology(self.link(role))
+
+    def link(self, role: str, on_push: Callable[[Any], None] | None = None) -> Link:
+        """A link to the master, where there is but one."""
+        locate = self._ask_sentinels if self.sentinels else None
+        return Link(self.endpoint.named(role), on_push=on_push, locate=locate)
+
+    async def _ask_sentinels(self) -> tuple[str, int]:
+        """Where the master is now, as the first Sentinel that can be reached has it."""
+        problems = []
+        for sentinel in random.sample(self.sentinels, len(self.sentinels)):
+            try:
+                address = await _ask(
+                    sentinel, b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", self.master_name
+                )
+            except RelstreamError as error:
+                problems.append(str(error))
+                continue
+            if address is not None:
+                return address[0].decode(), int(address[1])
+            problems.append(f"{sentinel} knows no master {self.master_name!r}")
+        raise ConnectionFailed(f"no Sentinel says where the master is: {'; '.join(problems)}")
+
+
+async def _ask(endpoint: Endpoint, *args: bytes | str) -> Any:
+    """One command over a connection of its own."""
+    quick = replace(endpoint, connect_timeout=min(endpoint.connect_timeout, ASK_TIMEOUT))
+    protocol = await connect(quick)
+    try:
+        return raise_first(await protocol.send(pack(*args), timeout=ASK_TIMEOUT))[0]
+    finally:
+        protocol.abort()
+        await asyncio.wait({protocol.closed})
+
+
+# --- what was given ----------------------------------------------------------------------------
+
+
+def deployment_of(source: object) -> Deployment:
+    """Reads off a URL or a `redis.asyncio` client where Redis is, and whether it is a cluster.
+
+    URLs: those of `endpoint_of`; `redis+sentinel://[user:password@]host:port,host:port/name[/db]`;
+    `redis+cluster://[user:password@]host:port,host:port`; `rediss+…` for TLS. Raises
+    `InvalidOption`, as `endpoint_of` does.
+    """
+    if isinstance(source, str):
+        scheme, plus, rest = source.partition("+")
+        kind, _, rest = rest.partition("://")
+        if plus and scheme in ("redis", "rediss") and kind in ("sentinel", "cluster"):
+            return _of_many_hosts(source, scheme, kind, rest)
+    if isinstance(source, redis.asyncio.RedisCluster):
+        return _of_cluster(source)
+    if isinstance(source, redis.asyncio.Redis):
+        pool = source.connection_pool
+        if isinstance(pool, SentinelConnectionPool):
+            return _of_sentinel(source, pool)
+    return Deployment(endpoint=endpoint_of(cast("str | redis.asyncio.Redis", source)))
+
+
+def _of_many_hosts(url: str, scheme: str, kind: str, rest: str) -> Deployment:
+    credentials, at, address = rest.rpartition("@")
+    hosts, _, path = re.sub(r"\?.*", "", address).partition("/")
+    query = address.partition("?")[2]
+    sentinel_query = "&".join(
+        part.removeprefix("sentinel_") for part in query.split("&") if part.startswith("sentinel_")
+    )
+    query = "&".join(part for part in query.split("&") if not part.startswith("sentinel_"))
+    shown = f"{scheme}+{kind}://{'***@' if at else ''}{address}"
+    name, _, db = path.partition("/")
+    if kind == "cluster" and path.strip("/") not in ("", "0"):
+        raise InvalidOption("redis", shown, "no database: a cluster has only one")
+    if kind == "sentinel" and not name:
+        raise InvalidOption("redis", shown, f"{scheme}+sentinel://host:port,host:port/master name")
+
+    def endpoint(host: str, login: str, path: str, settings: str) -> Endpoint:
+        return endpoint_of(f"{scheme}://{login}{host}{path}{'?' if settings else ''}{settings}")
+
+    every = hosts.split(",")
+    if kind == "cluster":
+        nodes = tuple(endpoint(host, credentials + at, "", query) for host in every)
+        return Deployment(endpoint=nodes[0], nodes=nodes)
+    default = [host if re.search(r":\d+$", host) else f"{host}:26379" for host in every]
+    sentinels = tuple(endpoint(host, "", "", sentinel_query) for host in default)
+    common = endpoint("localhost", credentials + at, f"/{db}" if db else "", query)
+    return Deployment(endpoint=common, sentinels=sentinels, master_name=name)
+
+
+def _of_cluster(client: redis.asyncio.RedisCluster) -> Deployment:
+    nodes = []
+    for node in client.nodes_manager.startup_nodes.values():
+        pool = redis.asyncio.ConnectionPool(
+            connection_class=node.connection_class, **node.connection_kwargs
+        )
+        nodes.append(endpoint_of(redis.asyncio.Redis(connection_pool=pool)))
+    return Deployment(endpoint=nodes[0], nodes=tuple(nodes))
+
+
+def _of_sentinel(client: redis.asyncio.Redis, pool: SentinelConnectionPool) -> Deployment:
+    if not pool.is_master:
+        raise InvalidOption("redis", client, "a client made by master_for, not slave_for")
+    settings = dict(pool.connection_kwargs)
+    settings.pop("connection_pool", None)
+    tls = issubclass(pool.connection_class, redis.asyncio.SSLConnection)
+    plain = redis.asyncio.ConnectionPool(
+        connection_class=redis.asyncio.SSLConnection if tls else redis.asyncio.Connection,
+        **settings,
+    )
+    return Deployment(
+        endpoint=endpoint_of(redis.asyncio.Redis(connection_pool=plain)),
+        sentinels=tuple(endpoint_of(sentinel) for sentinel in pool.sentinel_manager.sentinels),
+        master_name=pool.service_name,
+    )
+
+
+# --- topologies --------------------------------------------------------------------------------
+
+
+class KeyLink(Protocol):
+    """A `Link`, or what goes to whichever master serves a key, as a `Link` does to its server."""
+
+    @property
+    def endpoint(self) -> Endpoint: ...
+    @property
+    def alive(self) -> bool: ...
+    async def get(self) -> RedisProtocol: ...
+    async def pipeline(
+        self, packed: bytes, replies: int, *, decode: int = OBJECT, timeout: float | None = None
+    ) -> list[Any]: ...
+    async def execute(
+        self, *args: bytes | str | int, decode: int = OBJECT, timeout: float | None = None
+    ) -> Any: ...
+    async def load(self, source: str) -> Any: ...
+
+
+class Topology(Protocol):
+    """Carries commands to the masters that serve their keys."""
+
+    single: bool
+    """One server holds all keys: a script may touch several, and one connection orders them all."""
+
+    def link(self, key: bytes) -> KeyLink:
+        """For commands on this key."""
+
+    async def each(
+        self, packed: Callable[[list[bytes]], bytes], keys: list[bytes], decode: int = OBJECT
+    ) -> list[Any]:
+        """Sends one command a key, `packed` by the caller; returns the replies in their order.
+
+        Errors are values among them: of keys whose master can't be reached, a transient one.
+        """
+
+    async def load(self, source: str) -> Any:
+        """Makes a script known to every server (SCRIPT LOAD). Returns the reply of one of them."""
+
+    async def close(self) -> None:
+        """Closes all connections."""
+
+
+class SingleTopology:
+    """One server, or one at a time."""
+
+    single = True
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self.load = link.load
+        self.close = link.close
+
+    def link(self, key: bytes) -> Link:
+        return self._link
+
+    async def each(
+        self, packed: Callable[[list[bytes]], bytes], keys: list[bytes], decode: int = OBJECT
+    ) -> list[Any]:
+        return await self._link.pipeline(packed(keys), len(keys), decode=decode)
+
+
+@dataclass
+class _View:
+    """What one node says of the cluster."""
+
+    owners: list[Endpoint | None] = field(default_factory=lambda: [None] * SLOTS)
+    replicas: list[Endpoint] = field(default_factory=list)
+
+    def masters(self) -> list[Endpoint]:
+        return list(dict.fromkeys(owner for owner in self.owners if owner is not None))
+
+
+class SlotTable:
+    """Which master serves which slot. Belongs to one event loop."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self._common = deployment.endpoint
+        self._seeds = deployment.nodes
+        self._view = _View()
+        self._refreshing: asyncio.Future[None] | None = None
+        self.version = 0
+        """How often it was looked at."""
+        self.stale = True
+        """Whether something went wrong since."""
+        self.noticed = asyncio.Event()
+        """Set whenever there is something to notice: a doubt, or other masters than before."""
+
+    @property
+    def owners(self) -> list[Endpoint | None]:
+        """The master of each slot; None where nobody serves it."""
+        return self._view.owners
+
+    @property
+    def masters(self) -> list[Endpoint]:
+        """All masters that serve slots."""
+        return self._view.masters()
+
+    def doubt(self) -> None:
+        """Something went wrong that other masters would explain."""
+        self.stale = True
+        self.noticed.set()
+
+    def _see(self, view: _View) -> None:
+        if view.masters() != self.masters:
+            self.noticed.set()
+        self._view = view
+        self.version += 1
+        self.stale = False
+
+    async def fresh(self) -> None:
+        """Looks at the slots again if there is a reason to."""
+        if self.stale:
+            await self.refresh()
+
+    async def refresh(self, first: Endpoint | None = None) -> None:
+        """Asks nodes, beginning with `first`, until one tells (CLUSTER SLOTS).
+
+        Callers that come meanwhile share the answer. Raises `ConnectionFailed` if none does.
+        """
+        if self._refreshing is None:
+            self._refreshing = asyncio.ensure_future(self._refresh(first))
+            self._refreshing.add_done_callback(self._refreshed)
+        # Whoever stops waiting does not stop the others'; it is bounded in time.
+        await asyncio.shield(self._refreshing)
+
+    def _refreshed(self, done: asyncio.Future[None]) -> None:
+        self._refreshing = None
+        if not done.cancelled():
+            done.exception()  # its callers may all be gone
+
+    async def _refresh(self, first: Endpoint | None) -> None:
+        problems = []
+        for node in self._candidates(first):
+            try:
+                view = await self._ask(node)
+            except RelstreamError as error:
+                problems.append(str(error))
+                continue
+            self._see(view)
+            return
+        raise ConnectionFailed(f"no node of the cluster tells its slots: {'; '.join(problems)}")
+
+    def _candidates(self, first: Endpoint | None) -> list[Endpoint]:
+        masters = self.masters
+        random.shuffle(masters)
+        known = ([] if first is None else [first]) + masters + self._view.replicas
+        return list(dict.fromkeys([*known, *map(self._node, self._seeds)]))
+
+    def _node(self, at: Endpoint) -> Endpoint:
+        return replace(self._common, host=at.host, port=at.port, path=at.path)
+
+    def at(self, host: str, port: int) -> Endpoint:
+        """A node of this cluster, by its address."""
+        return replace(self._common, host=host, port=port, path=None)
+
+    async def _ask(self, node: Endpoint) -> _View:
+        view = _View()
+        for start, end, master, *replicas in await _ask(node.named("slots"), b"CLUSTER", b"SLOTS"):
+            owner = self._address(master, node)
+            view.owners[start : end + 1] = [owner] * (end + 1 - start)
+            view.replicas += [self._address(replica, node) for replica in replicas]
+        view.replicas = list(dict.fromkeys(view.replicas))
+        return view
+
+    def _address(self, row: list[Any], asked: Endpoint) -> Endpoint:
+        host = (row[0] or b"").decode()
+        # A node that does not know its own name means: where you asked me.
+        return self.at(asked.host if host in ("", "?") else host, row[1])
+
+    async def settle(self) -> None:
+        """Looks at the slots as all nodes see them; raises `ClusterNotSettled` if they differ."""
+        if self.stale and not self.version:
+            await self.refresh()
+        nodes = [*self.masters, *self._view.replicas]
+        answers = await asyncio.gather(*map(self._state, nodes), return_exceptions=True)
+        views = []
+        for node, answer in zip(nodes, answers, strict=True):
+            if isinstance(answer, ConnectionFailed):
+                continue  # it may be the one that failed: the others have agreed on that
+            if isinstance(answer, BaseException):
+                raise answer
+            state, view = answer
+            if state != b"ok":
+                raise ClusterNotSettled(f"{node} says cluster_state:{state.decode()}")
+            views.append((node, view))
+        if not views:
+            raise ConnectionFailed("no node of the cluster can be reached")
+        first, agreed = views[0]
+        for node, view in views[1:]:
+            if view.owners != agreed.owners:
+                raise ClusterNotSettled(f"{first} and {node} do not agree on who serves the slots")
+        self._see(agreed)
+
+    async def _state(self, node: Endpoint) -> tuple[bytes, _View]:
+        info = await _ask(node.named("slots"), b"CLUSTER", b"INFO")
+        found = re.search(rb"cluster_state:(\w+)", info)
+        return found[1] if found else b"unknown", await self._ask(node)
+
+
+class ClusterTopology:
+    """All masters of a Redis Cluster, with a connection to each that is needed."""
+
+    single = False
+
+    def __init__(self, endpoint: Endpoint, slots: SlotTable) -> None:
+        self.endpoint = endpoint
+        self.slots = slots
+        self._links: dict[Endpoint, Link] = {}
+        self._keys: dict[bytes, _ClusterLink] = {}
+        self._version = 0
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    def link(self, key: bytes) -> KeyLink:
+        found = self._keys.get(key)
+        if found is None:
+            found = self._keys[key] = _ClusterLink(self, key)
+        return found
+
+    def to(self, node: Endpoint) -> Link:
+        """The link to a node, whatever it is."""
+        link = self._links.get(node)
+        if link is None:
+            if self._closed:
+                raise ConnectionLost("the connection was closed")
+            named = replace(self.endpoint, host=node.host, port=node.port, path=None)
+            link = self._links[node] = Link(named)
+        return link
+
+    async def prepare(self) -> None:
+        """Looks at the slots, if need be; leaves nodes that are no masters any more."""
+        await self.slots.fresh()
+        if self._version == self.slots.version:
+            return
+        self._version = self.slots.version
+        masters = set(self.slots.masters)
+        for node in self._links.keys() - masters:
+            task = asyncio.ensure_future(self._links.pop(node).close())
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
+
+    async def each(
+        self, packed: Callable[[list[bytes]], bytes], keys: list[bytes], decode: int = OBJECT
+    ) -> list[Any]:
+        async def send(owner: Endpoint | None, places: list[int]) -> list[Any]:
+            some = [keys[place] for place in places]
+            try:
+                return await self._send(owner, packed(some), len(some), decode)
+            except ConnectionFailed as error:
+                # What others answered counts: it is for the caller to try these again.
+                return [ReplyError(f"MASTERDOWN {error}") for _ in some]
+
+        return await self._carry(
+            len(keys),
+            lambda places: by_owner(keys, places, self.slots.owners),
+            send,
+            lambda place: packed([keys[place]]),
+            decode,
+        )
+
+    async def follow(
+        self, slot: int, packed: bytes, replies: int, decode: int, timeout: float | None
+    ) -> list[Any]:
+        """Sends commands that all belong to one slot, in this order."""
+        parts: list[bytes] = []
+
+        async def send(owner: Endpoint | None, places: list[int]) -> list[Any]:
+            some = packed if len(places) == replies else b"".join(map(parts.__getitem__, places))
+            return await self._send(owner, some, len(places), decode, timeout)
+
+        def alone(place: int) -> bytes:
+            parts[:] = parts or commands(packed)
+            return parts[place]
+
+        return await self._carry(
+            replies, lambda places: {self.slots.owners[slot]: places}, send, alone, decode
+        )
+
+    async def _carry(
+        self,
+        count: int,
+        by_master: Callable[[list[int]], dict[Endpoint | None, list[int]]],
+        send: Callable[[Endpoint | None, list[int]], Awaitable[list[Any]]],
+        alone: Callable[[int], bytes],
+        decode: int,
+    ) -> list[Any]:
+        """Sends commands, known by their places, to the masters of today; follows redirects.
+
+        A command that was redirected has not been carried out, so none is ever carried out twice.
+        """
+        replies: list[Any] = [None] * count
+        places = list(range(count))
+        for attempt in range(REDIRECTS):
+            await self.prepare()
+            groups = by_master(places)
+            parts = await asyncio.gather(*(send(owner, some) for owner, some in groups.items()))
+            errors = False
+            for some, part in zip(groups.values(), parts, strict=True):
+                errors = errors or first_error(part) is not None
+                for place, reply in zip(some, part, strict=True):
+                    replies[place] = reply
+            if not errors:
+                break
+            places = await self._redirected(replies, places, alone, decode, attempt)
+            if not places:
+                break
+        return replies
+
+    async def _send(
+        self,
+        owner: Endpoint | None,
+        packed: bytes,
+        replies: int,
+        decode: int,
+        timeout: float | None = None,
+    ) -> list[Any]:
+        if owner is None:
+            self.slots.doubt()
+            return [ReplyError("CLUSTERDOWN Hash slot not served") for _ in range(replies)]
+        try:
+            return await self.to(owner).pipeline(packed, replies, decode=decode, timeout=timeout)
+        except ConnectionFailed:
+            self.slots.doubt()
+            raise
+
+    async def _redirected(
+        self,
+        replies: list[Any],
+        places: list[int],
+        alone: Callable[[int], bytes],
+        decode: int,
+        attempt: int,
+    ) -> list[int]:
+        """Answers redirects among the replies: ASK by asking there, MOVED by looking again.
+
+        Returns the places of commands that are to be sent again.
+        """
+        moved: list[int] = []
+        target: Endpoint | None = None
+        for place in places:
+            reply = replies[place]
+            if not isinstance(reply, ReplyError):
+                continue
+            if reply.code == "ASK":
+                both = pack(b"ASKING") + alone(place)
+                reply = (await self._send(self._target(reply), both, 2, decode))[1]
+                replies[place] = reply
+            if isinstance(reply, ReplyError):
+                if reply.code == "MOVED":
+                    moved.append(place)
+                    target = self._target(reply)
+                elif reply.transient:  # CLUSTERDOWN, READONLY, …: perhaps a failover
+                    self.slots.doubt()
+        if moved:
+            before = self.slots.owners
+            await self.slots.refresh(target)
+            if attempt and self.slots.owners == before:
+                await asyncio.sleep(PAUSE * attempt)
+        return moved
+
+    def _target(self, redirect: ReplyError) -> Endpoint:
+        """Where MOVED and ASK point: `MOVED 3999 127.0.0.1:6381`."""
+        host, _, port = redirect.message.split(" ")[2].rpartition(":")
+        # Without a host: the one that said it; all of them are behind the same name then.
+        return self.slots.at(host or self.slots.masters[0].host, int(port))
+
+    async def load(self, source: str) -> Any:
+        await self.prepare()
+        command = pack(b"SCRIPT", b"LOAD", source)
+        parts = await asyncio.gather(
+            *(self._send(master, command, 1, OBJECT) for master in self.slots.masters),
+            return_exceptions=True,
+        )
+        replies = [part[0] for part in parts if not isinstance(part, BaseException)]
+        good = [reply for reply in replies if not isinstance(reply, ReplyError)]
+        if not replies:
+            raise next(part for part in parts if isinstance(part, BaseException))
+        return (good or replies)[0]
+
+    async def close(self) -> None:
+        self._closed = True
+        links = list(self._links.values())
+        await asyncio.gather(*(link.close() for link in links), *self._leaving)
+
+
+class _ClusterLink:
+    """To whichever master serves a key."""
+
+    def __init__(self, cluster: ClusterTopology, key: bytes) -> None:
+        self._cluster = cluster
+        self._slot = key_slot(key)
+        self.endpoint = cluster.endpoint
+        self.load = cluster.load
+
+    @property
+    def alive(self) -> bool:
+        owner = self._cluster.slots.owners[self._slot]
+        return owner is not None and self._cluster.to(owner).alive
+
+    async def get(self) -> RedisProtocol:
+        await self._cluster.prepare()
+        owner = self._cluster.slots.owners[self._slot]
+        if owner is None:
+            self._cluster.slots.doubt()
+            raise ReplyError("CLUSTERDOWN Hash slot not served")
+        try:
+            return await self._cluster.to(owner).get()
+        except ConnectionFailed:
+            self._cluster.slots.doubt()
+            raise
+
+    async def pipeline(
+        self, packed: bytes, replies: int, *, decode: int = OBJECT, timeout: float | None = None
+    ) -> list[Any]:
+        return await self._cluster.follow(self._slot, packed, replies, decode, timeout)
+
+    async def execute(
+        self, *args: bytes | str | int, decode: int = OBJECT, timeout: float | None = None
+    ) -> Any:
+        replies = await self.pipeline(pack(*args), 1, decode=decode, timeout=timeout)
+        return raise_first(replies)[0]
