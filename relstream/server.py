@@ -14,6 +14,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import random
 import re
 import shutil
 import signal
@@ -361,10 +362,13 @@ class Server:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    # Below those that the system gives to connections: none of them takes it while the server is
+    # being restarted, nor meets itself in connecting to a server that is gone.
+    while True:
+        port = random.randrange(12_000, 22_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _answers(path: Path) -> bool:
