@@ -181,7 +181,7 @@ class StreamClient:
             locks,
             self._names,
             self._consumer,
-            heartbeat=self._heartbeat,
+            recovered_after=min(self._heartbeat, recovery.min_idle_time),
             keeper=self._keeper,
             on_drop=self._notifications.room_made.set,
             recorder=self._recorder,

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 WINDOW = 1000
 # Windows whose replies may be outstanding.
 WINDOWS = 8
-# The part of a lock's time to live after which an entry that was read, and not locked yet, may have
-# been recovered by others.
+# The part of the time after which others recover an entry that was read and is not locked yet: from
+# then on they may have.
 DOUBTFUL_AFTER = 0.75
 # The part of the renewal period over which its windows are spread, so that the server can serve
 # others in between; the rest of the period is reserve.
@@ -403,7 +403,10 @@ async def pending_for(
 
 
 class Leases:
-    """The table of owned streams. All of it happens on the application's loop."""
+    """The table of owned streams. All of it happens on the application's loop.
+
+    `recovered_after`: seconds for which an entry must have been delivered before others recover it.
+    """
 
     def __init__(
         self,
@@ -412,7 +415,7 @@ class Leases:
         names: Names,
         consumer: str,
         *,
-        heartbeat: float,
+        recovered_after: float,
         keeper: Keeper,
         on_drop: Callable[[], None],
         recorder: SafeRecorder | None,
@@ -422,7 +425,7 @@ class Leases:
         self._names = names
         self._consumer = consumer
         self._keeper = keeper
-        self._doubtful_after = heartbeat * DOUBTFUL_AFTER
+        self._doubtful_after = recovered_after * DOUBTFUL_AFTER
         self._on_drop = on_drop
         self._recorder = recorder
         self._owned: dict[str, Entry] = {}

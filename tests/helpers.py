@@ -16,8 +16,14 @@ EXPIRED = NotificationType.STREAM_EXPIRED
 TERMINATED = NotificationType.STREAM_TERMINATED
 SEPARATOR = "<MUTEX_KEY_SEP>"
 
+# Long enough that a machine that stands still for a second costs nobody a lock.
+HEARTBEAT = 4.0
+# For losses, which are looked for twice in a heartbeat, and the audit, which comes once in it. On a
+# busy machine locks may expire: without `auto_claim` they are taken again.
+QUICK = 0.5
 
-async def eventually(condition: Callable[[], object], timeout: float = 10.0) -> None:
+
+async def eventually(condition: Callable[[], object], timeout: float = 20.0) -> None:
     """Waits until `condition` holds; fails after `timeout` seconds."""
     deadline = asyncio.get_running_loop().time() + timeout
     while not condition():
@@ -26,7 +32,7 @@ async def eventually(condition: Callable[[], object], timeout: float = 10.0) -> 
 
 
 async def take(
-    notifications: Notifications, count: int, kind: NotificationType = ADDED, timeout: float = 10.0
+    notifications: Notifications, count: int, kind: NotificationType = ADDED, timeout: float = 20.0
 ) -> list[Notification]:
     """The next `count` notifications, which must all be of this kind.
 
@@ -93,6 +99,13 @@ class Service:
             return []
         return [row["message_id"].decode() for row in rows]
 
+    def reads(self, consumer: str) -> bool:
+        """Whether the consumer's read waits on the server for what is announced next."""
+        return any(
+            client["name"].endswith(f":{consumer}:read") and "b" in client["flags"]
+            for client in self.redis.client_list()
+        )
+
     def entries(self) -> list[str]:
         return [entry_id.decode() for entry_id, _ in self.redis.xrange(self.lbs)]
 
@@ -103,6 +116,35 @@ class Service:
         new_id = self.redis.xadd(self.lbs, fields)
         self.redis.xdel(self.lbs, entry_id)
         return new_id.decode()
+
+
+class Renewals:
+    """Watches keys that live for a while being given their full time again.
+
+    However slow the machine is: who waits for renewals seen, and not for a time to pass, fails only
+    if there are none, or if one comes so late that a key is gone.
+    """
+
+    def __init__(self, service: Service, keys: Iterable[str] | None = None) -> None:
+        """Of all locks, unless told which keys."""
+        self._keys = list(service.locks() if keys is None else keys)
+        script = (
+            "local r = {} for i, k in ipairs(KEYS) do r[i] = redis.call('PTTL', k) end return r"
+        )
+        self._look: Callable[[], list[int]] = lambda: service.redis.eval(
+            script, len(self._keys), *self._keys
+        )
+        self._left = self._look()
+        self._seen = [0] * len(self._keys)
+
+    def seen(self) -> int:
+        """How often each of them was renewed, at least; fails when one is gone."""
+        before, self._left = self._left, self._look()
+        gone = [key for key, left in zip(self._keys, self._left, strict=True) if left < 0]
+        assert not gone, f"not renewed in time: {gone}"
+        for i, left in enumerate(self._left):
+            self._seen[i] += left > before[i]
+        return min(self._seen)
 
 
 def forget_settings(admin: redis.Redis) -> None:
@@ -124,9 +166,9 @@ def engine_connections(admin: redis.Redis) -> list[dict[str, str]]:
 
 
 def connections_left(servers: Iterable[redis.Redis]) -> list[dict[str, str]]:
-    """The engine's connections that don't end within a second. They are ended, then."""
+    """The engine's connections that don't end in time. They are ended, then."""
     # A server hears of a closed connection a little later than the test did.
-    deadline = time.monotonic() + 1
+    deadline = time.monotonic() + 10
     left: list[dict[str, str]] = []
     for admin in servers:
         while (there := engine_connections(admin)) and time.monotonic() < deadline:

@@ -69,6 +69,8 @@ class Proxy:
         self._server_port = server_port
         self._open = asyncio.Event()
         self._open.set()
+        self._heard = asyncio.Event()
+        self._heard.set()
         self._writers: set[asyncio.StreamWriter] = set()
         self._stack = contextlib.AsyncExitStack()
         self.port = 0
@@ -85,8 +87,13 @@ class Proxy:
         """Passes nothing on, and reads nothing, until `resume`: all buffers fill up."""
         self._open.clear()
 
+    def mute(self) -> None:
+        """Passes nothing on that the server says, until `resume`."""
+        self._heard.clear()
+
     def resume(self) -> None:
         self._open.set()
+        self._heard.set()
 
     def cut(self) -> None:
         """Ends all connections, with what is under way."""
@@ -112,8 +119,8 @@ class Proxy:
         there, beyond = await asyncio.open_connection(self._host, self._server_port)
         self._writers |= {writer, beyond}
         pumps = [
-            asyncio.ensure_future(self._pump(reader, beyond)),
-            asyncio.ensure_future(self._pump(there, writer)),
+            asyncio.ensure_future(self._pump(reader, beyond, self._open)),
+            asyncio.ensure_future(self._pump(there, writer, self._heard)),
         ]
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
@@ -124,7 +131,9 @@ class Proxy:
             self._writers -= {writer, beyond}
             beyond.transport.abort()
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, gate: asyncio.Event
+    ) -> None:
         loop = asyncio.get_running_loop()
         due = 0.0
         while True:
@@ -138,5 +147,6 @@ class Proxy:
                 loop.call_at(due, writer.write, data)
                 continue
             await self._open.wait()
+            await gate.wait()
             writer.write(data)
             await writer.drain()

@@ -5,11 +5,9 @@ from typing import Any
 
 import pytest
 import redis
-from helpers import Service
+from helpers import HEARTBEAT, Service
 
 from relstream import StreamClient
-
-HEARTBEAT = 0.5
 
 
 @pytest.fixture
@@ -19,7 +17,7 @@ def service(redis_sync: redis.Redis) -> Service:
 
 @pytest.fixture
 async def consumer(redis_url: str) -> AsyncIterator[Callable[..., StreamClient]]:
-    """Makes clients of service `svc` that are closed after the test, with a short heartbeat."""
+    """Makes clients of service `svc` that are closed after the test."""
     made: list[StreamClient] = []
 
     def make(name: str = "c1", **options: Any) -> StreamClient:

@@ -10,7 +10,16 @@ import socket
 
 import pytest
 import redis
-from helpers import SEPARATOR, TERMINATED, eventually, names, nothing_comes, take
+from helpers import (
+    QUICK,
+    SEPARATOR,
+    TERMINATED,
+    Renewals,
+    eventually,
+    names,
+    nothing_comes,
+    take,
+)
 
 from relstream import (
     AuthenticationFailed,
@@ -45,16 +54,13 @@ async def refusal(url, kind=RelstreamError, **options):
 # --- the server -------------------------------------------------------------------------------
 
 
-def closed_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 async def test_no_server(tmp_path):
-    for address in (f"redis://127.0.0.1:{closed_port()}/0", f"unix://{tmp_path}/no.sock?db=0"):
-        said = await refusal(address, ConnectionFailed)
-        assert said.startswith(f"can't connect to {address}: ")
+    with socket.socket() as bound:  # and not listening
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+        for address in (f"redis://127.0.0.1:{port}/0", f"unix://{tmp_path}/no.sock?db=0"):
+            said = await refusal(address, ConnectionFailed)
+            assert said.startswith(f"can't connect to {address}: ")
     said = await refusal("redis://no-such-host.invalid", ConnectionFailed)
     assert "redis://no-such-host.invalid:6379/0" in said
 
@@ -173,7 +179,8 @@ async def whole_life(client, service, url):
         service.redis.xadd(service.lbs, {"no": "announcement"})
         await take(notes, 2)
         await eventually(lambda: service.redis.xlen(service.dlq) == 1)
-        await asyncio.sleep(0.7)  # beyond the locks' time to live: they are renewed
+        renewals = Renewals(service)
+        await eventually(lambda: renewals.seen() == 1)
         assert len(service.locks()) == 2
         await client.done_stream("a")
         await client.release("b")
@@ -190,14 +197,14 @@ async def whole_life(client, service, url):
 
 async def test_the_useful_rights_are_enough_and_nothing_is_missed(consumer, service, user, logged):
     url = user(NEEDED + USEFUL)
-    await whole_life(consumer(url=url), service, url)
+    await whole_life(consumer(url=url, heartbeat_interval=2.0), service, url)
     assert [text for text in logged() if "announce no stream" not in text] == []
 
 
 async def test_the_needed_rights_are_enough(consumer, service, user, logged):
     service.redis.config_set("notify-keyspace-events", "KEx")
     url = user(NEEDED)
-    await whole_life(consumer(url=url), service, url)
+    await whole_life(consumer(url=url, heartbeat_interval=2.0), service, url)
     said = "\n".join(logged())
     assert "config" in said
     assert "+evalsha, +script|load and +mget" in said
@@ -207,7 +214,7 @@ async def test_the_needed_rights_are_enough(consumer, service, user, logged):
 async def test_without_useful_rights_it_works_as_well(consumer, service, user, missing):
     service.redis.config_set("notify-keyspace-events", "KEx")
     url = user(NEEDED + [c for c in USEFUL if not c.startswith(missing)])
-    await whole_life(consumer(url=url), service, url)
+    await whole_life(consumer(url=url, heartbeat_interval=2.0), service, url)
 
 
 @pytest.mark.parametrize("missing", NEEDED)
@@ -401,7 +408,7 @@ async def test_a_dead_letter_stream_that_is_no_stream(consumer, service, logged)
     service.announce("good1")
     bad = service.redis.xadd(service.lbs, {"bad": "entry"}).decode()
     service.announce("good2")
-    client = consumer("c1")
+    client = consumer("c1", heartbeat_interval=1.0)
     notes = await client.init()
     assert names(await take(notes, 2)) == ["good1", "good2"]
     await client.done_stream("good1")
@@ -411,7 +418,7 @@ async def test_a_dead_letter_stream_that_is_no_stream(consumer, service, logged)
     service.announce("good3")
     assert names(await take(notes, 1)) == ["good3"]
     await client.done_stream("good3")
-    await asyncio.sleep(1.2)  # it was tried again by now
+    await asyncio.sleep(2.2)  # it was tried again by now
     said, *again = logged()  # once when it was read, once when it was found to stay
     assert said.startswith("the dead-letter stream 'svc-input-dlq' can't be written (WRONGTYPE ")
     assert bad in said
@@ -428,7 +435,7 @@ async def test_locks_that_are_no_strings(consumer, service):
     service.redis.rpush(f"odd{SEPARATOR}5-0", "x")
     service.redis.xadd(service.lbs, {"lbs-input": json.dumps({"DataStreamName": "odd"})}, "5-0")
     service.announce("good")
-    client = consumer("c1", auto_claim=False)
+    client = consumer("c1", heartbeat_interval=QUICK, auto_claim=False)
     notes = await client.init()
     assert names(await take(notes, 1)) == ["good"]
     await nothing_comes(notes, 0.7)

@@ -692,15 +692,15 @@ async def test_an_application_that_blocks_its_loop_keeps_the_connection(redis_ur
         first = await link.get()
         for size in (1, 4 << 20):
             await link.execute("SET", "k", bytes(size))
-            reply = asyncio.ensure_future(link.execute("GET", "k", timeout=0.1))
+            reply = asyncio.ensure_future(link.execute("GET", "k", timeout=0.3))
             await asyncio.sleep(0)  # sent
-            time.sleep(0.4)  # noqa: ASYNC251
+            time.sleep(1.0)  # noqa: ASYNC251
             assert len(await reply) == size
         # Blocked again and again, all the time that there is.
-        reply = asyncio.ensure_future(link.execute("GET", "k", timeout=0.1))
+        reply = asyncio.ensure_future(link.execute("GET", "k", timeout=0.3))
         while not reply.done():
             await asyncio.sleep(0)
-            time.sleep(0.15)  # noqa: ASYNC251
+            time.sleep(0.4)  # noqa: ASYNC251
         assert len(await reply) == 4 << 20
         assert await link.get() is first
 
@@ -774,13 +774,13 @@ async def test_a_lost_connection_is_opened_anew(redis_url, redis_sync):
 async def test_nothing_is_sent_twice(proxy, redis_sync):
     async with linked(proxy.url) as link:
         await link.get()
-        proxy.delay = 0.1
+        proxy.mute()
         lost = asyncio.ensure_future(link.execute("INCR", "counter"))
         await eventually(lambda: redis_sync.get("counter") == b"1")
         proxy.cut()
         with pytest.raises(ConnectionLost):
             await lost
-        proxy.delay = 0
+        proxy.resume()
         assert await link.execute("INCR", "counter") == 2
 
 
@@ -878,18 +878,19 @@ async def test_closing_sends_what_was_given_to_it(redis_url, redis_sync):
 
 
 async def test_closing_while_opening(complaints):
-    gone = asyncio.Event()
+    came, gone = asyncio.Event(), asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await command(reader)
+        came.set()
         await until_eof(reader)
         gone.set()
 
     async with listening(serve) as port:
         link = Link(endpoint_of(f"redis://127.0.0.1:{port}"))
         callers = [asyncio.ensure_future(link.execute("PING")) for _ in range(3)]
-        await asyncio.sleep(0.05)
-        await asyncio.wait_for(link.close(), 2)
+        await asyncio.wait_for(came.wait(), 5)
+        await asyncio.wait_for(link.close(), 5)
         for caller in callers:
             with pytest.raises(ConnectionLost, match="the connection was closed"):
                 await caller

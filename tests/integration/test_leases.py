@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 
 import pytest
 import redis
-from helpers import ADDED, DISOWNED, SEPARATOR, eventually, names, nothing_comes, take
+from helpers import (
+    ADDED,
+    DISOWNED,
+    QUICK,
+    SEPARATOR,
+    Renewals,
+    eventually,
+    names,
+    nothing_comes,
+    take,
+)
 
 from relstream import StreamNotOwned
 from relstream.leases import Keeper
@@ -21,22 +30,26 @@ def lock(name: str, entry_id: str) -> str:
 async def test_locks_outlive_their_ttl_while_the_owner_lives(consumer, service, threaded):
     for i in range(250):
         service.announce(f"s{i}")
-    notes = await consumer(renew_in_thread=threaded).init()
+    notes = await consumer(renew_in_thread=threaded, heartbeat_interval=2.0).init()
     await take(notes, 250)
-    for _ in range(15):
-        await asyncio.sleep(0.1)
-        assert len(service.locks()) == 250
-    assert all(0 < service.redis.pttl(key) <= 500 for key in service.locks())
+    renewals = Renewals(service)
+    await eventually(lambda: renewals.seen() == 3)
+    assert len(service.locks()) == 250
+    assert all(0 < service.redis.pttl(key) <= 2000 for key in service.locks())
     await nothing_comes(notes, 0.1)
 
 
 async def test_an_application_that_blocks_its_loop_keeps_its_leases(consumer, service):
     for i in range(20):
         service.announce(f"s{i}")
-    client = consumer()
+    client = consumer(heartbeat_interval=2.0)
     notes = await client.init()
     await take(notes, 20)
-    time.sleep(2)  # four times to live # noqa: ASYNC251
+    renewals = Renewals(service)
+    deadline = time.monotonic() + 20
+    while renewals.seen() < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)  # noqa: ASYNC251
     assert len(service.locks()) == 20
     await nothing_comes(notes, 0.5)
     await client.done_stream("s3")
@@ -44,7 +57,8 @@ async def test_an_application_that_blocks_its_loop_keeps_its_leases(consumer, se
 
 async def test_a_lease_that_expired_is_taken_again_if_the_entry_is_still_ours(consumer, service):
     entry_id = service.announce("s1")
-    notes = await consumer().init()
+    # Without others who would put it back, as is their right.
+    notes = await consumer(heartbeat_interval=QUICK, auto_claim=False).init()
     await take(notes, 1)
     service.redis.delete(lock("s1", entry_id))
     await eventually(lambda: service.locks() == {lock("s1", entry_id): "c1"})
@@ -53,7 +67,7 @@ async def test_a_lease_that_expired_is_taken_again_if_the_entry_is_still_ours(co
 
 async def test_who_lost_a_stream_is_told_once_and_takes_no_lock_again(consumer, service):
     entry_id = service.announce("s1")
-    client = consumer(max_streams=1)
+    client = consumer(heartbeat_interval=QUICK, max_streams=1, auto_claim=False)
     notes = await client.init()
     await take(notes, 1)
     service.redis.xgroup_createconsumer(service.lbs, service.group, "c2")
@@ -71,9 +85,13 @@ async def test_who_lost_a_stream_is_told_once_and_takes_no_lock_again(consumer, 
     assert service.pending("c2") == service.entries() == [new_id]
 
 
-async def test_a_late_done_harms_nothing_of_the_new_owner(consumer, service):
+async def test_a_late_done_harms_nothing_of_the_new_owner(consumer, service, monkeypatch):
+    async def nothing(*args: object) -> None:
+        """It does not find out by itself."""
+
+    monkeypatch.setattr(Keeper, "_renew_all", nothing)
     entry_id = service.announce("s1")
-    client = consumer(heartbeat_interval=60, max_streams=1)  # it does not find out by itself
+    client = consumer(heartbeat_interval=60, max_streams=1)
     notes = await client.init()
     await take(notes, 1)
     service.redis.delete(lock("s1", entry_id))
@@ -89,7 +107,7 @@ async def test_a_late_done_harms_nothing_of_the_new_owner(consumer, service):
 
 async def test_a_lock_that_somebody_else_holds_is_lost(consumer, service):
     entry_id = service.announce("s1")
-    notes = await consumer().init()
+    notes = await consumer(heartbeat_interval=QUICK, auto_claim=False).init()
     await take(notes, 1)
     service.redis.set(lock("s1", entry_id), "somebody", px=60_000)
     assert names(await take(notes, 1, DISOWNED)) == ["s1"]
@@ -98,7 +116,7 @@ async def test_a_lock_that_somebody_else_holds_is_lost(consumer, service):
 
 async def test_an_entry_claimed_by_another_is_found_by_the_audit(consumer, service):
     ids = [service.announce(f"s{i}") for i in range(3)]
-    notes = await consumer(max_streams=3, auto_claim=False).init()
+    notes = await consumer(heartbeat_interval=QUICK, max_streams=3, auto_claim=False).init()
     await take(notes, 3)
     service.redis.xclaim(service.lbs, service.group, "c2", 0, [ids[1]])
     assert names(await take(notes, 1, DISOWNED)) == ["s1"]
@@ -109,7 +127,7 @@ async def test_an_entry_claimed_by_another_is_found_by_the_audit(consumer, servi
 async def test_a_deleted_consumer_loses_everything(consumer, service):
     for i in range(3):
         service.announce(f"s{i}")
-    notes = await consumer().init()
+    notes = await consumer(heartbeat_interval=QUICK, auto_claim=False).init()
     await take(notes, 3)
     service.redis.xgroup_delconsumer(service.lbs, service.group, "c1")
     assert sorted(names(await take(notes, 3, DISOWNED))) == ["s0", "s1", "s2"]
@@ -117,10 +135,11 @@ async def test_a_deleted_consumer_loses_everything(consumer, service):
 
 async def test_losing_one_announcement_of_two_loses_the_stream(consumer, service):
     first = service.announce("s1")
-    notes = await consumer(auto_claim=False).init()
+    client = consumer(heartbeat_interval=QUICK, auto_claim=False)
+    notes = await client.init()
     await take(notes, 1)
     second = service.announce("s1")
-    await eventually(lambda: len(service.locks()) == 2)
+    await eventually(lambda: client._leases.get("s1").again)
     service.redis.xclaim(service.lbs, service.group, "c2", 0, [first])
     await take(notes, 1, DISOWNED)
     (again,) = await take(notes, 1)  # nobody holds this one: it was put back, and came to us
@@ -132,21 +151,23 @@ async def test_losing_one_announcement_of_two_loses_the_stream(consumer, service
 
 async def test_a_stream_lost_while_it_waits_in_the_queue_is_never_told(consumer, service):
     entry_id = service.announce("s1")
-    notes = await consumer().init()
-    await eventually(lambda: service.locks())
+    client = consumer(heartbeat_interval=QUICK, auto_claim=False)
+    notes = await client.init()
+    await eventually(lambda: client._leases.get("s1"))
     service.redis.set(lock("s1", entry_id), "somebody", px=60_000)
-    await asyncio.sleep(1.0)
+    await eventually(lambda: not client._leases.get("s1"))
     await nothing_comes(notes, 0.3)
 
 
 async def test_losses_are_told_before_what_waits_in_the_queue(consumer, service):
     entry_id = service.announce("s0")
-    notes = await consumer().init()
+    client = consumer(heartbeat_interval=QUICK, auto_claim=False)
+    notes = await client.init()
     await take(notes, 1)
     for i in range(1, 50):
         service.announce(f"s{i}")
     service.redis.set(lock("s0", entry_id), "somebody", px=60_000)
-    await asyncio.sleep(1.0)
+    await eventually(lambda: not client._leases.get("s0") and len(client._leases) == 49)
     assert names(await take(notes, 1, DISOWNED)) == ["s0"]
     await take(notes, 49)
 
@@ -160,7 +181,8 @@ async def test_leases_survive_out_of_memory(consumer, service):
     service.redis.config_set("maxmemory", 1)
     with pytest.raises(redis.OutOfMemoryError):
         service.redis.set("key", "value")
-    await asyncio.sleep(1.5)
+    renewals = Renewals(service)
+    await eventually(lambda: renewals.seen() == 2)
     assert len(service.locks()) == 30
     await client.done_stream("s7")
     assert len(service.locks()) == len(service.entries()) == 29
@@ -170,7 +192,7 @@ async def test_leases_survive_out_of_memory(consumer, service):
 async def test_streams_that_could_not_be_locked_for_lack_of_memory_come_later(consumer, service):
     for i in range(30):
         service.announce(f"s{i}")
-    client = consumer()
+    client = consumer(heartbeat_interval=QUICK, auto_claim=False)
     service.redis.xgroup_create(service.lbs, service.group, "0")
     service.redis.config_set("maxmemory", 1)
     notes = await client.init()
@@ -178,16 +200,17 @@ async def test_streams_that_could_not_be_locked_for_lack_of_memory_come_later(co
     await nothing_comes(notes, 0.5)
     service.redis.config_set("maxmemory", 0)
     assert sorted(names(await take(notes, 30))) == sorted(f"s{i}" for i in range(30))
-    assert len(service.locks()) == 30
+    await eventually(lambda: len(service.locks()) == 30)
 
 
 async def test_a_forgotten_script_is_loaded_again(consumer, service):
     for i in range(3):
         service.announce(f"s{i}")
-    client = consumer()
+    client = consumer(heartbeat_interval=2.0)
     await take(await client.init(), 3)
     service.redis.script_flush()
-    await asyncio.sleep(1.0)
+    renewals = Renewals(service)
+    await eventually(lambda: renewals.seen() == 2)
     assert len(service.locks()) == 3
     service.redis.script_flush()
     await client.done_stream("s0")
@@ -217,5 +240,6 @@ async def test_a_big_batch_is_locked_and_renewed_whole(consumer, service):
         pipe.execute()
     notes = await consumer(queue_size=5000).init()
     assert len({n.payload for n in await take(notes, 5000, ADDED)}) == 5000
-    await asyncio.sleep(1.2)
+    renewals = Renewals(service)
     assert len(service.locks()) == 5000
+    await eventually(lambda: renewals.seen() == 2)

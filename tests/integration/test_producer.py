@@ -115,12 +115,12 @@ async def test_refusals_are_told_and_over_when_they_are_over(producer, service):
 
 
 async def test_a_server_that_comes_and_goes(make_server):
-    with socket.socket() as reserved:
-        reserved.bind(("127.0.0.1", 0))
-        port = reserved.getsockname()[1]
-    async with Producer(f"redis://127.0.0.1:{port}", "svc") as producer:
-        with pytest.raises(ConnectionFailed, match=f"127.0.0.1:{port}"):
-            await producer.announce("a")
+    with socket.socket() as bound:  # and not listening
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+        async with Producer(f"redis://127.0.0.1:{port}", "svc") as producer:
+            with pytest.raises(ConnectionFailed, match=f"127.0.0.1:{port}"):
+                await producer.announce("a")
     server = make_server()
     with redis.Redis.from_url(server.url) as admin:
         async with Producer(server.url, "svc") as producer:

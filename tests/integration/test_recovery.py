@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
-from helpers import SEPARATOR, eventually, names, nothing_comes, take
+from helpers import SEPARATOR, Renewals, eventually, names, nothing_comes, take
 
-from relstream import AlreadyClaimed, InvalidOption, LBSInfo, RecoveryConfig
+from relstream import AlreadyClaimed, InvalidOption, LBSInfo, RecoveryConfig, recovery
 
-SCAN_ONLY = RecoveryConfig(reconciliation_interval=0.3, min_idle_time=0.2, batch_size=50)
+SCAN_ONLY = RecoveryConfig(reconciliation_interval=0.3, min_idle_time=0.5, batch_size=50)
 
 
 def orphan(service, count, *, consumer="ghost", **fields):
@@ -38,7 +39,8 @@ async def test_orphans_are_found_by_the_scan_alone(consumer, service):
 
 async def test_orphans_are_found_by_looking_before_any_scan(consumer, service):
     orphan(service, 120)
-    notes = await consumer().init()  # its scans look at what was idle for 30 s only
+    # Its scans look at what was idle for 30 s only.
+    notes = await consumer(heartbeat_interval=2.0).init()
     assert len(await take(notes, 120)) == 120
     await nothing_comes(notes, 0.5)
 
@@ -133,17 +135,21 @@ async def test_several_claims_at_once_put_back_once(consumer, service):
     assert len(service.entries()) == 1
 
 
-async def test_one_leads_and_another_follows(consumer, service):
+async def test_one_leads_and_another_follows(consumer, service, monkeypatch):
+    monkeypatch.setattr(recovery, "LEADERSHIP", 4.0)
+    monkeypatch.setattr(recovery, "LEADERSHIP_MS", 4000)
     clients = [consumer(f"c{i}") for i in range(3)]
     for client in clients:
         await client.init()
     key = "svc-input-reconciler"
     await eventually(lambda: service.redis.get(key))
     leader = service.redis.get(key).decode()
-    await asyncio.sleep(1.5)
+    renewals = Renewals(service, [key])
+    await eventually(lambda: renewals.seen() == 2)
     assert service.redis.get(key).decode() == leader
     await next(client for client in clients if client.id == leader).aclose()
-    await eventually(lambda: service.redis.get(key) not in (None, leader.encode()), 2)
+    assert service.redis.get(key) != leader.encode()  # it does not keep the others waiting
+    await eventually(lambda: service.redis.get(key))
 
 
 async def test_scripts_forbidden_by_acl(consumer, service, redis_url):
@@ -164,7 +170,8 @@ async def test_scripts_forbidden_by_acl(consumer, service, redis_url):
 
 async def test_recovery_goes_on_out_of_memory(consumer, service):
     orphan(service, 20)
-    notes = await consumer(recovery=SCAN_ONLY).init()
+    # What can't be locked is put back again and again.
+    notes = await consumer(recovery=replace(SCAN_ONLY, max_retries=1000)).init()
     service.redis.config_set("maxmemory", 1)
     await eventually(lambda: not service.pending("ghost"))
     assert len(service.entries()) == 20
