@@ -8,7 +8,7 @@ import os
 from collections.abc import Coroutine
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from relstream.config import (
     ClusterMode,
@@ -414,7 +414,9 @@ class StreamClient:
             ReplyError: the server refuses; the stream is still owned.
             ClientClosed: the client is closed, or was before the server had answered.
         """
-        head = self._owned(data_stream_name)
+        head = self._leases.get(data_stream_name)
+        if head is None or head.finishing or self._closing is not None:
+            self._refuse(data_stream_name, head)
         await self._finisher.done(head)
 
     async def release(self, data_stream_name: str) -> None:
@@ -422,7 +424,9 @@ class StreamClient:
 
         Raises as `done_stream` does.
         """
-        head = self._owned(data_stream_name)
+        head = self._leases.get(data_stream_name)
+        if head is None or head.finishing or self._closing is not None:
+            self._refuse(data_stream_name, head)
         await self._finisher.release(head)
 
     async def claim(self, lbs_info: LBSInfo) -> None:
@@ -467,15 +471,12 @@ class StreamClient:
         if not self._ready or self._closing is not None:
             raise ClientClosed("the client is not open: call init() first, and not after closing")
 
-    def _owned(self, data_stream_name: str) -> Entry:
-        head = self._leases.get(data_stream_name)
-        if head is None or head.finishing or self._closing is not None:
-            self._check_open()
-            doing = "is not owned by this consumer"
-            if head is not None:
-                doing = "is being finished or handed over already"
-            raise StreamNotOwned(data_stream_name, doing)
-        return head
+    def _refuse(self, data_stream_name: str, head: Entry | None) -> NoReturn:
+        self._check_open()
+        doing = "is not owned by this consumer"
+        if head is not None:
+            doing = "is being finished or handed over already"
+        raise StreamNotOwned(data_stream_name, doing)
 
     # --- what happens -------------------------------------------------------------------------
 

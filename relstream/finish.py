@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
-from relstream._core import ITEM, Entry, Template, entry_ids, lock_keys, pack
+from relstream._core import ITEM, Endings, Entry, Template, entry_ids, lock_keys, pack
 from relstream.errors import ClientClosed, RelstreamError, ReplyError, StreamNotOwned
 from relstream.leases import pending_for
 from relstream.net.connection import Backoff, raise_first
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from relstream.recorder import SafeRecorder
 
     Future = asyncio.Future[None]
-    # The first entry of a stream, and the future of whoever waits for the end of its ownership.
-    Ending = tuple[Entry, Future]
 
 # Streams that are ended together, and batches of them under way at the same time: while the server
 # works on one, the next is being prepared.
@@ -61,22 +58,18 @@ class Finisher:
         self._recorder = recorder
         self._logger = logger
         self._ack = Template(b"XACK", names.lbs, names.group, ITEM)
-        self._done: deque[Ending] = deque()
-        self._released: deque[Ending] = deque()
-        self._abandoned: deque[Ending] = deque()
-        self._others: dict[Entry, list[Entry]] = {}
         self._asked = asyncio.Event()
+        self._done = Endings(self._asked.set)
+        self._released = Endings(self._asked.set)
+        self._abandoned = Endings(self._asked.set)
+        self._others: dict[Entry, list[Entry]] = {}
+        self.done = self._done.ask
+        """Finishes the stream: XACK, XDEL, then the locks. Fails with `StreamNotOwned` if lost."""
+        self.release = self._released.ask
+        """Hands the stream over: its entries are put back as they are, then the locks released."""
         self._under_way: set[asyncio.Task[None]] = set()
         self._running = False
         self._failure: BaseException | None = None
-
-    def done(self, head: Entry) -> Future:
-        """Finishes the stream: XACK, XDEL, then the locks. Fails with `StreamNotOwned` if lost."""
-        return self._ask(self._done, head)
-
-    def release(self, head: Entry) -> Future:
-        """Hands the stream over: its entries are put back as they are, then the locks released."""
-        return self._ask(self._released, head)
 
     def abandon(self, head: Entry, others: list[Entry]) -> None:
         """A stream was lost by one of its entries: puts the others back, and releases its locks.
@@ -84,7 +77,7 @@ class Finisher:
         There is nobody to wait for it: what fails here is recovered by others.
         """
         self._others[head] = others
-        self._ask(self._abandoned, head).add_done_callback(_observe)
+        self._abandoned.ask(head).add_done_callback(_observe)
 
     async def idle(self) -> None:
         """Waits until all that was asked for has ended, well or badly."""
@@ -96,20 +89,11 @@ class Finisher:
             else:
                 return
 
-    def _ask(self, queue: deque[Ending], head: Entry) -> Future:
-        future: Future = self._loop.create_future()
-        if not self._running:
-            future.set_exception(_closed())
-            return future
-        head.finishing = True
-        if not queue:
-            self._asked.set()
-        queue.append((head, future))
-        return future
-
     async def run(self) -> None:
         """Serves `done`, `release` and `abandon` until cancelled."""
-        self._loop = asyncio.get_running_loop()
+        queues = (self._done, self._released, self._abandoned)
+        for queue in queues:
+            queue.open(asyncio.get_running_loop().create_future)
         self._running = True
         try:
             while True:
@@ -117,16 +101,12 @@ class Finisher:
                 self._asked.clear()
                 if self._failure is not None:
                     raise self._failure
-                for queue, end in (
-                    (self._done, self._finish),
-                    (self._released, self._hand_over),
-                    (self._abandoned, self._hand_back_others),
-                ):
+                ends = (self._finish, self._hand_over, self._hand_back_others)
+                for queue, end in zip(queues, ends, strict=True):
                     while queue:
                         while len(self._under_way) >= BATCHES:
                             await asyncio.wait(self._under_way, return_when=asyncio.FIRST_COMPLETED)
-                        batch = [queue.popleft() for _ in range(min(BATCH, len(queue)))]
-                        task = asyncio.ensure_future(self._persist(end, batch))
+                        task = asyncio.ensure_future(self._persist(end, queue.take(BATCH)))
                         self._under_way.add(task)
                         task.add_done_callback(self._batch_ended)
         finally:
@@ -134,7 +114,8 @@ class Finisher:
             for task in self._under_way:
                 task.cancel()
             await asyncio.gather(*self._under_way, return_exceptions=True)
-            _fail([*self._done, *self._released, *self._abandoned], _closed())
+            for queue in queues:
+                _fail(queue.close(_closed), _closed())
 
     def _batch_ended(self, task: asyncio.Task[None]) -> None:
         self._under_way.discard(task)
@@ -144,12 +125,12 @@ class Finisher:
 
     async def _persist(
         self,
-        end: Callable[[Sequence[Ending], list[Entry], bool], Awaitable[None]],
-        endings: Sequence[Ending],
+        end: Callable[[Endings, list[Entry], bool], Awaitable[None]],
+        endings: Endings,
     ) -> None:
         """Tries until it works, as often as `retry` allows. Trying again is safe."""
         backoff = Backoff(self._retry.initial_delay, self._retry.max_delay)
-        entries = _entries(endings)
+        entries = endings.entries()
         locks = lock_keys(entries)
         owned = end != self._hand_back_others
         try:
@@ -169,7 +150,7 @@ class Finisher:
                     self._logger.warning("ending ownership failed, trying again: %s", error)
                 await asyncio.sleep(backoff.failed())
         except asyncio.CancelledError:
-            _fail(endings, _closed())
+            _fail(endings.futures, _closed())
             raise
         except Exception as error:
             if owned:
@@ -177,17 +158,17 @@ class Finisher:
             self._give_up(endings, RelstreamError(f"a mistake of ours: {error!r}"), owned)
             raise
 
-    def _give_up(self, endings: Sequence[Ending], error: RelstreamError, owned: bool) -> None:
+    def _give_up(self, endings: Endings, error: RelstreamError, owned: bool) -> None:
         """What could not be ended is owned as before; what was lost stays lost."""
-        for head, _ in endings:
+        for head in endings.heads:
             if owned:
                 head.finishing = False
                 self._leases.keep(head)
             else:
                 self._others.pop(head, None)
-        _fail(endings, error)
+        _fail(endings.futures, error)
 
-    async def _finish(self, endings: Sequence[Ending], entries: list[Entry], again: bool) -> None:
+    async def _finish(self, endings: Endings, entries: list[Entry], again: bool) -> None:
         asked = [entry for entry in entries if not entry.acked] if again else entries
         ids = entry_ids(asked)
         acked = raise_first(await self._link.pipeline(self._ack.pack(ids), len(ids)))
@@ -231,19 +212,15 @@ class Finisher:
                     lost.remove(entry)
         return lost
 
-    async def _hand_over(
-        self, endings: Sequence[Ending], entries: list[Entry], again: bool
-    ) -> None:
+    async def _hand_over(self, endings: Endings, entries: list[Entry], again: bool) -> None:
         ours = await self._put_back(entries)
         # What an earlier try has put back is not pending any more.
         lost = set() if again else {entry for entry in entries if entry not in ours}
         await self._unlock([entry for entry in entries if entry not in lost])
         self._settle(endings, lost)
 
-    async def _hand_back_others(
-        self, endings: Sequence[Ending], entries: list[Entry], again: bool
-    ) -> None:
-        others = [entry for head, _ in endings for entry in self._others[head]]
+    async def _hand_back_others(self, endings: Endings, entries: list[Entry], again: bool) -> None:
+        others = [entry for head in endings.heads for entry in self._others[head]]
         if others:
             keys = lock_keys(others)
             ids = entry_ids(others)
@@ -251,7 +228,7 @@ class Finisher:
             mine = await pending_for(self._link, self._names, self._consumer, keys, ids)
             await self._put_back([entry for entry in others if entry.lock_key in mine])
         await self._unlock(entries)
-        for head, _ in endings:
+        for head in endings.heads:
             del self._others[head]
         self._settle(endings, set())
 
@@ -274,12 +251,13 @@ class Finisher:
             for entry in entries:
                 self._recorder.lock_release(entry.data_stream_name, entry.lock_key not in missing)
 
-    def _settle(self, endings: Sequence[Ending], lost: set[Entry]) -> None:
+    def _settle(self, endings: Endings, lost: set[Entry]) -> None:
+        heads = endings.heads
         if lost:
-            kept = []
-            for head, future in endings:
-                if lost.isdisjoint(_entries([(head, future)])):
-                    kept.append((head, future))
+            heads = []
+            for head, future in zip(endings.heads, endings.futures, strict=True):
+                if lost.isdisjoint((head, *(head.again or ()))):
+                    heads.append(head)
                     continue
                 self._on_lost(head)
                 if not future.done():
@@ -289,17 +267,8 @@ class Finisher:
                             "was lost to another consumer before this, which is not disturbed",
                         )
                     )
-            endings = kept
-        self._leases.drop([head for head, _ in endings])
-        for _, future in endings:
-            if not future.done():
-                future.set_result(None)
-
-
-def _entries(endings: Sequence[Ending]) -> list[Entry]:
-    """All entries by which these streams are owned."""
-    entries = [head for head, _ in endings]
-    return entries + [entry for head in entries if head.again for entry in head.again]
+        self._leases.drop(heads)
+        endings.succeed()
 
 
 def _observe(future: Future) -> None:
@@ -311,8 +280,8 @@ def _closed() -> ClientClosed:
     return ClientClosed("the client was closed before the server confirmed this")
 
 
-def _fail(endings: Sequence[Ending], error: RelstreamError) -> None:
-    for _, future in endings:
+def _fail(futures: Sequence[Future], error: RelstreamError) -> None:
+    for future in futures:
         if not future.done():
             # One each: an error raised in many places would collect their tracebacks.
             future.set_exception(type(error)(*error.args))

@@ -19,6 +19,7 @@ from relstream._core import (
     Audit,
     Entry,
     Template,
+    discard,
     entry_ids,
     forget,
     grant,
@@ -205,10 +206,8 @@ class Keeper:
 
     def drop(self, keys: list[bytes]) -> None:
         """Renews these no more."""
-        held = self._keys
         with self._guard:
-            for key in keys:
-                held.pop(key, None)
+            discard(self._keys, keys)
 
     def stop(self) -> None:
         """Ends `run`, whatever it is doing."""

@@ -229,6 +229,85 @@ def forget(list heads not None, dict owned not None):
             del owned[head.data_stream_name]
 
 
+def discard(dict table not None, list keys not None):
+    """Takes these keys out of a dict, as far as they are in it."""
+    for key in keys:
+        table.pop(key, None)
+
+
+cdef class Endings:
+    """Streams whose ownership shall end, in the order asked, and the futures of those who wait.
+
+    `wake` is called when there is something to `take` again.
+    """
+
+    cdef readonly list heads    # the first entry of each stream …
+    cdef readonly list futures  # … and who waits for the end of its ownership
+    cdef Py_ssize_t _taken      # so many at the start of both are taken already
+    cdef object _wake
+    cdef object _create_future
+    cdef object _refusal
+
+    def __init__(self, wake=None):
+        self.heads = []
+        self.futures = []
+        self._wake = wake
+
+    def open(self, create_future):
+        """Streams can be asked for from now on."""
+        self._create_future = create_future
+        self._refusal = None
+
+    def close(self, refusal):
+        """Whoever asks from now on gets the exception that `refusal` makes; returns who waits."""
+        self._refusal = refusal
+        return self.futures[self._taken:]
+
+    def __len__(self):
+        return len(self.heads) - self._taken
+
+    def ask(self, Entry head not None):
+        """The future of the end of a stream's ownership."""
+        cdef object future = self._create_future()
+        if self._refusal is not None:
+            future.set_exception(self._refusal())
+            return future
+        head.finishing = True
+        self.heads.append(head)
+        self.futures.append(future)
+        if len(self.heads) - self._taken == 1:
+            self._wake()
+        return future
+
+    def take(self, Py_ssize_t most):
+        """Those asked for first, up to so many."""
+        cdef Endings batch = Endings()
+        cdef Py_ssize_t end = min(self._taken + most, len(self.heads))
+        batch.heads = self.heads[self._taken:end]
+        batch.futures = self.futures[self._taken:end]
+        self._taken = end
+        if 2 * end >= len(self.heads):  # moving what is left costs less than what was taken
+            del self.heads[:end]
+            del self.futures[:end]
+            self._taken = 0
+        return batch
+
+    def entries(self):
+        """All entries by which these streams are owned, the first ones first."""
+        cdef Entry head
+        cdef list entries = list(self.heads)
+        for head in self.heads:
+            if head.again is not None:
+                entries += head.again
+        return entries
+
+    def succeed(self):
+        """Tells all who still wait that it is done."""
+        for future in self.futures:
+            if not future.done():
+                future.set_result(None)
+
+
 cdef inline object _named_tuple(type kind, tuple values):
     """A `typing.NamedTuple` of this kind, without a call of Python code."""
     cdef Py_ssize_t i
