@@ -50,6 +50,8 @@ __all__ = ["StreamClient"]
 
 # Seconds that closing may take; what has not been handed over by then expires by itself.
 CLOSE_TIMEOUT = 10.0
+# Seconds for which a client waits for a lost master to be replaced, however few retries it has.
+FAILOVER_TIMEOUT = 60.0
 
 
 class StreamClient:
@@ -75,7 +77,8 @@ class StreamClient:
         heartbeat_interval: the locks' time to live, in seconds; they are renewed twice in it.
         queue_size: added streams that may wait for the application, and as many expiry events.
         max_streams: how many streams this consumer owns at most; None: no limit.
-        retry: how often a failing read is tried again before the client ends.
+        retry: how often a failing read is tried again before the client ends. Of a Redis Cluster
+            and behind Sentinel a lost master is waited for, for 60 s, unless `max_retries` is 0.
         recovery: how streams of dead consumers come back.
         auto_claim: whether this consumer helps to recover streams whose locks expired.
         cluster_mode: OSS insists on a Redis Cluster; one is recognised without it.
@@ -132,6 +135,13 @@ class StreamClient:
                 "cluster_mode=OSS needs a redis.asyncio.RedisCluster or a URL redis+cluster://, "
                 f"got {type(redis).__name__}"
             )
+        if deployment.heals and retry.max_retries:
+            # A lost master is replaced, which takes longer than most retries, and is not to be
+            # missed once it has happened.
+            patience = FAILOVER_TIMEOUT
+            retry = replace(retry, max_delay=max(min(retry.max_delay, 0.5), retry.initial_delay))
+        else:
+            patience = 0.0
         self._heartbeat = float(heartbeat_interval)
         self._logger = logger or logging.getLogger("relstream")
         self._recorder = None if recorder is None else SafeRecorder(recorder, self._logger.warning)
@@ -194,6 +204,7 @@ class StreamClient:
             self._leases,
             self._keeper,
             retry=retry,
+            patience=patience,
             on_lost=self._disown,
             recorder=self._recorder,
             logger=self._logger,
@@ -220,6 +231,7 @@ class StreamClient:
             hand_back=self._recoverer.hand_back,
             max_streams=max_streams,
             retry=retry,
+            patience=patience,
             recovery=recovery,
             recorder=self._recorder,
             logger=self._logger,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from relstream._core import ITEM, Endings, Entry, Template, entry_ids, lock_keys, pack
 from relstream.errors import ClientClosed, RelstreamError, ReplyError, StreamNotOwned
 from relstream.leases import pending_for
-from relstream.net.connection import Backoff, raise_first
+from relstream.net.connection import Backoff, explained_by_failover, raise_first
 from relstream.recovery import PUT, PutBack, read_entries
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Finisher:
         keeper: Keeper,
         *,
         retry: RetryConfig,
+        patience: float,
         on_lost: Callable[[Entry], None],
         recorder: SafeRecorder | None,
         logger: logging.Logger,
@@ -53,6 +54,7 @@ class Finisher:
         self._leases = leases
         self._keeper = keeper
         self._retry = retry
+        self._patience = patience
         self._on_lost = on_lost
         self._put = PutBack(topology, names, recorder, logger).put
         self._recorder = recorder
@@ -144,7 +146,8 @@ class Finisher:
                     if owned:
                         self._keeper.add(locks)
                     hopeless = isinstance(error, ReplyError) and not error.transient
-                    if hopeless or backoff.failures == self._retry.max_retries:
+                    patience = self._patience if explained_by_failover(error) else 0.0
+                    if hopeless or backoff.exhausted(self._retry.max_retries, patience):
                         self._give_up(endings, error, owned)
                         return
                     self._logger.warning("ending ownership failed, trying again: %s", error)

@@ -14,7 +14,7 @@ import orjson
 from relstream._core import STREAMS, Batch, Entry, announcements, pack
 from relstream.errors import ProtocolError, RelstreamError, ReplyError
 from relstream.lbs import INPUT_FIELD, SEPARATOR, UNPARSEABLE, Names
-from relstream.net.connection import Backoff
+from relstream.net.connection import Backoff, explained_by_failover
 from relstream.recovery import discard, read_entries, to_dlq
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class Intake:
         hand_back: Callable[[list[bytes]], Awaitable[None]],
         max_streams: int | None,
         retry: RetryConfig,
+        patience: float,
         recovery: RecoveryConfig,
         recorder: SafeRecorder | None,
         logger: logging.Logger,
@@ -71,6 +72,7 @@ class Intake:
         self._hand_back = hand_back
         self._max_streams = max_streams
         self._retry = retry
+        self._patience = patience
         self._recovery = recovery
         self._recorder = recorder
         self._logger = logger
@@ -142,7 +144,8 @@ class Intake:
         hopeless = isinstance(error, ReplyError) and error.code in ("NOPERM", "WRONGTYPE", "NOAUTH")
         if hopeless:
             raise ReplyError(f"{error} ({self._names.lbs.decode()!r})") from None
-        if backoff.failures == self._retry.max_retries:
+        patience = self._patience if explained_by_failover(error) else 0.0
+        if backoff.exhausted(self._retry.max_retries, patience):
             raise error
         pause = backoff.failed()
         self._logger.warning("reading failed, trying again in %.2f s: %s", pause, error)
@@ -189,6 +192,8 @@ class Intake:
             self._refused = False
             self._strays = await self._find_strays()
         self._notifications.room_made.clear()
+        if self._stopping:  # it was set by this, perhaps, before it was cleared
+            return
         room = self._room()
         if room < self._count and self._taking:
             await self._taking.popleft()  # rather than reading in small portions

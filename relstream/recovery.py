@@ -310,7 +310,7 @@ class Recoverer:
 
     async def run(self) -> None:
         """Tries to lead, and recovers while it does, until cancelled."""
-        backoff = Backoff(LEADERSHIP / 4, 5.0)
+        backoff = Backoff(LEADERSHIP / 4, LEADERSHIP)
         first = True
         while True:
             try:

@@ -11,6 +11,7 @@ import random
 import re
 import socket
 import ssl
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -27,6 +28,7 @@ from relstream.errors import (
     InvalidOption,
     PermissionDenied,
     ProtocolError,
+    RelstreamError,
     ReplyError,
     ServerTooOld,
 )
@@ -319,6 +321,13 @@ def raise_first(replies: list[Any]) -> list[Any]:
     return replies
 
 
+def explained_by_failover(error: RelstreamError) -> bool:
+    """Whether a master that is being replaced would explain this error."""
+    if isinstance(error, ReplyError):
+        return error.transient or error.code in ("MOVED", "ASK")
+    return isinstance(error, ConnectionFailed)
+
+
 class _Attempt:
     """An opening of a connection, and how many callers wait for it."""
 
@@ -467,6 +476,7 @@ class Backoff:
     def __init__(self, initial: float, maximum: float) -> None:
         self._initial = initial
         self._maximum = maximum
+        self._since = 0.0
         self.failures = 0
 
     def reset(self) -> None:
@@ -475,6 +485,17 @@ class Backoff:
 
     def failed(self) -> float:
         """Counts one more failure; returns the pause to make before the next try."""
+        if not self.failures:
+            self._since = time.monotonic()
         pause = backoff(self.failures, self._initial, self._maximum, random.random())
         self.failures += 1
         return pause
+
+    def exhausted(self, max_retries: int, patience: float = 0.0) -> bool:
+        """Whether one more failure is one too many: -1 retries are for ever, 0 none.
+
+        For `patience` seconds from the first failure no number of retries is too many.
+        """
+        if self.failures < max_retries or max_retries < 0:
+            return False
+        return not max_retries or time.monotonic() - self._since >= patience
