@@ -153,6 +153,16 @@ def test_restart_keeps_port_and_files(make_server: MakeServer) -> None:
         assert client.get("key") == b"value"
 
 
+def test_restart_keeps_what_the_server_wrote_into_its_conf(make_server: MakeServer) -> None:
+    server = make_server()
+    with redis.Redis.from_url(server.url) as client:
+        client.config_set("maxmemory", 10 * 1024 * 1024)
+        client.config_rewrite()
+        server.restart()
+    with redis.Redis.from_url(server.url) as client:
+        assert client.config_get("maxmemory") == {"maxmemory": str(10 * 1024 * 1024)}
+
+
 def test_restart_forgets_what_was_not_persisted(make_server: MakeServer) -> None:
     server = make_server()
     with redis.Redis.from_url(server.url) as client:

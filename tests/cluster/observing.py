@@ -1,0 +1,44 @@
+"""What is where in a cluster, seen by asking every node directly."""
+
+from __future__ import annotations
+
+import redis
+from helpers import SEPARATOR, Service
+
+from relstream.servers import Cluster, Node
+
+
+def locks_by_master(cluster: Cluster) -> dict[Node, dict[str, str]]:
+    """Who holds which lock, for every living master."""
+    found: dict[Node, dict[str, str]] = {}
+    for master in cluster.masters():
+        keys = list(master.client.scan_iter(match=f"*{SEPARATOR}*", count=10_000))
+        pipe = master.client.pipeline(transaction=False)
+        for key in keys:
+            pipe.get(key)
+        # Between the two a lock may have gone, or moved.
+        values = pipe.execute(raise_on_error=False)
+        held = zip(keys, values, strict=True)
+        found[master] = {key: value for key, value in held if isinstance(value, str)}
+    return found
+
+
+def subscriptions(node: Node) -> dict[str, int]:
+    """Patterns subscribed to, by the name of the connection, or else its address."""
+    clients = node.client.client_list()
+    return {c["name"] or c["addr"]: int(c["psub"]) for c in clients if int(c["psub"])}
+
+
+class ClusterService(Service):
+    """As `Service`, where the keys are spread over masters."""
+
+    def __init__(self, client: redis.RedisCluster, cluster: Cluster, name: str = "svc") -> None:
+        super().__init__(client, name)
+        self._cluster = cluster
+
+    @property
+    def lbs_master(self) -> Node:
+        return self._cluster.master_of(self.lbs)
+
+    def locks(self) -> dict[str, str]:
+        return {k: v for held in locks_by_master(self._cluster).values() for k, v in held.items()}
