@@ -3,14 +3,14 @@
 
 One file a concern, included as text so that the C compiler sees them as one unit:
 `reader` (RESP), `streams` (entries and pending pages), `pack` (commands), `lbs` (announcements and
-what is owned), `timing` (backoff and jitter), `slots` (Redis Cluster key slots).
+what is owned), `recover` (what to do about pending entries), `timing` (backoff and jitter), `slots` (Redis Cluster key slots).
 """
 
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_FromStringAndSize
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
 from cpython.memoryview cimport PyMemoryView_FromObject
 from cpython.ref cimport Py_INCREF
 from cpython.tuple cimport PyTuple_SET_ITEM
@@ -28,5 +28,6 @@ include "core/reader.pxi"
 include "core/streams.pxi"
 include "core/pack.pxi"
 include "core/lbs.pxi"
+include "core/recover.pxi"
 include "core/timing.pxi"
 include "core/slots.pxi"

@@ -11,8 +11,9 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import orjson
 
@@ -21,15 +22,13 @@ from relstream._core import (
     ITEM,
     PENDING,
     Batch,
-    Entry,
+    Ids,
     PendingPage,
+    Plan,
     Template,
     jittered,
-    lock_keys,
-    match,
     pack,
     parse_id,
-    unlocked,
 )
 from relstream.errors import AlreadyClaimed, InvalidOption, RelstreamError, ReplyError
 from relstream.lbs import (
@@ -46,7 +45,7 @@ from relstream.lbs import (
 )
 from relstream.net.connection import Backoff, raise_first
 from relstream.notifications import LBSInfo
-from relstream.scripts import PUT_BACK, REMOVE_CONSUMER, SCRIPT_KEYS, run
+from relstream.scripts import PUT_BACK, REMOVE_CONSUMER, SCRIPT_KEYS, run, run_packed
 
 if TYPE_CHECKING:
     from relstream.config import RecoveryConfig
@@ -60,6 +59,8 @@ if TYPE_CHECKING:
 
 # A call of the script that puts back carries about this much at most.
 SCRIPT_BYTES = 1 << 20
+# Pages that are recovered while the next one is read.
+PAGES_AHEAD = 2
 # Seconds for which leadership lasts when it is not renewed, and between two looks of the leader.
 LEADERSHIP = 1.0
 LEADERSHIP_MS = round(LEADERSHIP * 1000)
@@ -77,10 +78,16 @@ REMOVE_EVERY = 60.0
 PUT, LOST, ALIVE, TOO_LARGE = 1, 0, 2, -1
 
 
-async def read_entries(link: KeyLink, names: Names, ids: Sequence[bytes]) -> list[Batch]:
+async def read_entries(link: KeyLink, names: Names, ids: Iterable[bytes]) -> list[Batch]:
     """Entries of the LBS by their ids, a batch of one or none each (XRANGE)."""
     ask = Template(b"XRANGE", names.lbs, ITEM, ITEM)
-    return raise_first(await link.pipeline(ask.pack(list(ids)), len(ids), decode=ENTRIES))
+    ids = list(ids)
+    return raise_first(await link.pipeline(ask.pack(ids), len(ids), decode=ENTRIES))
+
+
+def plan_for(ids: Ids, batches: list[Batch]) -> Plan:
+    """What there is to do about pending entries, `batches` being where they are."""
+    return Plan(ids, batches, INPUT_FIELD, SEPARATOR, RETRY_FIELD, orjson.loads)
 
 
 class PutBack:
@@ -107,18 +114,33 @@ class PutBack:
 
     async def put(self, entries: Sequence[Returning]) -> list[int]:
         """For each entry PUT, LOST (it was not pending) or ALIVE (locked)."""
-        if self._topology.single:
-            return await self._put(entries)
-        # The locks are on other servers than the script: they are looked at just before it.
+        if not self._topology.single:
+            return await self._put_apart(entries)
+        return await self._put(self._calls(entries), lambda: entries)
+
+    async def put_planned(self, plan: Plan, *, counting: bool) -> list[int]:
+        """The same for what the plan says shall be put back; `counting`: with one more retry."""
+        if not self._topology.single:
+            return await self._put_apart(plan.returning(counting))
+        calls = plan.calls(
+            PUT_BACK.digest, self._names.lbs, self._names.group,
+            counting=counting, most=SCRIPT_KEYS, size=SCRIPT_BYTES,
+        )  # fmt: skip
+        return await self._put(calls, lambda: plan.returning(counting))
+
+    async def _put_apart(self, entries: Sequence[Returning]) -> list[int]:
+        """The locks are on other servers than the script: they are looked at just before it."""
         taken = await self._taken(entries)
         free = [(entry_id, pairs, None) for entry_id, pairs, lock in entries if lock not in taken]
-        outcomes = iter(await self._put(free) if free else [])
+        outcomes = iter(await self._put(self._calls(free), lambda: free))
         return [ALIVE if lock in taken else next(outcomes) for _, _, lock in entries]
 
-    async def _put(self, entries: Sequence[Returning]) -> list[int]:
+    async def _put(
+        self, calls: list[bytes], entries: Callable[[], Sequence[Returning]]
+    ) -> list[int]:
         if not self._scripts_forbidden:
             outcomes: list[int] = []
-            for reply in await run(self._link, PUT_BACK, self._calls(entries)):
+            for reply in await run_packed(self._link, PUT_BACK, calls):
                 if not isinstance(reply, ReplyError):
                     outcomes += reply
                 elif reply.code == "NOPERM":
@@ -134,26 +156,28 @@ class PutBack:
             else:
                 large = [i for i, outcome in enumerate(outcomes) if outcome == TOO_LARGE]
                 if large:
-                    steps = await self._in_two_steps([entries[i] for i in large])
+                    all_entries = entries()
+                    steps = await self._in_two_steps([all_entries[i] for i in large])
                     for i, outcome in zip(large, steps, strict=True):
                         outcomes[i] = outcome
                 return outcomes
-        return await self._in_two_steps(entries)
+        return await self._in_two_steps(entries())
 
-    def _calls(self, entries: Sequence[Returning]) -> list[tuple[list[bytes], list[Any]]]:
+    def _calls(self, entries: Sequence[Returning]) -> list[bytes]:
         calls: list[tuple[list[bytes], list[Any]]] = []
-        size = held = SCRIPT_BYTES
+        size = held = fields = 0
         for entry_id, pairs, lock in entries:
-            if held >= SCRIPT_KEYS or size >= SCRIPT_BYTES:
-                calls.append(([self._names.lbs], [self._names.group]))
+            if not calls or held >= SCRIPT_KEYS or size >= SCRIPT_BYTES or len(pairs) != fields:
+                fields = len(pairs)
+                calls.append(([self._names.lbs], [self._names.group, fields]))
                 size = held = 0
             keys, args = calls[-1]
             if lock is not None:
                 keys.append(lock)
-            args += (entry_id, len(pairs), *pairs)
+            args += (entry_id, *pairs)
             held += 1
             size += sum(map(len, pairs))
-        return calls
+        return [pack(b"EVALSHA", PUT_BACK.digest, len(keys), *keys, *args) for keys, args in calls]
 
     async def _taken(self, entries: Sequence[Returning]) -> set[bytes]:
         """The locks among those of the entries that somebody holds."""
@@ -271,6 +295,7 @@ class Recoverer:
         self._known: dict[bytes, bytes] = {}  # sampled entries: id, lock
         self._fruitless: dict[bytes, float] = {}  # consumers looked at in vain, and when
         self._dlq_failed = False
+        self._burying = asyncio.Lock()
         self._mget_forbidden = False
 
     # --- from outside -------------------------------------------------------------------------
@@ -297,14 +322,10 @@ class Recoverer:
         ids = sorted(ids, key=_id_order)
         for start in range(0, len(ids), self._recovery.batch_size):
             some = ids[start : start + self._recovery.batch_size]
-            batches = await read_entries(self._link, self._names, some)
-            entries, _, gone = match(some, batches, INPUT_FIELD, SEPARATOR, orjson.loads)
-            if gone:
-                await discard(self._link, self._names, gone)
-            if entries:
-                await self._put_back.put(
-                    [(entry.id, entry.pairs(), entry.lock_key) for entry in entries]
-                )
+            plan = plan_for(Ids(some), await read_entries(self._link, self._names, some))
+            if plan.gone:
+                await discard(self._link, self._names, plan.gone)
+            await self._put_back.put_planned(plan, counting=False)
 
     # --- leading ------------------------------------------------------------------------------
 
@@ -419,33 +440,30 @@ class Recoverer:
     async def _walk(self, min_idle_ms: int, tally: Tally, consumer: bytes | None = None) -> None:
         """Looks at all pending entries, or those of one consumer, page by page.
 
-        While one page is recovered the next one is read.
+        Several pages are under way at a time, so that the server has always something to do.
         """
-        reading = asyncio.ensure_future(self._page(b"-", min_idle_ms, consumer))
-        try:
-            start: bytes | None = b"-"
-            while start is not None:
-                start, ids, batches = await reading
-                if start is not None:
-                    reading = asyncio.ensure_future(self._page(start, min_idle_ms, consumer))
-                if ids:
-                    tally += await self._recover(ids, batches)
-        finally:
-            reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
-
-    async def _page(
-        self, start: bytes, min_idle_ms: int, consumer: bytes | None
-    ) -> tuple[bytes | None, list[bytes], list[Batch]]:
-        """Where the next page starts, the ids that were idle for long enough, and their entries."""
         size = self._recovery.batch_size
-        page: PendingPage = await self._link.execute(
-            b"XPENDING", self._names.lbs, self._names.group, start, b"+", size,
-            *(() if consumer is None else (consumer,)), decode=PENDING,
-        )  # fmt: skip
-        ids = page.idle(min_idle_ms)
-        batches = await self._entries_of(ids, len(page)) if ids else []
-        return b"(" + page[-1][0] if len(page) == size else None, ids, batches
+        pages: deque[asyncio.Task[Tally]] = deque()
+        start: bytes | None = b"-"
+        try:
+            while start is not None:
+                page: PendingPage = await self._link.execute(
+                    b"XPENDING", self._names.lbs, self._names.group, start, b"+", size,
+                    *(() if consumer is None else (consumer,)), decode=PENDING,
+                )  # fmt: skip
+                start = b"(" + page[-1][0] if len(page) == size else None
+                if len(ids := page.idle(min_idle_ms)):
+                    pages.append(asyncio.ensure_future(self._recover_page(ids, len(page))))
+                while len(pages) > (PAGES_AHEAD if start is not None else 0):
+                    tally += await pages[0]
+                    pages.popleft()
+        finally:
+            for task in pages:
+                task.cancel()
+            await asyncio.gather(*pages, return_exceptions=True)
+
+    async def _recover_page(self, ids: Ids, page_size: int) -> Tally:
+        return await self._recover(ids, await self._entries_of(ids, page_size))
 
     # --- deaths are looked for ----------------------------------------------------------------
 
@@ -475,12 +493,12 @@ class Recoverer:
         known = self._known
         unknown = [entry_id for _, entry_id in samples if entry_id not in known]
         unknown.sort(key=_id_order)
-        batches = await read_entries(self._link, self._names, unknown)
-        entries, _, _ = match(unknown, batches, INPUT_FIELD, SEPARATOR, orjson.loads)
-        known.update((entry.id, entry.lock_key) for entry in entries)
+        plan = plan_for(Ids(unknown), await read_entries(self._link, self._names, unknown))
+        known.update(zip(plan.ids(), plan.lock_keys(), strict=True))
         self._known = {entry_id: known[entry_id] for _, entry_id in samples if entry_id in known}
         keys = list(self._known.values())
-        locks = dict(zip(self._known, await self._values(keys), strict=True))
+        values = await self._values(pack(b"MGET", *keys), lambda: keys) if keys else []
+        locks = dict(zip(self._known, values, strict=True))
         # One without a known lock can't be read, or is gone.
         suspects = {name for name, entry_id in samples if locks.get(entry_id) is None}
         now = asyncio.get_running_loop().time()
@@ -516,10 +534,9 @@ class Recoverer:
 
     async def _recover_ids(self, ids: list[bytes]) -> Tally:
         """Looks at these entries, in the order of ids, however long they were idle."""
-        batches = await read_entries(self._link, self._names, ids)
-        return await self._recover(ids, batches)
+        return await self._recover(Ids(ids), await read_entries(self._link, self._names, ids))
 
-    async def _entries_of(self, ids: list[bytes], page_size: int) -> list[Batch]:
+    async def _entries_of(self, ids: Ids, page_size: int) -> list[Batch]:
         """The entries of ids that all come from one page. Mostly that is nearly one range."""
         if 4 * len(ids) < page_size:
             return await read_entries(self._link, self._names, ids)
@@ -535,60 +552,51 @@ class Recoverer:
             start = None if done else b"(" + batch.id(-1)
         return batches
 
-    async def _values(self, keys: list[bytes]) -> list[bytes | None]:
-        """Who holds these locks."""
-        if not keys:
-            return []
+    async def _values(self, mget: bytes, keys: Callable[[], list[bytes]]) -> list[bytes | None]:
+        """Who holds these locks: asked by one MGET, packed, or by one GET for each key."""
         if self._topology.single and not self._mget_forbidden:
-            try:
-                values: list[bytes | None] = await self._link.execute(b"MGET", *keys)
-                return values
-            except ReplyError as error:
-                if error.code != "NOPERM":
-                    raise
-                self._mget_forbidden = True
-        replies = await self._topology.each(Template(b"GET", ITEM).pack, keys)
+            (values,) = await self._link.pipeline(mget, 1)
+            if not isinstance(values, ReplyError):
+                return cast("list[bytes | None]", values)
+            if values.code != "NOPERM":
+                raise values
+            self._mget_forbidden = True
+        replies = await self._topology.each(Template(b"GET", ITEM).pack, keys())
         for reply in replies:
             if isinstance(reply, ReplyError) and reply.transient:
                 raise reply
         # Something that can't be read holds the lock: leave it alone, and go on with the others.
         return [str(r).encode() if isinstance(r, ReplyError) else r for r in replies]
 
-    async def _recover(self, ids: list[bytes], batches: list[Batch]) -> Tally:
+    async def _recover(self, ids: Ids, batches: list[Batch]) -> Tally:
         """The steps of recovery, for these entries."""
         tally = Tally()
-        entries, bad, gone = match(ids, batches, INPUT_FIELD, SEPARATOR, orjson.loads)
-        if gone:
-            await discard(self._link, self._names, gone)
-            tally.vanished = len(gone)
-        letters: list[Letter] = [(None, entry_id, pairs) for entry_id, pairs, _ in bad]
-        tally.dead_letters += await self._bury(letters, UNPARSEABLE)
-        free = unlocked(entries, await self._values(lock_keys(entries)))
-        tally.alive = len(entries) - len(free)
+        plan = plan_for(ids, batches)
+        if plan.gone:
+            await discard(self._link, self._names, plan.gone)
+            tally.vanished = len(plan.gone)
+        bad: list[Letter] = [(None, entry_id, pairs) for entry_id, pairs, _ in plan.unparseable]
+        tally.dead_letters += await self._bury(bad, UNPARSEABLE)
+        if not len(plan):
+            return tally
+        values = await self._values(plan.mget(), plan.lock_keys)
+        tally.alive, letters = plan.judge(values, self._recovery.max_retries)
         if tally.alive and self._recorder is not None:
             self._recorder.alive_skip(tally.alive)
-        letters = []
-        returning: list[Entry] = []
-        calls: list[Returning] = []
-        for entry in free:
-            pairs = entry.pairs()
-            retries = retry_count(pairs) + 1
-            pairs = replace_fields(pairs, {RETRY_FIELD: b"%d" % retries})
-            if retries > self._recovery.max_retries:
-                letters.append((entry.data_stream_name, entry.id, pairs))
-            else:
-                returning.append(entry)
-                calls.append((entry.id, pairs, entry.lock_key))
         tally.dead_letters += await self._bury(letters, MAX_RETRIES)
-        outcomes = await self._put_back.put(calls) if calls else []
+        outcomes = await self._put_back.put_planned(plan, counting=True)
         tally.requeued = outcomes.count(PUT)
         tally.alive += outcomes.count(ALIVE)
         if self._recorder is not None:
-            for entry, outcome in zip(returning, outcomes, strict=True):
-                self._recorder.requeue(entry.data_stream_name, outcome == PUT)
+            for name, outcome in zip(plan.names(), outcomes, strict=True):
+                self._recorder.requeue(name, outcome == PUT)
         return tally
 
-    async def _bury(self, letters: list[Letter], reason: bytes) -> int:
+    async def _bury(self, letters: Sequence[Letter], reason: bytes) -> int:
+        async with self._burying:  # two looks at the same entries would both find them pending
+            return await self._bury_now(letters, reason)
+
+    async def _bury_now(self, letters: Sequence[Letter], reason: bytes) -> int:
         if letters:  # it may have been finished since it was read
             ask = Template(b"XPENDING", self._names.lbs, self._names.group, ITEM, ITEM, 1)
             ids = [entry_id for _, entry_id, _ in letters]

@@ -24,7 +24,8 @@ class Script:
 
     def __init__(self, source: str) -> None:
         self.source = source
-        self.digest = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
+        digest = hashlib.sha1(source.encode(), usedforsecurity=False)
+        self.digest = digest.hexdigest().encode()
 
 
 # KEYS: locks; ARGV: value, TTL in ms. Returns places of locks not renewed: negative where somebody
@@ -60,32 +61,32 @@ return others
 """)
 
 # KEYS: the load balancer stream, then, if they shall be free, the lock of each entry; ARGV: group,
-# then for each entry its id, how many arguments its fields are, and these. An entry is added again
-# only if nobody holds its lock and it was pending until now, all in one step: there is no moment at
-# which a crash could lose it. Returns for each 1 (put back), 0 (was not pending), 2 (locked) or -1:
-# more fields than Lua can pass on, which it must not find out after the XACK.
+# how many arguments the fields of each entry are, then for each its id and its fields. An entry is
+# added again only if nobody holds its lock and it was pending until now, all in one step: there is
+# no moment at which a crash could lose it. Returns for each 1 (put back), 0 (was not pending),
+# 2 (locked) or -1: more fields than Lua can pass on, which it must not find out after the XACK.
 PUT_BACK = Script("""\
-local locks = #KEYS > 1 and redis.call('MGET', unpack(KEYS, 2)) or {}
+local call, unpack, stream, group, size = redis.call, unpack, KEYS[1], ARGV[1], tonumber(ARGV[2])
+local locks = #KEYS > 1 and call('MGET', unpack(KEYS, 2)) or {}
 local outcome, won = {}, {}
-local i, n = 2, 0
-while i <= #ARGV do
+local n = 0
+for i = 3, #ARGV, size + 1 do
   n = n + 1
-  local id, size = ARGV[i], tonumber(ARGV[i + 1])
+  local id = ARGV[i]
   if locks[n] then
     outcome[n] = 2
   elseif size >= 7000 then
     outcome[n] = -1
   else
-    outcome[n] = redis.call('XACK', KEYS[1], ARGV[1], id)
+    outcome[n] = call('XACK', stream, group, id)
     if outcome[n] == 1 then
-      redis.call('XADD', KEYS[1], '*', unpack(ARGV, i + 2, i + 1 + size))
+      call('XADD', stream, '*', unpack(ARGV, i + 1, i + size))
       won[#won + 1] = id
     end
   end
-  i = i + 2 + size
 end
 if #won > 0 then
-  redis.call('XDEL', KEYS[1], unpack(won))
+  call('XDEL', stream, unpack(won))
 end
 return outcome
 """)
@@ -111,11 +112,15 @@ async def run(
     Loads the script where the server does not know it (a restart, SCRIPT FLUSH).
     """
 
-    def packed(call: tuple[Sequence[bytes], Sequence[bytes | str | int]]) -> bytes:
-        keys, args = call
-        return pack(b"EVALSHA", script.digest, len(keys), *keys, *args)
+    return await run_packed(
+        link,
+        script,
+        [pack(b"EVALSHA", script.digest, len(keys), *keys, *args) for keys, args in calls],
+    )
 
-    commands = [packed(call) for call in calls]
+
+async def run_packed(link: KeyLink, script: Script, commands: Sequence[bytes]) -> list[Any]:
+    """The same for packed EVALSHA commands."""
     replies = await link.pipeline(b"".join(commands), len(commands))
     unknown = [
         i

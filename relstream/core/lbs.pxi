@@ -14,8 +14,6 @@ cdef class Entry:
     cdef public bint ended        # no longer owned: finished, handed over or lost
     cdef readonly Py_ssize_t cost # size of the announcement, in bytes
     cdef Id _id
-    cdef Batch _batch             # where its fields are, for one that may have to be put back
-    cdef int64_t _index
 
     @property
     def id(self):
@@ -28,10 +26,6 @@ cdef class Entry:
         cdef char text[41]
         cdef char* start = _write_id_before(text + 41, self._id)
         return PyUnicode_DecodeASCII(start, text + 41 - start, NULL)
-
-    def pairs(self):
-        """All its fields, name, value, …; only for what `match` returned."""
-        return self._batch.pairs(self._index)
 
     def __repr__(self):
         return f"<Entry {self.data_stream_name!r} {self.id_in_lbs}>"
@@ -118,60 +112,6 @@ def announcements(Batch batch not None, bytes field not None, bytes separator no
         else:
             unparseable.append((i, made))
     return entries, unparseable, gone
-
-
-def match(
-    list ids not None, list batches not None, bytes field not None, bytes separator not None, loads
-):
-    """Finds the entries of pending ones by their ids, both in the order of ids.
-
-    `batches` may hold other entries, too. Returns `(entries, unparseable, gone)`: the good ones as
-    `Entry`, able to tell their `pairs()`; `(id, pairs, reason)` of those that announce nothing; the
-    ids of those that exist no more.
-    """
-    cdef list entries = [], unparseable = [], gone = []
-    cdef Batch batch = None
-    cdef Entry entry
-    cdef Id wanted
-    cdef int64_t at = 0, number = 0
-    cdef int order
-    cdef bytes text
-    for text in ids:
-        if not _parse_id(PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text), &wanted):
-            raise ValueError(f"{text!r}: expected the id of an entry")
-        order = 1
-        while True:
-            if batch is None or at == batch._n:
-                if number == len(batches):
-                    order = 1
-                    break
-                batch = batches[number]
-                number += 1
-                at = 0
-                continue
-            order = _compare(batch._at[at].id, wanted)
-            if order >= 0:
-                break
-            at += 1
-        if order != 0:
-            gone.append(text)
-            continue
-        made = _announcement(batch, at, field, separator, loads)
-        if type(made) is Entry:
-            entry = made
-            entry._batch = batch
-            entry._index = at
-            entries.append(entry)
-        else:
-            unparseable.append((text, batch.pairs(at), made))
-    return entries, unparseable, gone
-
-
-def unlocked(list entries not None, list values not None):
-    """Those entries whose locks, `values` in the same order, nobody holds."""
-    if len(entries) != len(values):
-        raise ValueError(f"{len(values)} locks of {len(entries)} entries")
-    return [entry for entry, value in zip(entries, values) if value is None]
 
 
 def grant(list entries not None, list replies not None, dict owned not None):

@@ -251,6 +251,44 @@ cdef class Batch:
             yield _id_bytes(self._at[i].id), self._fields(&self._at[i])
 
 
+cdef class Ids:
+    """Ids of entries, as integers; a sequence of b"<ms>-<seq>"."""
+
+    cdef Id* _at
+    cdef Py_ssize_t _n
+
+    def __cinit__(self, list ids=None):
+        cdef bytes text
+        if ids is None:
+            return
+        self._reserve(len(ids))
+        for text in ids:
+            if text is None or not _parse_id(
+                PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text), &self._at[self._n]
+            ):
+                raise ValueError(f"{text!r}: expected the id of an entry")
+            self._n += 1
+
+    def __dealloc__(self):
+        PyMem_Free(self._at)
+
+    cdef int _reserve(self, Py_ssize_t n) except -1:
+        self._at = <Id*>PyMem_Malloc(max(n, 1) * sizeof(Id))
+        if self._at == NULL:
+            raise MemoryError()
+        return 0
+
+    def __len__(self):
+        return self._n
+
+    def __getitem__(self, Py_ssize_t index):
+        if index < 0:
+            index += self._n
+        if not 0 <= index < self._n:
+            raise IndexError(f"id {index} of {self._n}")
+        return _id_bytes(self._at[index])
+
+
 cdef PendingPage _pending(const char* at, const char* end):
     """An array of [id, consumer, idle time, deliveries]."""
     cdef int64_t i, size, n = _count(&at, c'*')
@@ -309,10 +347,14 @@ cdef class PendingPage:
 
     def idle(self, int64_t min_idle_ms):
         """The ids of entries that were delivered at least `min_idle_ms` ago."""
+        cdef Ids ids = Ids()
         cdef int64_t i
-        return [
-            _id_bytes(self._at[i].id) for i in range(self._n) if self._at[i].idle_ms >= min_idle_ms
-        ]
+        ids._reserve(self._n)
+        for i in range(self._n):
+            if self._at[i].idle_ms >= min_idle_ms:
+                ids._at[ids._n] = self._at[i].id
+                ids._n += 1
+        return ids
 
     @cython.boundscheck(True)  # `consumers` is the application's to change
     def __getitem__(self, Py_ssize_t index):

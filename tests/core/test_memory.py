@@ -19,6 +19,8 @@ from relstream._core import (
     PENDING,
     STREAMS,
     Audit,
+    Ids,
+    Plan,
     Reader,
     Template,
     announcements,
@@ -63,10 +65,24 @@ def announcing() -> None:
     list(page)
 
 
+def recovering() -> None:
+    escaped = entry(b"2-1", b"lbs-input", b'{"DataStreamName":"\\n"}', b"_retry_count", b"2")
+    [batch] = reading(array(*ANNOUNCED, *REFUSED[:1], escaped), ENTRIES)()
+    ids = Ids([*batch.ids(), b"4-0"])
+    plan = Plan(ids, [batch], b"lbs-input", b"<SEP>", b"_retry_count", orjson.loads)
+    plan.lock_keys(), plan.names(), plan.ids(), plan.mget()
+    plan.judge([None] * len(plan), 2)
+    plan.calls(b"sha", b"lbs", b"group", counting=True, most=20, size=1000)
+    plan.returning(True)
+    with suppress(ValueError):
+        Ids([b"1-0", b"x"])
+
+
 @pytest.mark.parametrize(
     "work",
     [
         announcing,
+        recovering,
         reading(array(TREE, TREE) + b">1\r\n" + TREE, OBJECT),
         reading(array(array(bulk(b"s"), array(*ANNOUNCED))), STREAMS),
         reading(array(array(bulk(b"s"), array(*ANNOUNCED, TREE))), STREAMS),

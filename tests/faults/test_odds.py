@@ -255,11 +255,11 @@ async def test_what_is_finished_while_it_is_looked_at_is_no_dead_letter(consumer
     values = recoverer._values
     finished = []
 
-    async def finished_before(keys):
-        if f"s1{SEPARATOR}{entry_id}".encode() in keys and not finished:
+    async def finished_before(mget, keys):
+        if f"s1{SEPARATOR}{entry_id}".encode() in keys() and not finished:
             finished.append(keys)
             await owner.done_stream("s1")
-        return await values(keys)
+        return await values(mget, keys)
 
     recoverer._values = finished_before
     await owner._recoverer.resign()
