@@ -177,3 +177,30 @@ def connections_left(servers: Iterable[redis.Redis]) -> list[dict[str, str]]:
             admin.client_kill_filter(_id=connection["id"])  # the next test is not to blame
         left += there
     return left
+
+
+class Monitor:
+    """The commands that reach the server meanwhile, as text, but for those of its own."""
+
+    def __init__(self, admin: redis.Redis) -> None:
+        self._admin = admin
+        self._monitor = admin.monitor()
+
+    def __enter__(self) -> Monitor:
+        self._monitor.__enter__()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._monitor.__exit__(*exc_info)
+
+    def seen(self) -> list[str]:
+        """Those since the last call."""
+        return [command for _, command in self.timed()]
+
+    def timed(self) -> list[tuple[float, str]]:
+        """The same, each with the server's time, in seconds."""
+        self._admin.echo("the end")
+        seen = []
+        while (said := self._monitor.next_command())["command"] != "ECHO the end":
+            seen.append((said["time"], said["command"]))
+        return seen

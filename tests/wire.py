@@ -71,6 +71,8 @@ class Proxy:
         self._open.set()
         self._heard = asyncio.Event()
         self._heard.set()
+        self._there = asyncio.Event()
+        self._there.set()
         self._writers: set[asyncio.StreamWriter] = set()
         self._stack = contextlib.AsyncExitStack()
         self.port = 0
@@ -82,6 +84,10 @@ class Proxy:
         """Seconds that every piece is under way."""
         self.piece = 65536
         """Bytes that are passed on at a time: 1 makes them trickle."""
+        self.cut_at = b""
+        """The connection over which a client sends this is cut; once."""
+        self.garble = b""
+        """A piece in which the server says this arrives as something else; once."""
 
     def stall(self) -> None:
         """Passes nothing on, and reads nothing, until `resume`: all buffers fill up."""
@@ -91,9 +97,19 @@ class Proxy:
         """Passes nothing on that the server says, until `resume`."""
         self._heard.clear()
 
+    def lose(self) -> None:
+        """The way is gone, and nobody is told: as if there were no server any more.
+
+        Nothing comes through until `resume`, and then over new connections only.
+        """
+        self._there.clear()
+
     def resume(self) -> None:
         self._open.set()
         self._heard.set()
+        if not self._there.is_set():
+            self._there = asyncio.Event()
+            self._there.set()
 
     def cut(self) -> None:
         """Ends all connections, with what is under way."""
@@ -119,8 +135,8 @@ class Proxy:
         there, beyond = await asyncio.open_connection(self._host, self._server_port)
         self._writers |= {writer, beyond}
         pumps = [
-            asyncio.ensure_future(self._pump(reader, beyond, self._open)),
-            asyncio.ensure_future(self._pump(there, writer, self._heard)),
+            asyncio.ensure_future(self._pump(reader, beyond, self._open, self._there)),
+            asyncio.ensure_future(self._pump(there, writer, self._heard, self._there)),
         ]
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
@@ -132,7 +148,7 @@ class Proxy:
             beyond.transport.abort()
 
     async def _pump(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, gate: asyncio.Event
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *gates: asyncio.Event
     ) -> None:
         loop = asyncio.get_running_loop()
         due = 0.0
@@ -141,12 +157,18 @@ class Proxy:
             data = await reader.read(self.piece)
             if not data:
                 return
+            if self.cut_at and self.cut_at in data:
+                self.cut_at = b""
+                return
+            if self.garble and self.garble in data:
+                self.garble, data = b"", b"garbage\r\n"
             if self.delay or due > loop.time():
                 # A long way, not a narrow one: what follows need not wait until this has arrived.
                 due = max(due, loop.time() + self.delay)
                 loop.call_at(due, writer.write, data)
                 continue
             await self._open.wait()
-            await gate.wait()
+            for gate in gates:
+                await gate.wait()
             writer.write(data)
             await writer.drain()

@@ -6,32 +6,10 @@ import asyncio
 
 import pytest
 import redis
-from helpers import EXPIRED, QUICK, SEPARATOR, eventually, names, nothing_comes, take
+from helpers import EXPIRED, QUICK, SEPARATOR, Monitor, eventually, names, nothing_comes, take
 
 from relstream import ConfigConflict, Producer, RecoveryConfig, StreamClient
 from relstream.keyspace import merged_flags
-
-
-class Monitor:
-    """The commands that reach the server meanwhile, as text, but for those of its own."""
-
-    def __init__(self, admin: redis.Redis) -> None:
-        self._admin = admin
-        self._monitor = admin.monitor()
-
-    def __enter__(self) -> Monitor:
-        self._monitor.__enter__()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._monitor.__exit__(*exc_info)
-
-    def seen(self) -> list[str]:
-        self._admin.echo("the end")
-        seen = []
-        while (command := self._monitor.next_command()["command"]) != "ECHO the end":
-            seen.append(command)
-        return seen
 
 
 async def test_what_a_producer_writes(redis_url, service):
