@@ -135,12 +135,19 @@ class Finisher:
         entries = endings.entries()
         locks = lock_keys(entries)
         owned = end != self._hand_back_others
+        tried = False
         try:
             while True:
                 # Not renewed meanwhile, so that a lock just released does not look lost.
                 self._keeper.drop(locks)
                 try:
-                    await end(endings, entries, backoff.failures > 0)
+                    if end == self._finish and not tried and len(entries) > len(endings):
+                        await self._keep_whole(endings)
+                        entries = endings.entries()
+                        locks = lock_keys(entries)
+                    again, tried = tried, True
+                    if entries:
+                        await end(endings, entries, again)
                     return
                 except RelstreamError as error:
                     if owned:
@@ -170,6 +177,20 @@ class Finisher:
             else:
                 self._others.pop(head, None)
         _fail(endings.futures, error)
+
+    async def _keep_whole(self, endings: Endings) -> None:
+        """Takes out streams that were lost by one of several entries; the others go back.
+
+        The lost one may have come to us again, under another id: finished by that and lost by the
+        other, a stream would be nobody's.
+        """
+        entries = [entry for head in endings.heads if head.again for entry in _all(head)]
+        keys = lock_keys(entries)
+        ids = entry_ids(entries)
+        mine = await pending_for(self._link, self._names, self._consumer, keys, ids)
+        lost = {entry for entry in entries if entry.lock_key not in mine}
+        for head in self._refuse(endings, lost):
+            self.abandon(head, _all(head))
 
     async def _finish(self, endings: Endings, entries: list[Entry], again: bool) -> None:
         asked = [entry for entry in entries if not entry.acked] if again else entries
@@ -254,24 +275,36 @@ class Finisher:
             for entry in entries:
                 self._recorder.lock_release(entry.data_stream_name, entry.lock_key not in missing)
 
-    def _settle(self, endings: Endings, lost: set[Entry]) -> None:
-        heads = endings.heads
-        if lost:
-            heads = []
-            for head, future in zip(endings.heads, endings.futures, strict=True):
-                if lost.isdisjoint((head, *(head.again or ()))):
-                    heads.append(head)
-                    continue
-                self._on_lost(head)
-                if not future.done():
-                    future.set_exception(
-                        StreamNotOwned(
-                            head.data_stream_name,
-                            "was lost to another consumer before this, which is not disturbed",
-                        )
+    def _refuse(self, endings: Endings, lost: set[Entry]) -> list[Entry]:
+        """Takes out what is lost, and tells those who wait for it; returns the first entries."""
+        refused = []
+        for i in reversed(range(len(endings.heads))):
+            head = endings.heads[i]
+            if lost.isdisjoint(_all(head)):
+                continue
+            future = endings.futures[i]
+            del endings.heads[i], endings.futures[i]
+            refused.append(head)
+            self._on_lost(head)
+            if not future.done():
+                future.set_exception(
+                    StreamNotOwned(
+                        head.data_stream_name,
+                        "was lost to another consumer before this, which is not disturbed",
                     )
-        self._leases.drop(heads)
+                )
+        return refused
+
+    def _settle(self, endings: Endings, lost: set[Entry]) -> None:
+        if lost:
+            self._refuse(endings, lost)
+        self._leases.drop(endings.heads)
         endings.succeed()
+
+
+def _all(head: Entry) -> list[Entry]:
+    """All entries by which a stream is owned."""
+    return [head, *(head.again or ())]
 
 
 def _observe(future: Future) -> None:

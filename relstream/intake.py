@@ -15,7 +15,7 @@ from relstream._core import STREAMS, Batch, Entry, announcements, pack
 from relstream.errors import ProtocolError, RelstreamError, ReplyError
 from relstream.lbs import INPUT_FIELD, SEPARATOR, UNPARSEABLE, Names
 from relstream.net.connection import Backoff, explained_by_failover
-from relstream.recovery import discard, read_entries, to_dlq
+from relstream.recovery import PUT, PutBack, discard, read_entries
 
 if TYPE_CHECKING:
     from relstream.config import RecoveryConfig, RetryConfig
@@ -61,7 +61,6 @@ class Intake:
         logger: logging.Logger,
     ) -> None:
         self._reading = reading
-        self._topology = topology
         self._link = topology.link(names.lbs)
         self._names = names
         self._consumer = consumer
@@ -74,6 +73,7 @@ class Intake:
         self._retry = retry
         self._patience = patience
         self._recovery = recovery
+        self._put_back = PutBack(topology, names, recorder, logger)
         self._recorder = recorder
         self._logger = logger
         # Small enough that several batches fit: one is read while others are locked or told.
@@ -292,14 +292,12 @@ class Intake:
 
     async def _bury(self, batch: Batch, bad: list[tuple[int, str]]) -> None:
         """Moves what announces nothing to the dead-letter stream; tells of it once a batch."""
-        letters = [(batch.id(index), batch.pairs(index) or []) for index, _ in bad]
+        letters = [(batch.id(index), batch.pairs(index) or [], None) for index, _ in bad]
         told = [f"{batch.id(index).decode()} ({reason})" for index, reason in bad[:TOLD]]
         which = ", ".join(told) + (f" and {len(bad) - TOLD} more" if len(bad) > TOLD else "")
         dlq = self._names.dlq.decode()
         try:
-            await to_dlq(
-                self._topology, self._names, self._recovery.dlq_max_len, letters, UNPARSEABLE
-            )
+            outcomes = await self._put_back.bury(letters, self._recovery.dlq_max_len, UNPARSEABLE)
         except ReplyError as error:
             if not self._dlq_failed:  # it is tried again as long as they are pending
                 self._dlq_failed = True
@@ -314,5 +312,5 @@ class Intake:
             "LBS entries that announce no stream went to the dead-letter stream %r: %s", dlq, which
         )
         if self._recorder is not None:
-            for _ in letters:
+            for _ in range(outcomes.count(PUT)):
                 self._recorder.dlq_routing(None, UNPARSEABLE.decode())

@@ -54,8 +54,8 @@ if TYPE_CHECKING:
 
     # An entry's id, its field names and values, and the lock that must be free, if one must.
     Returning = tuple[bytes, list[bytes], bytes | None]
-    # A stream's name, if one can be read, the id of its entry, and its fields.
-    Letter = tuple[str | None, bytes, list[bytes]]
+    # A stream's name, if one can be read, and its entry.
+    Letter = tuple[str | None, Returning]
 
 # A call of the script that puts back carries about this much at most.
 SCRIPT_BYTES = 1 << 20
@@ -113,10 +113,53 @@ class PutBack:
         self._scripts_forbidden = False
 
     async def put(self, entries: Sequence[Returning]) -> list[int]:
-        """For each entry PUT, LOST (it was not pending) or ALIVE (locked)."""
+        """For each entry PUT, LOST (it was not pending) or ALIVE (locked).
+
+        One without any fields is only acknowledged and deleted.
+        """
         if not self._topology.single:
             return await self._put_apart(entries)
         return await self._put(self._calls(entries), lambda: entries)
+
+    async def bury(self, letters: Sequence[Returning], max_len: int, reason: bytes) -> list[int]:
+        """Moves pending entries to the dead-letter stream; returns what `put` does.
+
+        They are added there before they are acknowledged here: a crash between may put one there
+        twice, with the same `_source_id`, and can't lose it. Who finds that another was first, or
+        that its owner lives, takes back what it has added. Raises `ReplyError` when the dead-letter
+        stream can't be written; the entries stay pending.
+        """
+        cap: tuple[bytes | int, ...] = (b"MAXLEN", b"~", max_len) if max_len else ()
+        adding = [
+            pack(
+                b"XADD", self._names.dlq, *cap, b"*",
+                *replace_fields(
+                    pairs,
+                    {
+                        RETRY_FIELD: b"%d" % retry_count(pairs),
+                        DLQ_REASON_FIELD: reason,
+                        SOURCE_FIELD: entry_id,
+                    },
+                ),
+            )
+            for entry_id, pairs, _ in letters
+        ]  # fmt: skip
+        dlq = self._topology.link(self._names.dlq)
+        copies = await dlq.pipeline(b"".join(adding), len(adding))
+        ours: list[tuple[Returning, bytes]] = [
+            ((entry_id, [], lock), copy)
+            for (entry_id, _, lock), copy in zip(letters, copies, strict=True)
+            if not isinstance(copy, ReplyError)
+        ]
+        outcomes: list[int] = []
+        # One call at a time: where it is forbidden, nothing of it was done.
+        for start in range(0, len(ours), SCRIPT_KEYS):
+            outcomes += await self.put([entry for entry, _ in ours[start : start + SCRIPT_KEYS]])
+        surplus = [c for (_, c), outcome in zip(ours, outcomes, strict=True) if outcome != PUT]
+        if surplus:
+            await dlq.execute(b"XDEL", self._names.dlq, *surplus)
+        raise_first(copies)
+        return outcomes
 
     async def put_planned(self, plan: Plan, *, counting: bool) -> list[int]:
         """The same for what the plan says shall be put back; `counting`: with one more retry."""
@@ -192,56 +235,20 @@ class PutBack:
         acked = await self._link.pipeline(ack.pack([entry[0] for entry in free]), len(free))
         start = time.perf_counter()
         adding = []
+        gaps = 0
         for (entry_id, pairs, _), count in zip(free, acked, strict=True):
             if count == 1:
-                adding.append(pack(b"XADD", self._names.lbs, b"*", *pairs))
+                if pairs:
+                    adding.append(pack(b"XADD", self._names.lbs, b"*", *pairs))
+                    gaps += 1
                 adding.append(pack(b"XDEL", self._names.lbs, entry_id))
         added = await self._link.pipeline(b"".join(adding), len(adding))
-        if self._recorder is not None and adding:
-            self._recorder.ack_add_gap(len(adding) // 2, time.perf_counter() - start)
+        if self._recorder is not None and gaps:
+            self._recorder.ack_add_gap(gaps, time.perf_counter() - start)
         raise_first(acked)
         raise_first(added)
         counts = iter(acked)
         return [ALIVE if lock in taken else int(next(counts)) for _, _, lock in entries]
-
-
-async def to_dlq(
-    topology: Topology,
-    names: Names,
-    max_len: int,
-    letters: Sequence[tuple[bytes, list[bytes]]],
-    reason: bytes,
-) -> None:
-    """Moves pending entries, `(id, field names and values)`, to the dead-letter stream.
-
-    They are added there before they are acknowledged here: a crash between may put one there twice,
-    with the same `_source_id`, and can't lose it. Raises `ReplyError` when the dead-letter stream
-    can't be written; the entries stay pending.
-    """
-    cap: tuple[bytes | int, ...] = (b"MAXLEN", b"~", max_len) if max_len else ()
-    adding = [
-        pack(
-            b"XADD", names.dlq, *cap, b"*",
-            *replace_fields(
-                pairs,
-                {
-                    RETRY_FIELD: b"%d" % retry_count(pairs),
-                    DLQ_REASON_FIELD: reason,
-                    SOURCE_FIELD: entry_id,
-                },
-            ),
-        )
-        for entry_id, pairs in letters
-    ]  # fmt: skip
-    replies = await topology.link(names.dlq).pipeline(b"".join(adding), len(adding))
-    ids = [
-        entry_id
-        for (entry_id, _), reply in zip(letters, replies, strict=True)
-        if not isinstance(reply, ReplyError)
-    ]
-    if ids:
-        await discard(topology.link(names.lbs), names, ids)
-    raise_first(replies)
 
 
 async def discard(link: KeyLink, names: Names, ids: Sequence[bytes]) -> None:
@@ -295,7 +302,6 @@ class Recoverer:
         self._known: dict[bytes, bytes] = {}  # sampled entries: id, lock
         self._fruitless: dict[bytes, float] = {}  # consumers looked at in vain, and when
         self._dlq_failed = False
-        self._burying = asyncio.Lock()
         self._mget_forbidden = False
 
     # --- from outside -------------------------------------------------------------------------
@@ -575,15 +581,20 @@ class Recoverer:
         if plan.gone:
             await discard(self._link, self._names, plan.gone)
             tally.vanished = len(plan.gone)
-        bad: list[Letter] = [(None, entry_id, pairs) for entry_id, pairs, _ in plan.unparseable]
-        tally.dead_letters += await self._bury(bad, UNPARSEABLE)
+        bad = [(None, (entry_id, pairs, None)) for entry_id, pairs, _ in plan.unparseable]
+        await self._bury(bad, UNPARSEABLE, tally)
         if not len(plan):
             return tally
         values = await self._values(plan.mget(), plan.lock_keys)
-        tally.alive, letters = plan.judge(values, self._recovery.max_retries)
-        if tally.alive and self._recorder is not None:
-            self._recorder.alive_skip(tally.alive)
-        tally.dead_letters += await self._bury(letters, MAX_RETRIES)
+        alive, worn_out = plan.judge(values, self._recovery.max_retries)
+        tally.alive += alive
+        if alive and self._recorder is not None:
+            self._recorder.alive_skip(alive)
+        letters = [
+            (name, (entry_id, pairs, name.encode() + SEPARATOR + entry_id))
+            for name, entry_id, pairs in worn_out
+        ]
+        await self._bury(letters, MAX_RETRIES, tally)
         outcomes = await self._put_back.put_planned(plan, counting=True)
         tally.requeued = outcomes.count(PUT)
         tally.alive += outcomes.count(ALIVE)
@@ -592,23 +603,13 @@ class Recoverer:
                 self._recorder.requeue(name, outcome == PUT)
         return tally
 
-    async def _bury(self, letters: Sequence[Letter], reason: bytes) -> int:
-        async with self._burying:  # two looks at the same entries would both find them pending
-            return await self._bury_now(letters, reason)
-
-    async def _bury_now(self, letters: Sequence[Letter], reason: bytes) -> int:
-        if letters:  # it may have been finished since it was read
-            ask = Template(b"XPENDING", self._names.lbs, self._names.group, ITEM, ITEM, 1)
-            ids = [entry_id for _, entry_id, _ in letters]
-            pages = await self._link.pipeline(ask.pack(ids), len(ids), decode=PENDING)
-            letters = [
-                letter for letter, page in zip(letters, raise_first(pages), strict=True) if page
-            ]
+    async def _bury(self, letters: Sequence[Letter], reason: bytes, tally: Tally) -> None:
         if not letters:
-            return 0
-        moving = [(entry_id, pairs) for _, entry_id, pairs in letters]
+            return
         try:
-            await to_dlq(self._topology, self._names, self._recovery.dlq_max_len, moving, reason)
+            outcomes = await self._put_back.bury(
+                [letter for _, letter in letters], self._recovery.dlq_max_len, reason
+            )
         except ReplyError as error:
             if not self._dlq_failed:
                 self._dlq_failed = True
@@ -616,13 +617,17 @@ class Recoverer:
                     "%d entries stay pending, as the dead-letter stream %s can't be written: %s",
                     len(letters), self._names.dlq.decode(), error,
                 )  # fmt: skip
-            return 0
+            return
         self._dlq_failed = False
-        self._logger.warning("%d entries became dead letters: %s", len(letters), reason.decode())
+        tally.alive += outcomes.count(ALIVE)
+        buried = [stream for (stream, _), how in zip(letters, outcomes, strict=True) if how == PUT]
+        if not buried:
+            return
+        tally.dead_letters += len(buried)
+        self._logger.warning("%d entries became dead letters: %s", len(buried), reason.decode())
         if self._recorder is not None:
-            for stream, _, _ in letters:
+            for stream in buried:
                 self._recorder.dlq_routing(stream, reason.decode())
-        return len(letters)
 
 
 def _mapping(row: Any) -> dict[bytes, Any]:

@@ -63,8 +63,9 @@ return others
 # KEYS: the load balancer stream, then, if they shall be free, the lock of each entry; ARGV: group,
 # how many arguments the fields of each entry are, then for each its id and its fields. An entry is
 # added again only if nobody holds its lock and it was pending until now, all in one step: there is
-# no moment at which a crash could lose it. Returns for each 1 (put back), 0 (was not pending),
-# 2 (locked) or -1: more fields than Lua can pass on, which it must not find out after the XACK.
+# no moment at which a crash could lose it. One without fields is only taken away. Returns for each
+# 1 (put back), 0 (was not pending), 2 (locked) or -1: more fields than Lua can pass on, which it must
+# not find out after the XACK.
 PUT_BACK = Script("""\
 local call, unpack, stream, group, size = redis.call, unpack, KEYS[1], ARGV[1], tonumber(ARGV[2])
 local locks = #KEYS > 1 and call('MGET', unpack(KEYS, 2)) or {}
@@ -80,7 +81,9 @@ for i = 3, #ARGV, size + 1 do
   else
     outcome[n] = call('XACK', stream, group, id)
     if outcome[n] == 1 then
-      call('XADD', stream, '*', unpack(ARGV, i + 1, i + size))
+      if size > 0 then
+        call('XADD', stream, '*', unpack(ARGV, i + 1, i + size))
+      end
       won[#won + 1] = id
     end
   end

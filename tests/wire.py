@@ -141,11 +141,11 @@ class Proxy:
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            beyond.transport.abort()  # first: this may be cancelled while it waits
+            self._writers -= {writer, beyond}
             for pump in pumps:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
-            self._writers -= {writer, beyond}
-            beyond.transport.abort()
 
     async def _pump(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *gates: asyncio.Event

@@ -211,9 +211,9 @@ class Tap:
                 beyond.write(pack(*args))
                 await beyond.drain()
         finally:
+            beyond.transport.abort()  # first: this may be cancelled while it waits
             answers.cancel()
             await asyncio.gather(answers, return_exceptions=True)
-            beyond.transport.abort()
 
     async def _answer(self, there: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await there.read(65536):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -162,6 +163,7 @@ class Model:
         self.finished: set[str] = set()
         self.maybe_finished: set[str] = set()
         self.finishing: list[tuple[Life, str, asyncio.Task]] = []
+        self.crashed = False
 
     # --- what happens -------------------------------------------------------------------------
 
@@ -223,6 +225,7 @@ class Model:
         if name in self.lives:
             life = self.lives.pop(name)
             await life.end()
+            self.crashed = True
             for other, stream, task in self.finishing:
                 if other is life and (task.cancelled() or task.exception() is not None):
                     self.maybe_finished.add(stream)
@@ -271,7 +274,8 @@ class Model:
         there = set(entries.values()) | set(letters)
         gone = set(self.announced) - there - self.finished - self.maybe_finished - under_way
         assert not gone, f"lost: {gone}"
-        assert not self.finished & there, f"finished, and still there: {self.finished & there}"
+        back = self.finished & set(entries.values())
+        assert not back, f"finished, and still there: {back}"
         # I2: no second owner while the lock of the first one lives.
         twice = {name: who for name, who in owners.items() if len(who) > 1}
         assert not twice, f"owned twice: {twice}"
@@ -310,13 +314,15 @@ class Model:
                 await self.read(which, None)
                 await self.steps.stand_still()
                 self.check()
-        letters = {
+        letters = Counter(
             fields[b"lbs-input"].split(b'"')[3].decode()
             for _, fields in self.service.redis.xrange(self.service.dlq)
-        }
+        )
+        if not self.crashed:
+            assert letters == Counter(set(letters) - self.finished), "dead letters too many"
         owned = [name for life in self.lives.values() for name in life.owned()]
         assert len(owned) == len(set(owned)), f"owned twice: {sorted(owned)}"
-        left = set(self.announced) - set(owned) - letters - self.finished - self.maybe_finished
+        left = set(self.announced) - set(owned) - set(letters) - self.finished - self.maybe_finished
         assert not left, f"nobody has {left}"
         locks = self.service.locks()
         assert {key.rpartition(SEPARATOR)[0] for key in locks} == set(owned)

@@ -241,35 +241,81 @@ async def test_dead_letters_come_once_where_nothing_crashes(consumer, service):
     assert service.entries() == []
 
 
-async def test_what_is_finished_while_it_is_looked_at_is_no_dead_letter(consumer, service):
-    """A slow owner's last try ends well, between the look at its entry and that at its lock."""
+class Undertaker:
+    """A recoverer that does something else just before it acknowledges what it has buried."""
+
+    def __init__(self, client, before):
+        self.recoverer = client._recoverer
+        put = self.recoverer._put_back.put
+        self.came = False
+
+        async def put_late(entries):
+            if not self.came:
+                self.came = True
+                await before()
+            return await put(entries)
+
+        self.recoverer._put_back.put = put_late
+
+    async def walk(self):
+        tally = recovery.Tally()
+        await self.recoverer._walk(0, tally)
+        assert self.came
+        await self.recoverer._link.close()
+        return tally
+
+
+@pytest.mark.parametrize("scripts", [True, False], ids=["script", "two-steps"])
+async def test_what_its_owner_finishes_while_it_is_buried_is_no_dead_letter(
+    consumer, service, scripts
+):
     entry_id = service.announce("s1", _retry_count="3")
     owner = consumer("owner", auto_claim=False, recovery=RecoveryConfig(min_idle_time=3600))
     await take(await owner.init(), 1)
-    scanning = consumer(
-        "scanning",
-        recovery=RecoveryConfig(reconciliation_interval=60, min_idle_time=0.0),
-        auto_claim=False,
-    )
-    recoverer = scanning._recoverer
-    values = recoverer._values
-    finished = []
-
-    async def finished_before(mget, keys):
-        if f"s1{SEPARATOR}{entry_id}".encode() in keys() and not finished:
-            finished.append(keys)
-            await owner.done_stream("s1")
-        return await values(mget, keys)
-
-    recoverer._values = finished_before
-    await owner._recoverer.resign()
-    await eventually(lambda: service.redis.get("svc-input-reconciler"))  # the owner's, again
-    tally = recovery.Tally()
-    await recoverer._walk(0, tally)
-    assert finished
-    assert service.redis.xlen(service.dlq) == 0
+    scanning = consumer("scanning")
+    undertaker = Undertaker(scanning, lambda: owner.done_stream("s1"))
+    scanning._recoverer._put_back._scripts_forbidden = not scripts
+    # It was late with its lock, and is early enough to finish.
+    service.redis.delete(f"s1{SEPARATOR}{entry_id}")
+    tally = await undertaker.walk()
     assert tally.dead_letters == 0
-    await scanning._recovering.close()
+    assert service.redis.xlen(service.dlq) == 0
+    assert (service.entries(), service.pending()) == ([], [])
+
+
+@pytest.mark.parametrize("scripts", [True, False], ids=["script", "two-steps"])
+async def test_whose_owner_comes_back_while_it_is_buried_is_no_dead_letter(
+    consumer, service, scripts
+):
+    (entry_id,) = orphan(service, 1, _retry_count="3", consumer="owner")
+    scanning = consumer("scanning")
+
+    async def come_back():
+        assert service.redis.xlen(service.dlq) == 1
+        service.redis.set(f"s0{SEPARATOR}{entry_id}", "owner")
+
+    undertaker = Undertaker(scanning, come_back)
+    scanning._recoverer._put_back._scripts_forbidden = not scripts
+    tally = await undertaker.walk()
+    assert (tally.dead_letters, tally.alive) == (0, 1)
+    assert service.redis.xlen(service.dlq) == 0
+    assert service.pending("owner") == service.entries() == [entry_id]
+
+
+async def test_what_another_buried_first_is_buried_once(consumer, service):
+    ids = orphan(service, 3, _retry_count="3")
+    first, second = consumer("first"), consumer("second")
+
+    async def be_late():
+        tally = recovery.Tally()
+        await first._recoverer._walk(0, tally)
+        assert tally.dead_letters == 3
+        await first._recovering.close()
+
+    tally = await Undertaker(second, be_late).walk()
+    assert (tally.dead_letters, tally.alive) == (0, 0)
+    letters = [fields[b"_source_id"].decode() for _, fields in service.redis.xrange(service.dlq)]
+    assert letters == ids
 
 
 def consumers(service):
