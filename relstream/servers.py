@@ -47,7 +47,7 @@ _PASSES = (ConnectionError, redis.RedisError, RuntimeError)  # a node is just dy
 class Node(Server):
     """One server of several.
 
-    Commands reach it through its unix socket, so by no address a client under test may be cut from.
+    Commands reach it through its unix socket, whatever happens to its port.
     """
 
     def __init__(self, *, password: str | None = None, **options: Any) -> None:
@@ -84,7 +84,8 @@ class Node(Server):
                 decode_responses=True,
                 encoding_errors="surrogateescape",
                 socket_timeout=ANSWER_TIMEOUT,
-                retry=Retry(NoBackoff(), 1),  # should a test have killed this connection, too
+                # Should a test have killed this connection, too.
+                retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
             )
         return self._client
 
@@ -167,9 +168,9 @@ def _stop(nodes: Iterable[Node]) -> None:
         node.stop()
 
 
-def _empty(node: Node) -> None:
-    with contextlib.suppress(redis.ReadOnlyError):  # a replica is emptied by what follows
-        node.call("FLUSHALL")
+def _empty(master: Node, replicas: int) -> None:
+    master.call("FLUSHALL")
+    master.call("WAIT", replicas, round(ANSWER_TIMEOUT * 500))
 
 
 @dataclass(frozen=True)
@@ -395,7 +396,7 @@ class Cluster:
         """
         if self._is_original():
             for node in self._original[: self._masters]:
-                _empty(node)
+                _empty(node, len(self._original) // self._masters - 1)
             return
         _stop(self._added)
         self._added.clear()
@@ -492,7 +493,8 @@ class Cluster:
 
     @staticmethod
     def _reset(node: Node) -> str:
-        _empty(node)
+        with contextlib.suppress(redis.ReadOnlyError):  # a replica is emptied by the reset
+            node.call("FLUSHALL")
         node.call("CLUSTER", "RESET", "HARD")
         return ""
 
@@ -624,7 +626,7 @@ class Sentinels:
             and [node.role for node in self.nodes] == ["master", "slave", "slave"]
             and _settles(self._trouble)
         ):
-            _empty(self.nodes[0])
+            _empty(self.nodes[0], 2)
             return
         for node in nodes:
             if node._running():
@@ -636,7 +638,7 @@ class Sentinels:
             ):  # it may be one that just came to know it
                 sentinel.call("SENTINEL", "REMOVE", self.service_name)
         self._form()
-        _empty(self.nodes[0])
+        _empty(self.nodes[0], 2)
 
     def _form(self) -> None:
         """Of Sentinels that watch nothing."""
