@@ -64,8 +64,8 @@ return others
 # how many arguments the fields of each entry are, then for each its id and its fields. An entry is
 # added again only if nobody holds its lock and it was pending until now, all in one step: there is
 # no moment at which a crash could lose it. One without fields is only taken away. Returns for each
-# 1 (put back), 0 (was not pending), 2 (locked) or -1: more fields than Lua can pass on, which it must
-# not find out after the XACK.
+# 1 (put back), 0 (was not pending), 2 (locked) or -1: more fields than Lua can pass on, which it
+# must not find out after the XACK.
 PUT_BACK = Script("""\
 local call, unpack, stream, group, size = redis.call, unpack, KEYS[1], ARGV[1], tonumber(ARGV[2])
 local locks = #KEYS > 1 and call('MGET', unpack(KEYS, 2)) or {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -23,10 +22,10 @@ def woken() -> list[bool]:
 
 
 @pytest.fixture
-def endings(woken: list[bool]) -> Iterator[Any]:
+def endings(woken: list[bool]) -> Any:
     opened: Any = Endings(lambda: woken.append(True))
     opened.open(Future)
-    yield opened
+    return opened
 
 
 def test_they_come_in_the_order_asked_and_wake_once(endings: Any, woken: list[bool]) -> None:

@@ -102,7 +102,7 @@ async def test_killed_again_and_again(start, service):
                 b"%d" % life
             }
         process = heir
-    await eventually(lambda: service.redis.xlen(service.dlq) == 40)
+    await eventually(lambda: not service.entries())
     await asyncio.sleep(0.5)
     assert process.added == []
     assert (service.entries(), service.pending()) == ([], [])
