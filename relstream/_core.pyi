@@ -1,11 +1,11 @@
 import asyncio
+from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, TypeVar
 
 from relstream.errors import ReplyError
 
 _K = TypeVar("_K")
-_N = TypeVar("_N")
 _Owner = TypeVar("_Owner")
 
 OBJECT: Final = 0
@@ -66,12 +66,13 @@ class Template:
     def pack(self, items: list[bytes]) -> bytes: ...
 
 class Entry:
-    info: dict[str, Any] | None
     again: list[Entry] | None
     delivered: bool
     finishing: bool
     acked: bool
     ended: bool
+    @property
+    def info(self) -> dict[str, Any] | None: ...
     @property
     def cost(self) -> int: ...
     @property
@@ -92,6 +93,7 @@ def grant(
 def lock_keys(entries: list[Entry]) -> list[bytes]: ...
 def entry_ids(entries: list[Entry]) -> list[bytes]: ...
 def forget(heads: list[Entry], owned: dict[str, Entry]) -> None: ...
+def enter(table: dict[_K, None], keys: list[_K]) -> None: ...
 def discard(table: dict[_K, Any], keys: list[_K]) -> None: ...
 
 class Endings:
@@ -108,9 +110,22 @@ class Endings:
     def succeed(self) -> None: ...
     def __len__(self) -> int: ...
 
-class Teller(Generic[_N]):
-    def __init__(self, notification: type[_N], kind: object, info: type[object]) -> None: ...
-    def tell(self, entry: Entry) -> _N: ...
+class Deliveries:
+    _items: deque[Any]
+    _urgent: deque[Any]
+    _waiting: int
+    _waiting_bytes: int
+    _expired: int
+    _room_wanted: bool
+    def __init__(
+        self,
+        notification: type[object],
+        kind: object,
+        info: type[object],
+        on_delivery: Callable[[Entry], None] | None,
+    ) -> None: ...
+    def _take(self) -> Any: ...
+    async def __anext__(self) -> Any: ...
 
 class Plan:
     def __new__(

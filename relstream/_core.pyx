@@ -19,6 +19,8 @@ from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64
 from libc.stdlib cimport qsort
 from libc.string cimport memchr, memcmp, memcpy, memmove
 
+from collections import deque
+
 from relstream.errors import ProtocolError, ReplyError
 
 cdef extern from "Python.h":

@@ -20,6 +20,7 @@ from relstream._core import (
     Entry,
     Template,
     discard,
+    enter,
     entry_ids,
     forget,
     grant,
@@ -200,9 +201,8 @@ class Keeper:
 
     def add(self, keys: list[bytes]) -> None:
         """Renews these, too."""
-        new = dict.fromkeys(keys)
         with self._guard:
-            self._keys.update(new)
+            enter(self._keys, keys)
 
     def drop(self, keys: list[bytes]) -> None:
         """Renews these no more."""

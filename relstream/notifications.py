@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
 
-from relstream._core import Entry, Teller
+from relstream._core import Deliveries, Entry
 
 __all__ = ["LBSInfo", "Notification", "NotificationType", "Notifications"]
 
@@ -46,25 +45,18 @@ class Notification(NamedTuple):
     """The `Info` object of a stream that was added; the reason of a termination."""
 
 
-class Notifications(AsyncIterator[Notification]):
+class Notifications(Deliveries, AsyncIterator[Notification]):
     """The notifications of one client; ends after `STREAM_TERMINATED`.
 
     Losses come first: an owner must hear at once what it has to stop. The rest comes in order.
     """
 
     def __init__(self, size: int, on_delivery: Callable[[Entry], None] | None = None) -> None:
+        super().__init__(Notification, NotificationType.STREAM_ADDED, LBSInfo, on_delivery)
         self._size = size
         self._refill_at = size - max(size // 4, 1)
-        self._on_delivery = on_delivery
-        self._items: deque[Entry | Notification] = deque()
-        self._urgent: deque[Notification] = deque()
-        self._waiting = 0
-        self._waiting_bytes = 0
-        self._expired = 0
         self._last: Notification | None = None
         self._ended = False
-        self._room_wanted = False
-        self._tell = Teller(Notification, NotificationType.STREAM_ADDED, LBSInfo).tell
         self._arrived = asyncio.Event()
         self.room_made = asyncio.Event()
         """Set when there may be room again; whoever waits for room clears it."""
@@ -72,26 +64,9 @@ class Notifications(AsyncIterator[Notification]):
     def __aiter__(self) -> Notifications:
         return self
 
-    async def __anext__(self) -> Notification:
+    async def _next(self) -> Notification:
+        """The next one, waited for."""
         while True:
-            if self._urgent:
-                return self._urgent.popleft()
-            while self._items:
-                item = self._items.popleft()
-                if type(item) is Entry:
-                    self._waiting -= 1
-                    self._waiting_bytes -= item.cost
-                    if self._room_wanted and self.room:
-                        self._room_wanted = False
-                        self.room_made.set()
-                    if item.ended:  # lost again before anybody heard of it
-                        continue
-                    if self._on_delivery is not None:
-                        self._on_delivery(item)
-                    return self._tell(item)
-                self._expired -= 1
-                assert isinstance(item, Notification)
-                return item
             if self._last is not None:
                 last, self._last = self._last, None
                 return last
@@ -99,6 +74,14 @@ class Notifications(AsyncIterator[Notification]):
                 raise StopAsyncIteration
             self._arrived.clear()
             await self._arrived.wait()
+            taken: Notification | None = self._take()
+            if taken is not None:
+                return taken
+
+    def _make_room(self) -> None:
+        if self.room:
+            self._room_wanted = False
+            self.room_made.set()
 
     @property
     def room(self) -> int:

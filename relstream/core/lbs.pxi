@@ -6,7 +6,8 @@ cdef class Entry:
 
     cdef readonly str data_stream_name
     cdef readonly bytes lock_key
-    cdef public object info       # the Info object, until it is handed to the application
+    cdef object _info             # the Info object, or its JSON until somebody asks for it
+    cdef object _loads            # decodes that
     cdef public list again        # further entries that announced the same stream, or None
     cdef public bint delivered    # STREAM_ADDED was handed to the application
     cdef public bint finishing    # is being finished or handed over
@@ -26,6 +27,13 @@ cdef class Entry:
         cdef char text[41]
         cdef char* start = _write_id_before(text + 41, self._id)
         return PyUnicode_DecodeASCII(start, text + 41 - start, NULL)
+
+    @property
+    def info(self):
+        """The Info object, until it is handed to the application."""
+        if type(self._info) is bytes:
+            self._info = self._loads(self._info)
+        return self._info
 
     def __repr__(self):
         return f"<Entry {self.data_stream_name!r} {self.id_in_lbs}>"
@@ -56,6 +64,132 @@ cdef bytes _lock_key(str name, bytes separator, Id id):
     return key
 
 
+# An announcement as it mostly is, {"DataStreamName":"…","Info":…} without anything unusual, is seen
+# to be good without a decoder's help, and its Info is left as it is until somebody asks for it. What
+# is not recognised here is not bad for that: a decoder judges it.
+
+cdef inline const char* _behind_space(const char* at, const char* end) noexcept nogil:
+    while at < end and (at[0] == c' ' or at[0] == c'\n' or at[0] == c'\t' or at[0] == c'\r'):
+        at += 1
+    return at
+
+
+cdef inline const char* _behind_text(const char* at, const char* end) noexcept nogil:
+    """Behind the string at `at`, if that is ASCII and has no escapes; else NULL."""
+    if at == end or at[0] != c'"':
+        return NULL
+    at += 1
+    while at < end and at[0] != c'"':
+        if at[0] < 32 or at[0] > 126 or at[0] == c'\\':
+            return NULL
+        at += 1
+    return at + 1 if at < end else NULL
+
+
+cdef inline const char* _behind_digits(const char* at, const char* end) noexcept nogil:
+    """Behind up to 18 digits, at least one; else NULL."""
+    cdef const char* start = at
+    while at < end and c'0' <= at[0] <= c'9':
+        at += 1
+    return at if 0 < at - start <= 18 else NULL
+
+
+cdef const char* _behind_value(const char* at, const char* end, int depth) noexcept nogil:
+    """Behind the JSON value at `at`, if it is nested no deeper than `depth`; else NULL."""
+    cdef char closing
+    cdef const char* start
+    if at == end:
+        return NULL
+    if at[0] == c'"':
+        return _behind_text(at, end)
+    if at[0] == c'{' or at[0] == c'[':
+        if depth == 0:
+            return NULL
+        closing = at[0] + 2
+        at = _behind_space(at + 1, end)
+        if at < end and at[0] == closing:
+            return at + 1
+        while True:
+            if closing == c'}':
+                at = _behind_text(at, end)
+                if at == NULL:
+                    return NULL
+                at = _behind_space(at, end)
+                if at == end or at[0] != c':':
+                    return NULL
+                at = _behind_space(at + 1, end)
+            at = _behind_value(at, end, depth - 1)
+            if at == NULL:
+                return NULL
+            at = _behind_space(at, end)
+            if at == end:
+                return NULL
+            if at[0] == closing:
+                return at + 1
+            if at[0] != c',':
+                return NULL
+            at = _behind_space(at + 1, end)
+    if at[0] == c't' or at[0] == c'n':
+        if end - at >= 4 and (memcmp(at, b"true", 4) == 0 or memcmp(at, b"null", 4) == 0):
+            return at + 4
+        return NULL
+    if at[0] == c'f':
+        return at + 5 if end - at >= 5 and memcmp(at, b"false", 5) == 0 else NULL
+    if at[0] == c'-':
+        at += 1
+    start = at
+    at = _behind_digits(at, end)
+    if at == NULL or (start[0] == c'0' and at - start > 1):
+        return NULL
+    if at < end and at[0] == c'.':
+        at = _behind_digits(at + 1, end)
+    # An exponent ends here, too, and is none of the characters that may follow.
+    return at
+
+
+cdef inline const char* _behind_key(
+    const char* at, const char* end, char before, const char* key, Py_ssize_t size
+) noexcept nogil:
+    """Behind `before`, this key (with its quotes) and a colon; else NULL."""
+    if at == end or at[0] != before:
+        return NULL
+    at = _behind_space(at + 1, end)
+    if end - at < size or memcmp(at, key, size):
+        return NULL
+    at = _behind_space(at + size, end)
+    return _behind_space(at + 1, end) if at < end and at[0] == c':' else NULL
+
+
+cdef Entry _plain_announcement(const char* at, const char* end, loads):
+    """The entry without its lock; None when this has to be decoded to be understood."""
+    cdef const char* name
+    cdef const char* behind_name
+    cdef const char* info
+    cdef const char* behind_info
+    cdef Entry entry
+    name = _behind_key(_behind_space(at, end), end, c'{', b'"DataStreamName"', 16)
+    if name == NULL:
+        return None
+    behind_name = _behind_text(name, end)
+    if behind_name == NULL or behind_name - name == 2:
+        return None
+    info = _behind_key(_behind_space(behind_name, end), end, c',', b'"Info"', 6)
+    if info == NULL or info == end or (info[0] != c'{' and info[0] != c'n'):
+        return None
+    behind_info = _behind_value(info, end, MAX_DEPTH)
+    if behind_info == NULL:
+        return None
+    at = _behind_space(behind_info, end)
+    if at == end or at[0] != c'}' or _behind_space(at + 1, end) != end:
+        return None
+    entry = Entry.__new__(Entry)
+    entry.data_stream_name = PyUnicode_DecodeASCII(name + 1, behind_name - name - 2, NULL)
+    if info[0] == c'{':
+        entry._info = PyBytes_FromStringAndSize(info, behind_info - info)
+        entry._loads = loads
+    return entry
+
+
 cdef object _announcement(Batch batch, int64_t index, bytes field, bytes separator, loads):
     """What an entry announces, as an `Entry`; or, as text, why it announces nothing."""
     cdef Located* located = &batch._at[index]
@@ -64,6 +198,14 @@ cdef object _announcement(Batch batch, int64_t index, bytes field, bytes separat
     cdef Entry entry
     if raw is None:
         return f"no field {field.decode()}"
+    entry = _plain_announcement(
+        PyBytes_AS_STRING(raw), PyBytes_AS_STRING(raw) + PyBytes_GET_SIZE(raw), loads
+    )
+    if entry is not None:
+        entry.cost = PyBytes_GET_SIZE(raw)
+        entry._id = located.id
+        entry.lock_key = _lock_key(entry.data_stream_name, separator, located.id)
+        return entry
     try:
         decoded = loads(raw)
     except ValueError as error:
@@ -83,7 +225,7 @@ cdef object _announcement(Batch batch, int64_t index, bytes field, bytes separat
         return f"Info is of type {type(info).__name__}, expected an object"
     entry = Entry.__new__(Entry)
     entry.data_stream_name = name
-    entry.info = info
+    entry._info = info
     entry.cost = PyBytes_GET_SIZE(raw)
     entry._id = located.id
     try:
@@ -158,6 +300,12 @@ def entry_ids(list entries not None):
     """The ids of these entries, b"<ms>-<seq>" each."""
     cdef Entry entry
     return [_id_bytes(entry._id) for entry in entries]
+
+
+def enter(dict table not None, list keys not None):
+    """Enters these keys into a dict, each with None."""
+    for key in keys:
+        table[key] = None
 
 
 def forget(list heads not None, dict owned not None):
@@ -259,30 +407,70 @@ cdef inline object _named_tuple(type kind, tuple values):
     return made
 
 
-cdef class Teller:
-    """Makes the notification that an entry brought a stream: `notification(kind, info(…), Info)`.
+cdef class Deliveries:
+    """What waits to be told to the application: losses first, the rest in order.
 
-    Both types are `typing.NamedTuple`s.
+    An added stream waits as its `Entry`, and becomes `notification(kind, info(name, id), Info)` when
+    it is told; both types are `typing.NamedTuple`s. All else waits as it will be told. Who derives
+    from this writes `_next`, a coroutine for when nothing waits, and `_make_room`, which is called
+    when an entry was taken and room is wanted.
     """
 
+    cdef public object _items            # deque
+    cdef public object _urgent           # deque
+    cdef public Py_ssize_t _waiting      # entries in _items …
+    cdef public Py_ssize_t _waiting_bytes  # … and what they cost
+    cdef public Py_ssize_t _expired      # all else in _items
+    cdef public bint _room_wanted        # somebody found no room
+    cdef object _on_delivery
     cdef type _notification
     cdef object _kind
     cdef type _info
+    cdef object _popped
 
-    def __init__(self, type notification not None, kind, type info not None):
+    def __init__(self, type notification not None, kind, type info not None, on_delivery):
+        self._items = deque()
+        self._urgent = deque()
+        self._popped = self._items.popleft
+        self._on_delivery = on_delivery
         self._notification = notification
         self._kind = kind
         self._info = info
 
-    def tell(self, Entry entry not None):
-        """The notification; the entry counts as delivered, and lets go of its Info object."""
+    def _take(self):
+        """What comes next, if anything waits; else None. An entry counts as delivered."""
+        cdef Entry entry
+        if self._urgent:
+            return self._urgent.popleft()
+        while self._items:
+            item = self._popped()
+            if type(item) is not Entry:
+                self._expired -= 1
+                return item
+            entry = <Entry>item
+            self._waiting -= 1
+            self._waiting_bytes -= entry.cost
+            if self._room_wanted:
+                self._make_room()
+            if entry.ended:  # lost again before anybody heard of it
+                continue
+            if self._on_delivery is not None:
+                self._on_delivery(entry)
+            return self._tell(entry)
+        return None
+
+    cdef object _tell(self, Entry entry):
         cdef object payload = _named_tuple(
             self._info, (entry.data_stream_name, entry.id_in_lbs)
         )
-        cdef object made = _named_tuple(self._notification, (self._kind, payload, entry.info))
-        entry.info = None
+        cdef object told = _named_tuple(self._notification, (self._kind, payload, entry.info))
+        entry._info = entry._loads = None
         entry.delivered = True
-        return made
+        return told
+
+    async def __anext__(self):
+        taken = self._take()
+        return await self._next() if taken is None else taken
 
 
 def parse_id(bytes text not None):

@@ -368,6 +368,21 @@ cdef class Reader:
                 kind = at[0]
                 if got >= count and kind != c'>' and kind != c'|':
                     break
+                if decode == _OBJECT and self._depth < 0:
+                    # Most replies to pipelined commands are one of these two.
+                    if kind == c'+' and self._end - self._start >= 5 and memcmp(at, b"+OK\r\n", 5) == 0:
+                        out.append(_OK)
+                        self._start += 5
+                        got += 1
+                        continue
+                    if (
+                        kind == c':' and self._end - self._start >= 4
+                        and at[2] == c'\r' and at[3] == c'\n' and c'0' <= at[1] <= c'9'
+                    ):
+                        out.append(at[1] - c'0')
+                        self._start += 4
+                        got += 1
+                        continue
                 if not self._whole():
                     break
                 if kind == c'>':
@@ -382,6 +397,8 @@ cdef class Reader:
             raise
         finally:
             self._busy = False
+            if self._depth < 0:
+                self._scan = self._start
         return got
 
     def take_pushes(self):

@@ -1,4 +1,4 @@
-"""Endings: streams whose ownership shall end, and who waits for that."""
+"""Streams whose ownership shall end and who waits for that; tables of locks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from core.test_lbs import announced
 
-from relstream._core import Endings, Entry, discard
+from relstream._core import Endings, Entry, discard, enter
 
 
 def head(number: int) -> Entry:
@@ -85,6 +85,12 @@ def test_when_closed_it_refuses_until_it_is_opened_again(endings: Any) -> None:
     assert not late.finishing
     endings.open(Future)
     assert not endings.ask(late).done()
+
+
+def test_enter() -> None:
+    table = {b"a": None}
+    enter(table, [b"c", b"a", b"b"])
+    assert list(table) == [b"a", b"c", b"b"]
 
 
 def test_discard() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 import pytest
 from core.resp import array, bulk, entry
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relstream._core import (
@@ -121,6 +121,90 @@ def test_keys_in_any_case(message: str, name: str, info: object) -> None:
 )
 def test_what_announces_nothing_is_told_apart(message: str | bytes, why: str) -> None:
     assert why in refused(message)
+
+
+# Pieces of JSON, and of what only looks like it.
+PIECES = [
+    *["{", "}", "[", "]", ",", ":", '"', "\\", " ", "\n", "\x00", "\x7f", "\u00e9"],
+    *["0", "1", "-", "+", ".", "e", "E5", "-0.50", "01", "1.", "12345678901234567890", "1e999"],
+    *[
+        "true",
+        "false",
+        "null",
+        "nul",
+        "NaN",
+        "Infinity",
+        '"k":',
+        '"k":1',
+        '{"k":[{}]}',
+        '"\\ud800"',
+    ],
+    *["[" * 40 + "]" * 40, '{"k":' * 40 + "1" + "}" * 40],
+]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+INFO = (
+    st.dictionaries(st.text(), JSON, max_size=4).map(json.dumps)
+    | st.dictionaries(st.text(), JSON, max_size=4).map(lambda info: json.dumps(info, indent=1))
+    | st.lists(st.sampled_from(PIECES), max_size=6).map("".join)
+    | st.lists(st.sampled_from(PIECES), max_size=4).map(lambda some: f"{{{''.join(some)}}}")
+)
+MESSAGES = st.tuples(
+    st.sampled_from(
+        [*4 * ['{"DataStreamName":'], '{ "DataStreamName" : ', '{"DataStreamname":', "{"]
+    ),
+    st.sampled_from([*4 * ['"a"'], '"a\\n"', '"\u00e9"', '""', "1", '"a']),
+    st.sampled_from([*4 * [',"Info":'], ' , "Info" : ', ',"Info"', ',"More":', ":"]),
+    INFO,
+    st.sampled_from(
+        [*4 * ["}"], " }\n", "}}", "}x", ",}", ',"Info":null}', ',"datastreamname":"b"}', ""]
+    ),
+).map("".join)
+
+
+def understood(raw: bytes) -> tuple[str, object] | None:
+    """Name and Info, as the contract has it: the long way."""
+    try:
+        message = orjson.loads(raw)
+    except ValueError:
+        return None
+    name = info = None
+    for key, value in message.items() if isinstance(message, dict) else ():
+        if key.casefold() == "datastreamname":
+            name = name if value is None else value
+        elif key.casefold() == "info":
+            info = value
+    if not isinstance(name, str) or not name or not isinstance(info, dict | None):
+        return None
+    return name, info
+
+
+@settings(max_examples=1000)
+@given(MESSAGES)
+def test_what_is_understood_without_decoding_is_what_decoding_would_say(message: str) -> None:
+    raw = message.encode()
+    entries, bad, _ = read(entry(b"5-1", b"lbs-input", raw))
+    got = [(one.data_stream_name, one.info) for one in entries]
+    expected = understood(raw)
+    assert got == ([] if expected is None else [expected])
+    assert len(bad) == (expected is None)
+
+
+def test_info_is_decoded_when_it_is_asked_for_and_once() -> None:
+    asked: list[bytes] = []
+
+    def loads(raw: bytes) -> object:
+        asked.append(raw)
+        return orjson.loads(raw)
+
+    one = announced('{"DataStreamName":"a","Info":{"k":[1.5,-2,true,null,"x"]}}', loads=loads)
+    assert not asked
+    assert one.info is one.info
+    assert one.info == {"k": [1.5, -2, True, None, "x"]}
+    assert asked == [b'{"k":[1.5,-2,true,null,"x"]}']
 
 
 def test_a_name_that_is_not_text() -> None:

@@ -193,3 +193,22 @@ async def test_whoever_waits_is_woken(event):
     getattr(queue, event)(argument[event])
     kinds = {"added": ADDED, "disowned": DISOWNED, "expired": EXPIRED, "end": TERMINATED}
     assert (await asyncio.wait_for(waiting, 1)).type is kinds[event]
+
+
+async def test_the_next_one_may_be_awaited_in_a_task_of_its_own():
+    queue = Notifications(4)
+    waits = asyncio.create_task(queue.__anext__())
+    await asyncio.sleep(0)
+    given_up = asyncio.create_task(queue.__anext__())
+    await asyncio.sleep(0)
+    given_up.cancel()
+    await asyncio.wait({given_up})
+    queue.added(entries("a", "b"))
+    assert (await waits).payload.data_stream_name == "a"
+    ready = asyncio.create_task(queue.__anext__())
+    assert (await ready).payload.data_stream_name == "b"
+    never_run = asyncio.create_task(queue.__anext__())
+    never_run.cancel()
+    queue.added(entries("c"))
+    await asyncio.wait({never_run})
+    assert await said(queue, 1) == [(ADDED, "c")]
