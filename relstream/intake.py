@@ -227,6 +227,8 @@ class Intake:
         else:
             await self._settle()
             await self._take(batches, asked_at)
+            # Whoever waits for these hears of them before the next read is sent.
+            await asyncio.sleep(0)
 
     async def _settle(self) -> None:
         """Waits for the batches that are being locked."""
