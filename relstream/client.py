@@ -291,6 +291,11 @@ class StreamClient:
                     f"{error}: {self._names.lbs.decode()!r} exists and is no stream; remove it, or "
                     "choose another service_name"
                 ) from None
+            if error.code == "OOM":
+                lbs = self._names.lbs.decode()
+                raise ReplyError(
+                    f"{error} So the consumer group of {lbs!r} can't be created"
+                ) from None
             if error.code == "READONLY":
                 raise ReplyError(
                     f"{error} {self._link.endpoint} is a replica: give the address of its master"

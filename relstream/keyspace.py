@@ -152,8 +152,8 @@ class ExpiryEvents:
         if not self._config_forbidden:
             self._config_forbidden = True
             self._logger.warning(
-                "the server does not let us see to expiry events (%s): unless %s contains %s, dead "
-                "consumers are found by scanning only",
+                "the server does not let us see to expiry events (%s): unless %s contains %s, "
+                "STREAM_EXPIRED is not told, and dead consumers are found a little later",
                 reply, SETTING.decode(), NEEDED,
             )  # fmt: skip
 
@@ -177,8 +177,8 @@ class ExpiryEvents:
         except ReplyError as error:
             protocol.abort()
             raise KeyspaceSetupFailed(
-                f"the server refused PSUBSCRIBE {self._pattern.decode()}: {error}; grant the user "
-                "+psubscribe and the channels allchannels, or that pattern"
+                f"{self._link.endpoint} refused to tell of expired locks ({error}): grant that by "
+                f"ACL SETUSER {self._link.endpoint.user} +psubscribe &{self._pattern.decode()}"
             ) from None
 
     async def _watch(self, protocol: RedisProtocol) -> None:

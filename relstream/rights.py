@@ -56,7 +56,7 @@ async def check_rights(topology: Topology, names: Names, consumer: str) -> None:
             elif key is not None:
                 denied[f"~{key.decode()}"] = None
     if denied:
-        user = topology.link(names.lbs).endpoint.username or "default"
+        user = topology.link(names.lbs).endpoint.user
         raise PermissionDenied(
             f"the user {user!r} lacks rights that relstream needs: grant them by "
             f"ACL SETUSER {user} {' '.join(denied)}"

@@ -72,6 +72,11 @@ class Endpoint:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'redis' if self.tls is None else 'rediss'}://{host}:{self.port}/{self.db}"
 
+    @property
+    def user(self) -> str:
+        """What ACL calls us; a credential provider keeps that to itself."""
+        return self.username or ("default" if self.credential_provider is None else "<user>")
+
     def named(self, role: str) -> Endpoint:
         """The same, for a connection that CLIENT LIST shows under this role."""
         return replace(self, client_name=f"{self.client_name}:{role}")
@@ -145,7 +150,7 @@ def _pool_of_url(url: str) -> redis.asyncio.ConnectionPool:
     except ValueError as error:
         raise wrong(str(error)) from None
     if parts.scheme not in ("redis", "rediss", "unix"):
-        raise wrong("there is no such scheme")
+        raise wrong("its scheme is none of these")
     # What follows would quote parts of a password.
     if "@" in parts.path + parts.query + parts.fragment and parts.scheme != "unix":
         raise wrong("in a user name or password, /, ?, #, @ and % must be percent-encoded")

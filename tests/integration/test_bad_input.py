@@ -10,6 +10,7 @@ import socket
 
 import pytest
 import redis
+import redis.asyncio
 from helpers import (
     QUICK,
     SEPARATOR,
@@ -20,6 +21,7 @@ from helpers import (
     nothing_comes,
     take,
 )
+from redis.credentials import UsernamePasswordCredentialProvider
 
 from relstream import (
     AuthenticationFailed,
@@ -251,10 +253,22 @@ async def test_each_missing_key_is_named(user, missing):
     assert said.endswith(f" {missing}")
 
 
-async def test_a_missing_channel_is_named(user):
-    said = await refusal(user(NEEDED, channel=None), KeyspaceSetupFailed)
+async def test_the_remedy_for_a_missing_channel_works(user, redis_sync):
+    url = user([c for c in NEEDED if c != "psubscribe"], channel=None)
+    said = await refusal(url, KeyspaceSetupFailed)
+    redis_sync.execute_command(*said[said.index("ACL SETUSER ") :].split())
+    async with StreamClient(url, "svc", consumer_id="c1"):
+        pass
     assert f"__keyspace@0__:*{SEPARATOR}*" in said
     assert "+psubscribe" in said
+
+
+async def test_no_other_user_is_named_than_the_one_that_lacks_rights(user, redis_url):
+    user(["psubscribe"])
+    provider = UsernamePasswordCredentialProvider("joe", "pw")
+    client = redis.asyncio.Redis.from_url(redis_url, credential_provider=provider)
+    said = await refusal(client, PermissionDenied)
+    assert "ACL SETUSER <user> +" in said
 
 
 async def test_another_database_needs_select(user, redis_url):
@@ -384,6 +398,13 @@ async def test_entries_deleted_while_they_were_pending(consumer, service):
     assert not service.redis.exists(service.dlq)
     service.announce("next")
     assert names(await take(notes, 1)) == ["next"]
+
+
+async def test_a_server_without_memory_for_the_group(redis_url, redis_sync):
+    redis_sync.config_set("maxmemory", 1)
+    said = await refusal(redis_url, ReplyError)
+    assert said.startswith("OOM ")
+    assert "the consumer group of 'svc-input'" in said
 
 
 # --- keys of the wrong type -------------------------------------------------------------------
