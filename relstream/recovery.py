@@ -75,7 +75,7 @@ MAX_EXPIRED = 100_000
 REMOVE_AFTER = 3600.0
 REMOVE_EVERY = 60.0
 
-PUT, LOST, ALIVE, TOO_LARGE = 1, 0, 2, -1
+PUT, LOST, ALIVE, NOT_BY_SCRIPT = 1, 0, 2, -1
 
 
 async def read_entries(link: KeyLink, names: Names, ids: Iterable[bytes]) -> list[Batch]:
@@ -181,30 +181,30 @@ class PutBack:
     async def _put(
         self, calls: list[bytes], entries: Callable[[], Sequence[Returning]]
     ) -> list[int]:
+        outcomes: list[int] = []
         if not self._scripts_forbidden:
-            outcomes: list[int] = []
             for reply in await run_packed(self._link, PUT_BACK, calls):
                 if not isinstance(reply, ReplyError):
                     outcomes += reply
                 elif reply.code == "NOPERM":
+                    if not self._scripts_forbidden:
+                        self._logger.warning(
+                            "scripts are forbidden (%s): entries are put back in two steps; grant "
+                            "+evalsha, +script|load and +mget to make that one atomic step",
+                            reply,
+                        )
                     self._scripts_forbidden = True
-                    self._logger.warning(
-                        "scripts are forbidden (%s): entries are put back in two steps; grant "
-                        "+evalsha, +script|load and +mget to make that one atomic step",
-                        reply,
-                    )
                     break
                 else:
                     raise reply
-            else:
-                large = [i for i, outcome in enumerate(outcomes) if outcome == TOO_LARGE]
-                if large:
-                    all_entries = entries()
-                    steps = await self._in_two_steps([all_entries[i] for i in large])
-                    for i, outcome in zip(large, steps, strict=True):
-                        outcomes[i] = outcome
-                return outcomes
-        return await self._in_two_steps(entries())
+        if self._scripts_forbidden or NOT_BY_SCRIPT in outcomes:
+            told = entries()
+            outcomes += [NOT_BY_SCRIPT] * (len(told) - len(outcomes))
+            others = [i for i, outcome in enumerate(outcomes) if outcome == NOT_BY_SCRIPT]
+            steps = await self._in_two_steps([told[i] for i in others])
+            for i, outcome in zip(others, steps, strict=True):
+                outcomes[i] = outcome
+        return outcomes
 
     def _calls(self, entries: Sequence[Returning]) -> list[bytes]:
         calls: list[tuple[list[bytes], list[Any]]] = []
@@ -586,14 +586,10 @@ class Recoverer:
         if not len(plan):
             return tally
         values = await self._values(plan.mget(), plan.lock_keys)
-        alive, worn_out = plan.judge(values, self._recovery.max_retries)
+        alive, letters = plan.judge(values, self._recovery.max_retries)
         tally.alive += alive
         if alive and self._recorder is not None:
             self._recorder.alive_skip(alive)
-        letters = [
-            (name, (entry_id, pairs, name.encode() + SEPARATOR + entry_id))
-            for name, entry_id, pairs in worn_out
-        ]
         await self._bury(letters, MAX_RETRIES, tally)
         outcomes = await self._put_back.put_planned(plan, counting=True)
         tally.requeued = outcomes.count(PUT)

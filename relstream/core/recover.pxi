@@ -292,9 +292,9 @@ cdef class Plan:
     def judge(self, list values not None, max_retries):
         """Decides by who holds the locks, `values` in the same order; for once.
 
-        Returns `(alive, letters)`: how many are held, and `(name of the stream, id, pairs)` of those
-        that are free and were put back `max_retries` times already, or more often. The others are to
-        be put back.
+        Returns `(alive, letters)`: how many are held; and of those that are free and were put back
+        `max_retries` times already, or more often, the name of the stream, and what `returning`
+        tells of the others. These are to be put back.
         """
         cdef Py_ssize_t i
         cdef Py_ssize_t alive = 0
@@ -310,9 +310,7 @@ cdef class Plan:
                 alive += 1
             elif planned.retries >= most:
                 planned.verdict = _LETTER
-                letters.append(
-                    (self._name(planned), _id_bytes(planned.id), self._pairs(planned, True))
-                )
+                letters.append((self._name(planned), self._told(planned, True)))
         return alive, letters
 
     def names(self):
@@ -324,16 +322,12 @@ cdef class Plan:
         """What is to be put back, `(id, pairs, key of the lock)`; `counting`: once more than before."""
         cdef Py_ssize_t i
         return [
-            (
-                _id_bytes(self._at[i].id),
-                self._pairs(&self._at[i], counting),
-                self._lock_key(&self._at[i]),
-            )
+            self._told(&self._at[i], counting)
             for i in range(self._n)
             if self._at[i].verdict == _FREE
         ]
 
-    cdef list _pairs(self, Planned* planned, bint counting):
+    cdef tuple _told(self, Planned* planned, bint counting):
         cdef const char* at = planned.fields
         cdef const char* end = at + planned.size
         cdef int64_t i
@@ -347,7 +341,7 @@ cdef class Plan:
         if counting:
             pairs.append(self._retry_field)
             pairs.append(b"%d" % (planned.retries + 1))
-        return pairs
+        return _id_bytes(planned.id), pairs, self._lock_key(planned)
 
     def calls(
         self, bytes digest not None, bytes stream not None, bytes group not None, *,

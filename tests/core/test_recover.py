@@ -255,9 +255,12 @@ def test_the_held_stay_and_the_hopeless_become_letters(
     hopeless = [i for i in free if rows[i][0] + 1 > max_retries]
     again = [i for i in free if i not in hopeless]
     assert alive == len(rows) - len(free)
-    assert letters == [
+    assert [(name, id_, pairs) for name, (id_, pairs, _) in letters] == [
         (f"s{i}", ids[i], [INPUT_FIELD, raw[i], RETRY_FIELD, b"%d" % (rows[i][0] + 1)])
         for i in hopeless
+    ]
+    assert [lock for _, (_, _, lock) in letters] == [
+        b"s%d%b%b" % (i, SEPARATOR, ids[i]) for i in hopeless
     ]
     assert one.names() == [f"s{i}" for i in again]
     made = [row for call in calls(one, counting=True, most=3) for row in put(call)]
