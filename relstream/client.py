@@ -24,20 +24,17 @@ from relstream.errors import (
     ClusterClientRequired,
     ConsumerIdMissing,
     InvalidOption,
-    PermissionDenied,
     RelstreamError,
-    ReplyError,
     StreamNotOwned,
 )
-from relstream.finish import Finisher
-from relstream.intake import Intake
+from relstream.intake import Room
 from relstream.keyspace import ClusterEvents, ExpiryEvents
-from relstream.lbs import Names
-from relstream.leases import Keeper, Leases, Locks
+from relstream.lbs import Names, partition_of, split_lock_key
+from relstream.leases import Keeper, Locks
 from relstream.net.topology import SlotTable, deployment_of
 from relstream.notifications import LBSInfo, Notifications
+from relstream.partition import Partition
 from relstream.recorder import Recorder, SafeRecorder
-from relstream.recovery import Recoverer
 from relstream.rights import check_rights
 
 if TYPE_CHECKING:
@@ -82,6 +79,9 @@ class StreamClient:
         recovery: how streams of dead consumers come back.
         auto_claim: whether this consumer helps to recover streams whose locks expired.
         cluster_mode: OSS insists on a Redis Cluster; one is recognised without it.
+        partitions: over how many load balancer streams the service is spread, on different masters
+            of a cluster, when one can't bear it. All its consumers and producers have to be given
+            the same number; with more than 1 the Go client can't take part.
         force_config_override: whether `notify-keyspace-events` may be extended where it is set.
         renew_in_thread: renew locks in a thread, so that they outlive a blocked event loop.
         logger: receives what is worth knowing; `logging.getLogger("relstream")` unless given.
@@ -106,6 +106,7 @@ class StreamClient:
         recovery: RecoveryConfig = RecoveryConfig(),  # noqa: B008 - frozen
         auto_claim: bool = True,
         cluster_mode: ClusterMode = ClusterMode.SINGLE_SHARD,
+        partitions: int = 1,
         force_config_override: bool = False,
         renew_in_thread: bool = True,
         logger: logging.Logger | None = None,
@@ -127,7 +128,7 @@ class StreamClient:
         check_flag("renew_in_thread", renew_in_thread)
         if logger is not None and not isinstance(logger, (logging.Logger, logging.LoggerAdapter)):
             raise InvalidOption("logger", logger, "a logging.Logger")
-        self._names = Names.of(service_name, recovery.dlq_stream)
+        names = Names.all_of(service_name, recovery.dlq_stream, partitions)
         self._consumer = _consumer_name(consumer_id)
         deployment = deployment_of(redis)
         if cluster_mode is ClusterMode.OSS and not deployment.nodes:
@@ -148,16 +149,15 @@ class StreamClient:
         self._notifications = Notifications(
             queue_size, self._delivered if self._recorder is not None else None
         )
-        self._tasks: dict[asyncio.Task[None], str] = {}
+        self._tasks: dict[asyncio.Task[None], tuple[str, Partition | None]] = {}
         self._opened = False
         self._ready = False
         self._terminated = False
         self._closing: asyncio.Task[None] | None = None
         slots = SlotTable(deployment) if deployment.nodes else None
         self._commands = deployment.open(f"{self._consumer}:command", slots)
-        self._link = self._commands.link(self._names.lbs)
-        self._reads = deployment.open(f"{self._consumer}:read", slots)
-        self._reading = self._reads.link(self._names.lbs)
+        # A blocked read has its connection to itself.
+        self._reads = [deployment.open(f"{self._consumer}:read", slots) for _ in names]
         self._recovering = deployment.open(f"{self._consumer}:recover", slots)
 
         def events_of(master: Endpoint) -> ExpiryEvents:
@@ -177,7 +177,7 @@ class StreamClient:
         )
         self._keeper = Keeper(
             deployment,
-            self._names,
+            names,
             self._consumer,
             self._heartbeat,
             on_lost=self._locks_lost,
@@ -186,56 +186,29 @@ class StreamClient:
             threaded=renew_in_thread,
         )
         locks = Locks(self._commands, self._consumer, round(self._heartbeat * 1000), self._logger)
-        self._leases = Leases(
-            self._link,
-            locks,
-            self._names,
-            self._consumer,
-            recovered_after=min(self._heartbeat, recovery.min_idle_time),
-            keeper=self._keeper,
-            on_drop=self._notifications.room_made.set,
-            recorder=self._recorder,
-        )
-        self._finisher = Finisher(
-            self._commands,
-            locks,
-            self._names,
-            self._consumer,
-            self._leases,
-            self._keeper,
-            retry=retry,
-            patience=patience,
-            on_lost=self._disown,
-            recorder=self._recorder,
-            logger=self._logger,
-        )
-        self._recoverer = Recoverer(
-            self._recovering,
-            self._names,
-            self._consumer,
-            heartbeat=self._heartbeat,
-            recovery=recovery,
-            auto_claim=auto_claim,
-            recorder=self._recorder,
-            logger=self._logger,
-        )
-        self._intake = Intake(
-            self._reading,
-            self._commands,
-            self._names,
-            self._consumer,
-            notifications=self._notifications,
-            owned=self._leases.__len__,
-            take=self._leases.take,
-            strays=self._audit_now,
-            hand_back=self._recoverer.hand_back,
-            max_streams=max_streams,
-            retry=retry,
-            patience=patience,
-            recovery=recovery,
-            recorder=self._recorder,
-            logger=self._logger,
-        )
+        room = Room(self._notifications, self._owned, max_streams, len(names))
+        self._partitions = [
+            Partition(
+                its_names,
+                self._consumer,
+                commands=self._commands,
+                reading=reads.link(its_names.lbs),
+                recovering=self._recovering,
+                locks=locks,
+                keeper=self._keeper,
+                notifications=self._notifications,
+                room=room,
+                heartbeat=self._heartbeat,
+                retry=retry,
+                patience=patience,
+                recovery=recovery,
+                auto_claim=auto_claim,
+                recorder=self._recorder,
+                logger=self._logger,
+            )
+            for its_names, reads in zip(names, self._reads, strict=True)
+        ]
+        self._only = self._partitions[0] if len(names) == 1 else None
 
     @property
     def id(self) -> str:
@@ -262,45 +235,23 @@ class StreamClient:
             raise ClientClosed("init() was called before: make a new StreamClient")
         self._opened = True
         try:
-            await self._link.get()
-            await check_rights(self._commands, self._names, self._consumer)
-            await self._create_group()
+            for part in self._partitions:
+                await part.link.get()
+                await check_rights(self._commands, part.names, self._consumer)
+                await part.create_group()
             await self._events.set_up()
         except BaseException:
             await self._close_links()
             raise
         self._ready = True
         self._start("keeper", self._keeper.run())
-        self._start("finisher", self._finisher.run())
         self._start("events", self._events.run())
-        self._start("intake", self._intake.run())
-        self._start("audit", self._audit_for_ever())
-        self._start("recovery", self._recoverer.run())
+        for part in self._partitions:
+            self._start("finisher", part.finisher.run(), part)
+            self._start("intake", part.intake.run(), part)
+            self._start("audit", part.audit_for_ever(), part)
+            self._start("recovery", part.recoverer.run(), part)
         return self._notifications
-
-    async def _create_group(self) -> None:
-        try:
-            await self._intake.create_group()
-        except ReplyError as error:
-            if error.code == "NOPERM":
-                raise PermissionDenied(
-                    f"the user may not create the consumer group ({error}): grant +xgroup"
-                ) from None
-            if error.code == "WRONGTYPE":
-                raise ReplyError(
-                    f"{error}: {self._names.lbs.decode()!r} exists and is no stream; remove it, or "
-                    "choose another service_name"
-                ) from None
-            if error.code == "OOM":
-                lbs = self._names.lbs.decode()
-                raise ReplyError(
-                    f"{error} So the consumer group of {lbs!r} can't be created"
-                ) from None
-            if error.code == "READONLY":
-                raise ReplyError(
-                    f"{error} {self._link.endpoint} is a replica: give the address of its master"
-                ) from None
-            raise
 
     async def __aenter__(self) -> Notifications:
         return await self.init()
@@ -313,15 +264,20 @@ class StreamClient:
     ) -> None:
         await self.aclose()
 
-    def _start(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+    def _start(
+        self, name: str, work: Coroutine[Any, Any, None], part: Partition | None = None
+    ) -> None:
         task = asyncio.ensure_future(work)
         task.set_name(f"relstream-{name}")
-        self._tasks[task] = name
+        self._tasks[task] = (name, part)
         task.add_done_callback(self._ended)
+
+    def _running(self, name: str, part: Partition | None = None) -> asyncio.Task[None] | None:
+        return next((task for task, what in self._tasks.items() if what == (name, part)), None)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """No part ends unnoticed: without one of them the whole can't keep its word."""
-        name = self._tasks.pop(task)
+        name, _ = self._tasks.pop(task)
         if self._closing is not None or self._terminated:
             return
         self._terminated = True
@@ -332,13 +288,14 @@ class StreamClient:
         unforeseen = error is not None and not isinstance(error, RelstreamError)
         self._logger.error("the client ends: %s", reason, exc_info=error if unforeseen else None)
         self._notifications.end(reason)
-        for other, name in list(self._tasks.items()):
+        for other, (name, _) in list(self._tasks.items()):
             # What the application was told of stays owned, and can be finished, until it closes.
             if name not in ("keeper", "finisher"):
                 other.cancel()
-        for head in self._leases.all():
-            if not head.delivered and not head.finishing:
-                self._finisher.release(head).add_done_callback(_observe)
+        for part in self._partitions:
+            for head in part.leases.all():
+                if not head.delivered and not head.finishing:
+                    part.finisher.release(head).add_done_callback(_observe)
 
     async def aclose(self) -> None:
         """Hands all owned streams over, without counting a retry, and closes.
@@ -367,43 +324,52 @@ class StreamClient:
 
     async def _shut_down(self, finish: bool) -> None:
         self._notifications.end("closed")
-        tasks = {name: task for task, name in self._tasks.items()}
         try:
             if self._ready:
-                if "finisher" not in tasks:  # cancelled with all else, say by asyncio.run
-                    self._start("finisher", self._finisher.run())
-                    tasks = {name: task for task, name in self._tasks.items()}
-                await asyncio.wait_for(self._give_up_all(tasks, finish), CLOSE_TIMEOUT)
+                await asyncio.wait_for(self._give_up_all(finish), CLOSE_TIMEOUT)
         except (asyncio.TimeoutError, RelstreamError) as error:
             self._logger.warning(
                 "not everything could be handed over before closing, it will be recovered: %s",
                 str(error) or f"it took over {CLOSE_TIMEOUT} s",
             )
         finally:
-            for task in tasks.values():
+            tasks = list(self._tasks)
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks.values(), return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             await self._close_links()
 
-    async def _give_up_all(self, tasks: dict[str, asyncio.Task[None]], finish: bool) -> None:
-        for name in ("audit", "events", "recovery"):
-            if name in tasks:
-                tasks[name].cancel()
-        if "intake" in tasks:
-            await self._intake.stop()
-            await asyncio.wait({tasks["intake"]})
-        await asyncio.sleep(0)  # a finisher just started is not running yet
+    async def _give_up_all(self, finish: bool) -> None:
+        outcomes = await asyncio.gather(
+            *(self._give_up(part, finish) for part in self._partitions), return_exceptions=True
+        )
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+    async def _give_up(self, part: Partition, finish: bool) -> None:
+        recovery = self._running("recovery", part)
+        for task in (recovery, self._running("audit", part), self._running("events")):
+            if task is not None:
+                task.cancel()
+        intake = self._running("intake", part)
+        if intake is not None:
+            await part.intake.stop()
+            await asyncio.wait({intake})
+        if self._running("finisher", part) is None:  # cancelled with all else, say by asyncio.run
+            self._start("finisher", part.finisher.run(), part)
+            await asyncio.sleep(0)  # it is not running yet
         ending = []
-        for head in self._leases.all():
+        for head in part.leases.all():
             if not head.finishing:
                 worked_on = finish and head.delivered
-                ending.append((self._finisher.done if worked_on else self._finisher.release)(head))
+                ending.append((part.finisher.done if worked_on else part.finisher.release)(head))
         outcomes = await asyncio.gather(*ending, return_exceptions=True)
-        await self._finisher.idle()  # what the application has asked for before
+        await part.finisher.idle()  # what the application has asked for before
         # Read by this consumer but not owned: a reply that got lost, a lock that was refused.
-        await self._recoverer.hand_back(await self._audit_now())
-        if "recovery" in tasks:
-            await self._recoverer.resign()
+        await part.recoverer.hand_back(await part.audit())
+        if recovery is not None:
+            await part.recoverer.resign()
         for outcome in outcomes:
             if isinstance(outcome, RelstreamError) and not isinstance(outcome, StreamNotOwned):
                 raise outcome
@@ -412,7 +378,7 @@ class StreamClient:
         await asyncio.gather(
             self._events.close(),
             self._recovering.close(),
-            self._reads.close(),
+            *(reads.close() for reads in self._reads),
             self._commands.close(),
         )
 
@@ -431,20 +397,22 @@ class StreamClient:
             ReplyError: the server refuses; the stream is still owned.
             ClientClosed: the client is closed, or was before the server had answered.
         """
-        head = self._leases.get(data_stream_name)
+        part = self._only or self._part(data_stream_name)
+        head = part.leases.get(data_stream_name)
         if head is None or head.finishing or self._closing is not None:
             self._refuse(data_stream_name, head)
-        await self._finisher.done(head)
+        await part.finisher.done(head)
 
     async def release(self, data_stream_name: str) -> None:
         """Hands a stream over to another consumer (or to this one again), counting no retry.
 
         Raises as `done_stream` does.
         """
-        head = self._leases.get(data_stream_name)
+        part = self._part(data_stream_name)
+        head = part.leases.get(data_stream_name)
         if head is None or head.finishing or self._closing is not None:
             self._refuse(data_stream_name, head)
-        await self._finisher.release(head)
+        await part.finisher.release(head)
 
     async def claim(self, lbs_info: LBSInfo) -> None:
         """Puts an expired stream back for redistribution; grants no ownership.
@@ -458,7 +426,9 @@ class StreamClient:
             ClientClosed: the client is closed.
         """
         self._check_open()
-        await self._recoverer.claim(lbs_info)
+        if not isinstance(lbs_info, LBSInfo):
+            raise InvalidOption("lbs_info", lbs_info, "an LBSInfo")
+        await self._part(lbs_info.data_stream_name).recoverer.claim(lbs_info)
 
     async def reset_topology(self) -> None:
         """Redis Cluster: switches expiry events on and subscribes anew, on the masters of today.
@@ -501,63 +471,28 @@ class StreamClient:
         assert self._recorder is not None
         self._recorder.stream_processing_start(entry.data_stream_name)
 
-    def _disown(self, head: Entry) -> None:
-        if self._leases.get(head.data_stream_name) is head:
-            self._leases.drop([head])
-            self._notifications.disowned(head)
+    def _part(self, data_stream_name: str) -> Partition:
+        return self._partitions[partition_of(data_stream_name, len(self._partitions))]
+
+    def _owned(self) -> int:
+        return sum(len(part.leases) for part in self._partitions)
 
     def _locks_lost(self, keys: list[bytes]) -> None:
-        """Locks were found expired or taken, and their entries are not ours any more."""
-        gone = set(keys)
-        lost: list[tuple[Entry, list[Entry]]] = []
+        lost: dict[Partition, list[bytes]] = {}
         for key in keys:
-            head = self._leases.by_lock(key)
-            if head is not None and not head.finishing:
-                others = [entry for entry in head.again or () if entry.lock_key not in gone]
-                if head.lock_key not in gone:
-                    others.append(head)
-                lost.append((head, others))
-                head.finishing = True  # seen
-        self._lose(lost)
-
-    def _lose(self, lost: list[tuple[Entry, list[Entry]]]) -> None:
-        """Streams are lost, each with one of its entries; its others go back."""
-        for head, others in lost:
-            self._disown(head)
-            self._finisher.abandon(head, others)
-        if lost:
-            names = [head.data_stream_name for head, _ in lost]
-            shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-            self._logger.warning("lost %d streams: %s", len(names), shown)
+            parts = split_lock_key(key)
+            if parts is not None:
+                lost.setdefault(self._part(parts[0]), []).append(key)
+        for part, its_keys in lost.items():
+            part.locks_lost(its_keys)
 
     def _expired(self, payload: LBSInfo) -> None:
-        self._recoverer.expired(payload)
+        self._part(payload.data_stream_name).recoverer.expired(payload)
         told = self._notifications.expired(payload)
         if self._recorder is not None:
             self._recorder.keyspace_notification_received(payload.data_stream_name)
             if not told:
                 self._recorder.keyspace_notification_dropped()
-
-    async def _audit_now(self) -> list[bytes]:
-        return await self._audit(0.0)
-
-    async def _audit(self, min_idle: float) -> list[bytes]:
-        lost, strays = await self._leases.audit(min_idle)
-        self._lose([(head, [head, *head.again] if head.again else []) for head in lost])
-        return strays
-
-    async def _audit_for_ever(self) -> None:
-        """Compares, every heartbeat, what is owned with what the server says is pending for us."""
-        while True:
-            await asyncio.sleep(self._heartbeat)
-            try:
-                # Younger ones may be on their way to us.
-                strays = await self._audit(self._heartbeat)
-            except RelstreamError as error:
-                self._logger.debug("no audit this time: %s", error)
-                continue
-            if strays:
-                self._intake.adopt(strays)
 
 
 def _observe(future: asyncio.Future[None]) -> None:

@@ -17,6 +17,7 @@ from relstream.lbs import (
     SEPARATOR,
     SOURCE_FIELD,
     Names,
+    partition_of,
     replace_fields,
     retry_count,
 )
@@ -55,25 +56,30 @@ class DeadLetters:
         redis: a URL or a ready client, as for `StreamClient`.
         service_name: the service.
         dlq_stream: the key of its dead-letter stream; `<service>-input-dlq` unless given.
+        partitions: as its consumers have it, see `StreamClient`.
 
     Raises:
         InvalidOption: for a URL or a name that can't be.
     """
 
     def __init__(
-        self, redis: str | redis.asyncio.Redis, service_name: str, *, dlq_stream: str | None = None
+        self,
+        redis: str | redis.asyncio.Redis | redis.asyncio.RedisCluster,
+        service_name: str,
+        *,
+        dlq_stream: str | None = None,
+        partitions: int = 1,
     ) -> None:
-        self._names = Names.of(service_name, dlq_stream)
+        self._partitions = Names.all_of(service_name, dlq_stream, partitions)
+        self._names = self._partitions[0]
         self._topology = deployment_of(redis).open("dead-letters")
-        self._lbs = self._topology.link(self._names.lbs)
         self._dlq = self._topology.link(self._names.dlq)
         self._closed = False
 
     async def __aiter__(self) -> AsyncIterator[DeadLetter]:
         """All dead letters, oldest first, read by pages (XRANGE)."""
         async for batch in self._pages():
-            entries, _, _ = announcements(batch, INPUT_FIELD, SEPARATOR, orjson.loads)
-            named = {entry.id: entry for entry in entries}
+            named = _named(batch)
             for index in range(len(batch)):
                 yield _letter(batch, index, named.get(batch.id(index)))
 
@@ -86,7 +92,8 @@ class DeadLetters:
         """
         replayed = 0
         async for batch in self._chosen(ids):
-            adding = []
+            named = _named(batch)
+            adding: dict[bytes, list[bytes]] = {}
             for index in range(len(batch)):
                 pairs = replace_fields(batch.pairs(index) or [], {RETRY_FIELD: b"0"})
                 kept = [
@@ -95,8 +102,13 @@ class DeadLetters:
                     if name not in (DLQ_REASON_FIELD, SOURCE_FIELD)
                     for part in (name, value)
                 ]
-                adding.append(pack(b"XADD", self._names.lbs, b"*", *kept))
-            raise_first(await self._lbs.pipeline(b"".join(adding), len(adding)))
+                entry = named.get(batch.id(index))
+                name = entry.data_stream_name if entry else ""
+                lbs = self._partitions[partition_of(name, len(self._partitions))].lbs
+                adding.setdefault(lbs, []).append(pack(b"XADD", lbs, b"*", *kept))
+            for lbs, packed in adding.items():
+                link = self._topology.link(lbs)
+                raise_first(await link.pipeline(b"".join(packed), len(packed)))
             await self._dlq.execute(b"XDEL", self._names.dlq, *batch.ids())
             replayed += len(batch)
         return replayed
@@ -156,6 +168,12 @@ class DeadLetters:
         traceback: TracebackType | None,
     ) -> None:
         await self.aclose()
+
+
+def _named(batch: Batch) -> dict[bytes, Entry]:
+    """Those entries that announce a stream, by their ids."""
+    entries, _, _ = announcements(batch, INPUT_FIELD, SEPARATOR, orjson.loads)
+    return {entry.id: entry for entry in entries}
 
 
 def _letter(batch: Batch, index: int, named: Entry | None) -> DeadLetter:

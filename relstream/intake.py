@@ -35,6 +35,47 @@ READ_BYTES = 4 << 20
 TOLD = 5
 
 
+class Room:
+    """How many more streams this consumer can take; shared by those that read for it.
+
+    What is asked for is set aside, so that together they never take too many.
+    """
+
+    def __init__(
+        self,
+        notifications: Notifications,
+        owned: Callable[[], int],
+        max_streams: int | None,
+        readers: int,
+    ) -> None:
+        self._notifications = notifications
+        self._owned = owned
+        self._max_streams = max_streams
+        self._readers = readers
+        self._in_hand = 0
+
+    def share(self) -> int:
+        """How many one reader may ask for now."""
+        room = self._notifications.room - self._in_hand
+        if self._max_streams is not None:
+            room = min(room, self._max_streams - self._owned() - self._in_hand)
+        return room if room <= 1 else max(1, room // self._readers)
+
+    def set_aside(self, count: int) -> None:
+        """So many are asked for, or taken."""
+        self._in_hand += count
+
+    def give_back(self, count: int) -> None:
+        """So many did not come, or have got to where they count by themselves."""
+        self._in_hand -= count
+        if self._readers > 1:
+            self._notifications.room_made.set()
+
+    def full(self) -> bool:
+        """Whether this consumer owns all that it may."""
+        return self._max_streams is not None and self._owned() >= self._max_streams
+
+
 class Intake:
     """Reads, locks and tells, in batches, as long as there is room.
 
@@ -49,11 +90,10 @@ class Intake:
         consumer: str,
         *,
         notifications: Notifications,
-        owned: Callable[[], int],
+        room: Room,
         take: Callable[[list[Entry], float], Awaitable[tuple[list[Entry], ReplyError | None]]],
         strays: Callable[[], Awaitable[list[bytes]]],
         hand_back: Callable[[list[bytes]], Awaitable[None]],
-        max_streams: int | None,
         retry: RetryConfig,
         patience: float,
         recovery: RecoveryConfig,
@@ -65,11 +105,10 @@ class Intake:
         self._names = names
         self._consumer = consumer
         self._notifications = notifications
-        self._owned = owned
+        self._room = room
         self._take_leases = take
         self._find_strays = strays
         self._hand_back = hand_back
-        self._max_streams = max_streams
         self._retry = retry
         self._patience = patience
         self._recovery = recovery
@@ -80,7 +119,6 @@ class Intake:
         self._largest = max(1, min(LARGEST_READ, notifications.room // 4))
         self._count = min(FIRST_READ, self._largest)
         self._taking: deque[asyncio.Task[None]] = deque()
-        self._in_hand = 0
         # Locks that a server refuses for now (OOM) are no failure to read, and are asked for again.
         self._refused = False
         self._refusals = Backoff(retry.initial_delay, min(retry.max_delay, 2.0))
@@ -170,16 +208,6 @@ class Intake:
             if error.code != "BUSYGROUP":
                 raise
 
-    def _room(self) -> int:
-        room = self._notifications.room - self._in_hand
-        if self._max_streams is not None:
-            room = min(room, self._max_streams - self._owned() - self._in_hand)
-        return room
-
-    def _full(self) -> bool:
-        """Whether this consumer owns all that it may."""
-        return self._max_streams is not None and self._owned() >= self._max_streams
-
     async def _step(self) -> None:
         fresh = not self._reading.alive
         protocol = await self._reading.get()
@@ -194,11 +222,11 @@ class Intake:
         self._notifications.room_made.clear()
         if self._stopping:  # it was set by this, perhaps, before it was cleared
             return
-        room = self._room()
+        room = self._room.share()
         if room < self._count and self._taking:
             await self._taking.popleft()  # rather than reading in small portions
             return
-        if self._strays and self._full():
+        if self._strays and self._room.full():
             strays, self._strays = self._strays, []
             await self._hand_back(strays)  # others may have room for them
             return
@@ -213,14 +241,18 @@ class Intake:
             return
         count = min(room, self._count)
         asked_at = asyncio.get_running_loop().time()
-        batches = await self._read(protocol, count)
+        batches: list[Batch] = []
+        self._room.set_aside(count)
+        try:
+            batches = await self._read(protocol, count)
+        finally:
+            self._room.give_back(count - sum(map(len, batches)))
         if not batches:
             await self._settle()
             return
         batch = batches[0]
         fitting = len(batch) * READ_BYTES // max(batch.nbytes, 1)
         self._count = max(1, min(2 * self._count, fitting, self._largest))
-        self._in_hand += len(batch)
         if len(batch) == count:
             # There is more: it is read while these are being locked.
             self._taking.append(asyncio.ensure_future(self._take(batches, asked_at)))
@@ -279,7 +311,7 @@ class Intake:
             else:
                 self._logger.error("locks were refused, their entries stay pending: %s", refusal)
         finally:
-            self._in_hand -= sum(map(len, batches))
+            self._room.give_back(sum(map(len, batches)))
 
     async def _adopt(self, room: int) -> None:
         """Takes entries that are pending for this consumer already."""
@@ -289,7 +321,7 @@ class Intake:
         gone = [entry_id for entry_id, batch in zip(ids, batches, strict=True) if not len(batch)]
         if gone:
             await discard(self._link, self._names, gone)
-        self._in_hand += sum(map(len, batches))
+        self._room.set_aside(sum(map(len, batches)))
         await self._take(batches, -math.inf)
 
     async def _bury(self, batch: Batch, bad: list[tuple[int, str]]) -> None:

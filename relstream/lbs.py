@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
 
-from relstream._core import parse_id
-from relstream.config import check_name
+from relstream._core import key_slot, parse_id
+from relstream.config import check_count, check_name
 from relstream.errors import InvalidOption
 
 INPUT_FIELD = b"lbs-input"
@@ -24,6 +24,9 @@ SEPARATOR = b"<MUTEX_KEY_SEP>"
 """Stands between a data stream's name and its entry's id in the key of a lock."""
 
 
+MAX_PARTITIONS = 64
+
+
 @dataclass(frozen=True)
 class Names:
     """The keys of one service."""
@@ -33,6 +36,28 @@ class Names:
     dlq: bytes
     leader: bytes
     """Held by the consumer that recovers for all."""
+
+    @classmethod
+    def all_of(
+        cls, service_name: str, dlq_stream: str | None = None, partitions: int = 1
+    ) -> tuple[Names, ...]:
+        """The keys of each partition; one has those that the Go client knows.
+
+        The hash tags of several are such that a Redis Cluster whose masters serve even ranges of
+        slots has them on different ones. Raises `InvalidOption` as `of` does.
+        """
+        check_count("partitions", partitions, 1, MAX_PARTITIONS)
+        names = cls.of(service_name, dlq_stream)
+        if partitions == 1:
+            return (names,)
+        if "{" in service_name:
+            raise InvalidOption(
+                "service_name", service_name, "a name without { when there are several partitions"
+            )
+        return tuple(
+            replace(names, lbs=names.lbs + tag, leader=names.leader + tag)
+            for tag in _hash_tags(partitions)
+        )
 
     @classmethod
     def of(cls, service_name: str, dlq_stream: str | None = None) -> Names:
@@ -52,6 +77,22 @@ class Names:
             dlq=dlq,
             leader=name + b"-input-reconciler",
         )
+
+
+def _hash_tags(partitions: int) -> list[bytes]:
+    """The smallest numbers, as hash tags, that fall into each of so many ranges of slots."""
+    tags: dict[int, bytes] = {}
+    number = 0
+    while len(tags) < partitions:
+        tag = b"{%d}" % number
+        tags.setdefault(key_slot(tag) * partitions // 16384, tag)
+        number += 1
+    return [tags[place] for place in range(partitions)]
+
+
+def partition_of(data_stream_name: str, partitions: int) -> int:
+    """Where a data stream is announced: always in the same partition."""
+    return key_slot(data_stream_name.encode()) % partitions if partitions > 1 else 0
 
 
 def split_lock_key(key: bytes) -> tuple[str, str] | None:

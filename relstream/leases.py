@@ -27,7 +27,7 @@ from relstream._core import (
     lock_keys,
 )
 from relstream.errors import RelstreamError, ReplyError
-from relstream.lbs import SEPARATOR, Names, split_lock_key
+from relstream.lbs import SEPARATOR, Names, partition_of, split_lock_key
 from relstream.net.connection import Backoff, raise_first
 from relstream.scripts import RELEASE, RENEW, SCRIPT_KEYS, Script, run, run_each
 
@@ -172,7 +172,7 @@ class Keeper:
     def __init__(
         self,
         deployment: Deployment,
-        names: Names,
+        partitions: Sequence[Names],
         consumer: str,
         ttl: float,
         *,
@@ -183,7 +183,7 @@ class Keeper:
     ) -> None:
         # A server that keeps us waiting for longer than that has let the leases expire.
         self._deployment = deployment.patient(ttl)
-        self._names = names
+        self._partitions = partitions
         self._consumer = consumer
         self._ttl = ttl
         self._on_lost = on_lost
@@ -270,7 +270,6 @@ class Keeper:
 
     async def _renew_for_ever(self, topology: Topology) -> None:
         loop = asyncio.get_running_loop()
-        link = topology.link(self._names.lbs)
         locks = Locks(topology, self._consumer, round(self._ttl * 1000), self._logger)
         period = self._ttl / 2
         backoff = Backoff(period / 20, period / 2)
@@ -283,7 +282,7 @@ class Keeper:
                 if not prepared:
                     await locks.prepare()
                     prepared = True
-                await self._renew_all(link, locks, period * SPREAD)
+                await self._renew_all(topology, locks, period * SPREAD)
             except RelstreamError as error:
                 if not backoff.failures:
                     self._logger.warning("leases can't be renewed, trying again: %s", error)
@@ -301,7 +300,7 @@ class Keeper:
             due = max(due + period, loop.time())
             await asyncio.sleep(due - loop.time())
 
-    async def _renew_all(self, link: KeyLink, locks: Locks, spread: float) -> None:
+    async def _renew_all(self, topology: Topology, locks: Locks, spread: float) -> None:
         """Renews all, window by window; several are under way where the server is far away."""
         loop = asyncio.get_running_loop()
         with self._guard:
@@ -320,7 +319,7 @@ class Keeper:
                         under_way, return_when=asyncio.FIRST_COMPLETED
                     )
                     ended |= done
-                under_way.add(asyncio.ensure_future(self._renew(link, locks, window)))
+                under_way.add(asyncio.ensure_future(self._renew(topology, locks, window)))
             if under_way:
                 ended |= (await asyncio.wait(under_way))[0]
         except asyncio.CancelledError:
@@ -332,12 +331,12 @@ class Keeper:
         if failures:  # all others are renewed all the same
             raise failures[0]
 
-    async def _renew(self, link: KeyLink, locks: Locks, window: Sequence[bytes]) -> None:
+    async def _renew(self, topology: Topology, locks: Locks, window: Sequence[bytes]) -> None:
         keys = [key for key in window if key in self._keys]
         if not keys:
             return
         gone, taken = await locks.renew(keys)
-        lost = taken + (await self._revive(link, locks, gone) if gone else [])
+        lost = taken + (await self._revive(topology, locks, gone) if gone else [])
         if lost or self._recorder is not None:
             self.drop(lost)
             self._tell(keys, lost)
@@ -360,15 +359,15 @@ class Keeper:
         else:
             told()
 
-    async def _revive(self, link: KeyLink, locks: Locks, gone: list[bytes]) -> list[bytes]:
+    async def _revive(self, topology: Topology, locks: Locks, gone: list[bytes]) -> list[bytes]:
         """Takes locks anew whose entries are still ours; returns the others: they are lost."""
-        ours = await self._pending(link, gone)
+        ours = await self._pending(topology, gone)
         kept = [key for key in gone if key in ours]
         if kept:
             replies = raise_first(await locks.acquire(kept))
             kept = [key for key, reply in zip(kept, replies, strict=True) if reply is not None]
         if kept:
-            still = await self._pending(link, kept)
+            still = await self._pending(topology, kept)
             late = [key for key in kept if key not in still]
             if late:
                 await locks.release(late)
@@ -377,10 +376,20 @@ class Keeper:
         alive = set(kept)
         return [key for key in gone if key not in alive]
 
-    async def _pending(self, link: KeyLink, keys: list[bytes]) -> set[bytes]:
+    async def _pending(self, topology: Topology, keys: list[bytes]) -> set[bytes]:
         """Those of `keys` whose entries are pending for this consumer."""
-        ids = [key.rpartition(SEPARATOR)[2] for key in keys]
-        return await pending_for(link, self._names, self._consumer, keys, ids)
+        found: set[bytes] = set()
+        for number, names in enumerate(self._partitions):
+            ours = [key for key in keys if self._partition(key) == number]
+            if ours:
+                ids = [key.rpartition(SEPARATOR)[2] for key in ours]
+                link = topology.link(names.lbs)
+                found |= await pending_for(link, names, self._consumer, ours, ids)
+        return found
+
+    def _partition(self, lock_key: bytes) -> int:
+        name = lock_key.rpartition(SEPARATOR)[0].decode()
+        return partition_of(name, len(self._partitions))
 
 
 async def pending_for(

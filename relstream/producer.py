@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from relstream._core import ITEM, Template
 from relstream.errors import ClientClosed, InvalidOption
-from relstream.lbs import INPUT_FIELD, Names, message
+from relstream.lbs import INPUT_FIELD, Names, message, partition_of
 from relstream.leases import chunks
 from relstream.net.connection import raise_first
 from relstream.net.topology import deployment_of
@@ -31,17 +32,26 @@ class Producer:
     Args:
         redis: a URL or a ready client, as for `StreamClient`.
         service_name: the service whose consumers shall own the streams.
+        partitions: as its consumers have it, see `StreamClient`.
 
     Raises:
         InvalidOption: for a URL or a name that can't be.
     """
 
-    def __init__(self, redis: str | redis.asyncio.Redis, service_name: str) -> None:
-        names = Names.of(service_name)
+    def __init__(
+        self,
+        redis: str | redis.asyncio.Redis | redis.asyncio.RedisCluster,
+        service_name: str,
+        *,
+        partitions: int = 1,
+    ) -> None:
+        names = Names.all_of(service_name, partitions=partitions)
         self._topology = deployment_of(redis).open("producer")
-        self._link = self._topology.link(names.lbs)
+        self._links = [self._topology.link(its_names.lbs) for its_names in names]
         self._closed = False
-        self._add = Template(b"XADD", names.lbs, b"*", INPUT_FIELD, ITEM)
+        self._add = [
+            Template(b"XADD", its_names.lbs, b"*", INPUT_FIELD, ITEM) for its_names in names
+        ]
 
     async def announce(self, data_stream_name: str, info: dict[str, Any] | None = None) -> str:
         """Announces one data stream (XADD); returns the id of its LBS entry.
@@ -74,9 +84,21 @@ class Producer:
                 "streams", streams, "names of data streams with their infos: [(name, info), …]"
             ) from None
         values = [message(name, info) for name, info in pairs]
+        if len(self._links) == 1:
+            return await self._announce(0, values)
+        numbers = [partition_of(name, len(self._links)) for name, _ in pairs]
+        groups: list[list[bytes]] = [[] for _ in self._links]
+        for number, value in zip(numbers, values, strict=True):
+            groups[number].append(value)
+        announced = await asyncio.gather(*map(self._announce, range(len(groups)), groups))
+        ids = [iter(its_ids) for its_ids in announced]
+        return [next(ids[number]) for number in numbers]
+
+    async def _announce(self, partition: int, values: list[bytes]) -> list[str]:
         ids: list[str] = []
         for part in chunks(values, BATCH):
-            replies = await self._link.pipeline(self._add.pack(list(part)), len(part))
+            packed = self._add[partition].pack(list(part))
+            replies = await self._links[partition].pipeline(packed, len(part))
             ids += [reply.decode() for reply in raise_first(replies)]
         return ids
 

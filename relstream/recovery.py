@@ -313,8 +313,6 @@ class Recoverer:
 
     async def claim(self, lbs_info: LBSInfo) -> None:
         """Puts one entry back whose lock has expired. See `StreamClient.claim`."""
-        if not isinstance(lbs_info, LBSInfo):
-            raise InvalidOption("lbs_info", lbs_info, "an LBSInfo")
         entry_id = lbs_info.id_in_lbs.encode()
         if parse_id(entry_id) is None:
             raise InvalidOption("lbs_info", lbs_info, "an id_in_lbs of the form <ms>-<seq>")

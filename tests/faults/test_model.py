@@ -99,20 +99,20 @@ class Life:
         )
         client = self.client
         self.notifications = client._notifications
-        self.leases = client._leases
+        self.leases = client._partitions[0].leases
         loop = asyncio.get_running_loop()
         client._opened = client._ready = True
         client._keeper._app_loop = loop
-        self.keeping = SingleTopology(Link(client._link.endpoint))
+        self.keeping = SingleTopology(Link(client._partitions[0].link.endpoint))
         locks = Locks(self.keeping, name, round(TTL * 1000), client._logger)
         self.work = {
-            "renew": lambda: client._keeper._renew_all(self.keeping.link(b""), locks, 0.0),
-            "audit": lambda: client._audit(TTL),
-            "recover": lambda: client._recoverer._walk(0, Tally()),
+            "renew": lambda: client._keeper._renew_all(self.keeping, locks, 0.0),
+            "audit": lambda: client._partitions[0].audit(TTL),
+            "recover": lambda: client._partitions[0].recoverer._walk(0, Tally()),
         }
         self.tasks: dict[str, asyncio.Task] = {}
         self.told: list[tuple[NotificationType, str]] = []
-        self.start("finisher", client._finisher.run())
+        self.start("finisher", client._partitions[0].finisher.run())
         self.start("ear", self._hear())
 
     async def _hear(self) -> None:
@@ -131,8 +131,8 @@ class Life:
         return self.tasks[what]
 
     async def read(self) -> None:
-        await self.client._intake._step()
-        await self.client._intake._settle()
+        await self.client._partitions[0].intake._step()
+        await self.client._partitions[0].intake._settle()
 
     def owned(self) -> dict[str, object]:
         return {head.data_stream_name: head for head in self.leases.all()}

@@ -245,7 +245,7 @@ class Undertaker:
     """A recoverer that does something else just before it acknowledges what it has buried."""
 
     def __init__(self, client, before):
-        self.recoverer = client._recoverer
+        self.recoverer = client._partitions[0].recoverer
         put = self.recoverer._put_back.put
         self.came = False
 
@@ -274,7 +274,7 @@ async def test_what_its_owner_finishes_while_it_is_buried_is_no_dead_letter(
     await take(await owner.init(), 1)
     scanning = consumer("scanning")
     undertaker = Undertaker(scanning, lambda: owner.done_stream("s1"))
-    scanning._recoverer._put_back._scripts_forbidden = not scripts
+    scanning._partitions[0].recoverer._put_back._scripts_forbidden = not scripts
     # It was late with its lock, and is early enough to finish.
     service.redis.delete(f"s1{SEPARATOR}{entry_id}")
     tally = await undertaker.walk()
@@ -295,7 +295,7 @@ async def test_whose_owner_comes_back_while_it_is_buried_is_no_dead_letter(
         service.redis.set(f"s0{SEPARATOR}{entry_id}", "owner")
 
     undertaker = Undertaker(scanning, come_back)
-    scanning._recoverer._put_back._scripts_forbidden = not scripts
+    scanning._partitions[0].recoverer._put_back._scripts_forbidden = not scripts
     tally = await undertaker.walk()
     assert (tally.dead_letters, tally.alive) == (0, 1)
     assert service.redis.xlen(service.dlq) == 0
@@ -308,7 +308,7 @@ async def test_what_another_buried_first_is_buried_once(consumer, service):
 
     async def be_late():
         tally = recovery.Tally()
-        await first._recoverer._walk(0, tally)
+        await first._partitions[0].recoverer._walk(0, tally)
         assert tally.dead_letters == 3
         await first._recovering.close()
 

@@ -170,7 +170,7 @@ async def test_streams_nobody_was_told_of_are_released_when_the_client_ends(cons
     notes = await client.init()
     await take(notes, 1)
     await eventually(lambda: len(service.locks()) == 50)
-    service.redis.client_kill_filter(_id=client._reading._protocol.client_id)
+    service.redis.client_kill_filter(_id=client._partitions[0].intake._reading._protocol.client_id)
     await eventually(lambda: client._terminated)
     assert [n.type async for n in notes] == [TERMINATED]
     await eventually(lambda: len(service.locks()) == 1)
@@ -186,14 +186,14 @@ async def test_a_lost_stream_stays_lost_though_its_rest_can_not_be_returned(cons
         service.announce("s1")
         await take(notes, 1)
         service.announce("s1")
-        await eventually(lambda: client._leases.get("s1").again)
-        head = client._leases.get("s1")
+        await eventually(lambda: client._partitions[0].leases.get("s1").again)
+        head = client._partitions[0].leases.get("s1")
         server.pause()  # or it would put the rest back in time, to be owned anew
-        client._lose([(head, list(head.again))])
+        client._partitions[0].lose([(head, list(head.again))])
         await asyncio.to_thread(server.kill)
         await take(notes, 1, DISOWNED)
-        await eventually(lambda: not client._finisher._others)
-        assert len(client._leases) == 0
+        await eventually(lambda: not client._partitions[0].finisher._others)
+        assert len(client._partitions[0].leases) == 0
         admin.close()
 
 

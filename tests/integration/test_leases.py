@@ -139,7 +139,7 @@ async def test_losing_one_announcement_of_two_loses_the_stream(consumer, service
     notes = await client.init()
     await take(notes, 1)
     second = service.announce("s1")
-    await eventually(lambda: client._leases.get("s1").again)
+    await eventually(lambda: client._partitions[0].leases.get("s1").again)
     service.redis.xclaim(service.lbs, service.group, "c2", 0, [first])
     await take(notes, 1, DISOWNED)
     (again,) = await take(notes, 1)  # nobody holds this one: it was put back, and came to us
@@ -153,9 +153,9 @@ async def test_a_stream_lost_while_it_waits_in_the_queue_is_never_told(consumer,
     entry_id = service.announce("s1")
     client = consumer(heartbeat_interval=QUICK, auto_claim=False)
     notes = await client.init()
-    await eventually(lambda: client._leases.get("s1"))
+    await eventually(lambda: client._partitions[0].leases.get("s1"))
     service.redis.set(lock("s1", entry_id), "somebody", px=60_000)
-    await eventually(lambda: not client._leases.get("s1"))
+    await eventually(lambda: not client._partitions[0].leases.get("s1"))
     await nothing_comes(notes, 0.3)
 
 
@@ -167,7 +167,11 @@ async def test_losses_are_told_before_what_waits_in_the_queue(consumer, service)
     for i in range(1, 50):
         service.announce(f"s{i}")
     service.redis.set(lock("s0", entry_id), "somebody", px=60_000)
-    await eventually(lambda: not client._leases.get("s0") and len(client._leases) == 49)
+    await eventually(
+        lambda: (
+            not client._partitions[0].leases.get("s0") and len(client._partitions[0].leases) == 49
+        )
+    )
     assert names(await take(notes, 1, DISOWNED)) == ["s0"]
     await take(notes, 49)
 

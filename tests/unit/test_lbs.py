@@ -7,7 +7,8 @@ import json
 import pytest
 
 from relstream import InvalidOption
-from relstream.lbs import Names, message, replace_fields, retry_count, split_lock_key
+from relstream._core import key_slot
+from relstream.lbs import Names, message, partition_of, replace_fields, retry_count, split_lock_key
 
 SEP = "<MUTEX_KEY_SEP>"
 
@@ -138,3 +139,35 @@ LOOP["again"] = LOOP
 def test_infos_that_cannot_be_announced(info):
     with pytest.raises(InvalidOption, match=r"^info=.*a dict that JSON can express"):
         message("call", info)
+
+
+def test_one_partition_is_the_wire_contract():
+    assert Names.all_of("svc") == (Names.of("svc"),)
+
+
+@pytest.mark.parametrize("partitions", [2, 3, 5, 64])
+def test_partitions_lie_in_even_ranges_of_slots(partitions):
+    names = Names.all_of("svc", partitions=partitions)
+    slots = [key_slot(each.lbs) for each in names]
+    assert [slot * partitions // 16384 for slot in slots] == list(range(partitions))
+    assert [key_slot(each.leader) for each in names] == slots
+    assert len({each.lbs for each in names}) == partitions
+    assert {(each.group, each.dlq) for each in names} == {(b"svc-group", b"svc-input-dlq")}
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 65, 1.5, True])
+def test_a_number_of_partitions_that_can_not_be(wrong):
+    with pytest.raises(InvalidOption, match="partitions"):
+        Names.all_of("svc", partitions=wrong)
+
+
+def test_a_hash_tag_in_the_name_would_keep_partitions_together():
+    with pytest.raises(InvalidOption, match="a name without"):
+        Names.all_of("{svc}", partitions=2)
+    Names.all_of("{svc}")
+
+
+def test_a_stream_has_one_partition():
+    assert {partition_of(f"s{i}", 3) for i in range(100)} == {0, 1, 2}
+    assert partition_of("s1", 1) == 0
+    assert partition_of("ä", 3) == key_slot("ä".encode()) % 3

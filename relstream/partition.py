@@ -1,0 +1,178 @@
+"""One load balancer stream, and all that serves it. A service has one, or several of a cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from relstream.errors import PermissionDenied, RelstreamError, ReplyError
+from relstream.finish import Finisher
+from relstream.intake import Intake, Room
+from relstream.leases import Keeper, Leases, Locks
+from relstream.recovery import Recoverer
+
+if TYPE_CHECKING:
+    from relstream._core import Entry
+    from relstream.config import RecoveryConfig, RetryConfig
+    from relstream.lbs import Names
+    from relstream.net.topology import KeyLink, Topology
+    from relstream.notifications import Notifications
+    from relstream.recorder import SafeRecorder
+
+
+class Partition:
+    """Reads one load balancer stream, owns what it announces, finishes and recovers it."""
+
+    def __init__(
+        self,
+        names: Names,
+        consumer: str,
+        *,
+        commands: Topology,
+        reading: KeyLink,
+        recovering: Topology,
+        locks: Locks,
+        keeper: Keeper,
+        notifications: Notifications,
+        room: Room,
+        heartbeat: float,
+        retry: RetryConfig,
+        patience: float,
+        recovery: RecoveryConfig,
+        auto_claim: bool,
+        recorder: SafeRecorder | None,
+        logger: logging.Logger,
+    ) -> None:
+        self.names = names
+        self._heartbeat = heartbeat
+        self._notifications = notifications
+        self._logger = logger
+        self.link = commands.link(names.lbs)
+        self.leases = Leases(
+            self.link,
+            locks,
+            names,
+            consumer,
+            recovered_after=min(heartbeat, recovery.min_idle_time),
+            keeper=keeper,
+            on_drop=notifications.room_made.set,
+            recorder=recorder,
+        )
+        self.finisher = Finisher(
+            commands,
+            locks,
+            names,
+            consumer,
+            self.leases,
+            keeper,
+            retry=retry,
+            patience=patience,
+            on_lost=self._disown,
+            recorder=recorder,
+            logger=logger,
+        )
+        self.recoverer = Recoverer(
+            recovering,
+            names,
+            consumer,
+            heartbeat=heartbeat,
+            recovery=recovery,
+            auto_claim=auto_claim,
+            recorder=recorder,
+            logger=logger,
+        )
+        self.intake = Intake(
+            reading,
+            commands,
+            names,
+            consumer,
+            notifications=notifications,
+            room=room,
+            take=self.leases.take,
+            strays=self.audit,
+            hand_back=self.recoverer.hand_back,
+            retry=retry,
+            patience=patience,
+            recovery=recovery,
+            recorder=recorder,
+            logger=logger,
+        )
+
+    async def create_group(self) -> None:
+        """Creates stream and group unless they are there; raises with a remedy what prevents it."""
+        try:
+            await self.intake.create_group()
+        except ReplyError as error:
+            if error.code == "NOPERM":
+                raise PermissionDenied(
+                    f"the user may not create the consumer group ({error}): grant +xgroup"
+                ) from None
+            if error.code == "WRONGTYPE":
+                raise ReplyError(
+                    f"{error}: {self.names.lbs.decode()!r} exists and is no stream; remove it, or "
+                    "choose another service_name"
+                ) from None
+            if error.code == "OOM":
+                lbs = self.names.lbs.decode()
+                raise ReplyError(
+                    f"{error} So the consumer group of {lbs!r} can't be created"
+                ) from None
+            if error.code == "READONLY":
+                raise ReplyError(
+                    f"{error} {self.link.endpoint} is a replica: give the address of its master"
+                ) from None
+            if error.code == "MOVED":
+                raise ReplyError(
+                    f"{error}: {self.link.endpoint} is a node of a cluster: give redis+cluster://, "
+                    "or a RedisCluster"
+                ) from None
+            raise
+
+    def _disown(self, head: Entry) -> None:
+        if self.leases.get(head.data_stream_name) is head:
+            self.leases.drop([head])
+            self._notifications.disowned(head)
+
+    def locks_lost(self, keys: list[bytes]) -> None:
+        """Locks were found expired or taken, and their entries are not ours any more."""
+        gone = set(keys)
+        lost: list[tuple[Entry, list[Entry]]] = []
+        for key in keys:
+            head = self.leases.by_lock(key)
+            if head is not None and not head.finishing:
+                others = [entry for entry in head.again or () if entry.lock_key not in gone]
+                if head.lock_key not in gone:
+                    others.append(head)
+                lost.append((head, others))
+                head.finishing = True  # seen
+        self.lose(lost)
+
+    def lose(self, lost: list[tuple[Entry, list[Entry]]]) -> None:
+        """Streams are lost, each with one of its entries; its others go back."""
+        for head, others in lost:
+            self._disown(head)
+            self.finisher.abandon(head, others)
+        if lost:
+            names = [head.data_stream_name for head, _ in lost]
+            shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+            self._logger.warning("lost %d streams: %s", len(names), shown)
+
+    async def audit(self, min_idle: float = 0.0) -> list[bytes]:
+        """Tells of what is lost; returns ids pending for us that we do not own."""
+        lost, strays = await self.leases.audit(min_idle)
+        self.lose([(head, [head, *head.again] if head.again else []) for head in lost])
+        return strays
+
+    async def audit_for_ever(self) -> None:
+        """Compares, every heartbeat, what is owned with what the server says is pending for us."""
+        while True:
+            await asyncio.sleep(self._heartbeat)
+            try:
+                # Younger ones may be on their way to us.
+                strays = await self.audit(self._heartbeat)
+            except RelstreamError as error:
+                self._logger.debug("no audit this time: %s", error)
+                continue
+            if strays:
+                self.intake.adopt(strays)

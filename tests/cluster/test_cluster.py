@@ -1,0 +1,376 @@
+"""The contract on a Redis Cluster whose masters fail, come, go and move slots."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+import redis.asyncio
+from cluster.observing import locks_by_master, subscriptions
+from helpers import (
+    ADDED,
+    DISOWNED,
+    EXPIRED,
+    SEPARATOR,
+    Service,
+    eventually,
+    names,
+    nothing_comes,
+    take,
+)
+
+from relstream import (
+    ClusterMode,
+    ClusterNotSettled,
+    ConfigConflict,
+    DeadLetters,
+    KeyspaceSetupFailed,
+    LBSInfo,
+    Producer,
+    RecoveryConfig,
+    StreamClient,
+    StreamNotOwned,
+)
+from relstream.servers import Cluster, Node
+
+HEARTBEAT = 0.5
+
+
+def url_of(cluster: Cluster) -> str:
+    addresses = [f"{host}:{port}" for host, port in (node.address for node in cluster.nodes)]
+    return f"redis+cluster://{','.join(addresses)}"
+
+
+@pytest.fixture
+async def consumer(cluster: Cluster) -> AsyncIterator[Callable[..., StreamClient]]:
+    made: list[StreamClient] = []
+
+    def make(name: str = "c1", **options: Any) -> StreamClient:
+        options = {"heartbeat_interval": HEARTBEAT, "consumer_id": name, **options}
+        made.append(StreamClient(options.pop("redis", url_of(cluster)), "svc", **options))
+        return made[-1]
+
+    yield make
+    for client in made:
+        await client.aclose()
+
+
+def announce(service: Service, count: int, start: int = 0) -> list[str]:
+    wanted = [f"s{i}" for i in range(start, start + count)]
+    for name in wanted:
+        service.announce(name)
+    return wanted
+
+
+def haunt(service: Service, ghost: str = "ghost", ttl_ms: int = 700) -> dict[str, str]:
+    """All that waits is read and locked by a consumer that will never renew: its locks."""
+    service.redis.xgroup_create(service.lbs, service.group, "0", mkstream=True)
+    ((_, entries),) = service.redis.xreadgroup(service.group, ghost, {service.lbs: ">"})
+    locks = {}
+    for entry_id, fields in entries:
+        name = fields[b"lbs-input"].split(b'"')[3].decode()
+        locks[name] = f"{name}{SEPARATOR}{entry_id.decode()}"
+        service.redis.set(locks[name], ghost, px=ttl_ms)
+    return locks
+
+
+def one_subscription_a_master(cluster: Cluster, consumers: int = 1) -> bool:
+    masters = cluster.masters()
+    return all(
+        list(subscriptions(master).values()) == [1] * consumers for master in masters
+    ) and not any(subscriptions(replica) for replica in cluster.replicas())
+
+
+async def works(service: Service, notes, client: StreamClient, name: str) -> None:
+    """A stream announced now is owned and can be finished."""
+    await asyncio.to_thread(service.announce, name)
+    assert names(await take(notes, 1, timeout=20)) == [name]
+    await client.done_stream(name)
+
+
+def write_lock(service: Service, name: str) -> str:
+    return f"{name}{SEPARATOR}1-1"
+
+
+async def hears_every_master(cluster: Cluster, service: Service, notes) -> None:
+    """Locks that expire are told of, whichever master holds them."""
+    masters = cluster.masters()
+    wanted: dict[Node, str] = {}
+    number = 0
+    while len(wanted) < len(masters):
+        name = f"probe{number}"
+        owner = cluster.master_of(write_lock(service, name))
+        wanted.setdefault(owner, name)
+        number += 1
+    for name in wanted.values():
+        service.redis.set(write_lock(service, name), "x", px=50)
+    heard = names(await take(notes, len(wanted), EXPIRED))
+    assert sorted(heard) == sorted(wanted.values())
+
+
+# --- at rest --------------------------------------------------------------------------------------
+
+
+async def test_owning_and_finishing(cluster, service, consumer):
+    wanted = announce(service, 300)
+    client = consumer()
+    notes = await client.init()
+    assert names(await take(notes, 300)) == wanted
+    held = locks_by_master(cluster)
+    assert all(len(locks) > 50 for locks in held.values())
+    assert set(service.locks().values()) == {"c1"}
+    await asyncio.sleep(2.5 * HEARTBEAT)  # renewed, wherever they are
+    assert len(service.locks()) == 300
+    await nothing_comes(notes, 0.1)
+    await asyncio.gather(*(client.done_stream(name) for name in wanted[:200]))
+    await client.release("s299")
+    assert names(await take(notes, 1)) == ["s299"]
+    await client.aclose()
+    assert service.locks() == {}
+    assert service.pending() == []
+    assert len(service.entries()) == 100
+
+
+@pytest.mark.parametrize("mode", ClusterMode)
+async def test_a_ready_client_tells_that_it_is_a_cluster(cluster, service, consumer, mode):
+    host, port = cluster.nodes[0].address
+    ready = redis.asyncio.RedisCluster(host=host, port=port)
+    client = consumer(redis=ready, cluster_mode=mode)
+    notes = await client.init()
+    await works(service, notes, client, "s1")
+    async with Producer(ready, "svc") as producer:
+        await producer.announce_many([(f"t{i}", None) for i in range(5)])
+    assert len(await take(notes, 5)) == 5
+    await client.aclose()
+    await ready.aclose()
+
+
+async def test_a_dead_owners_streams_come_back_and_every_survivor_hears_of_every_lock(
+    cluster, service, consumer
+):
+    wanted = announce(service, 200)
+    haunt(service, ttl_ms=2000)
+    clients = [consumer(f"c{i}", queue_size=1000) for i in range(3)]
+    notes = [await client.init() for client in clients]
+    added: list[str] = []
+    heard: list[list[str]] = [[], [], []]
+
+    async def listen(i: int) -> None:
+        async for notification in notes[i]:
+            name = notification.payload.data_stream_name
+            if notification.type is ADDED:
+                added.append(name)
+            elif notification.type is EXPIRED:
+                heard[i].append(name)
+
+    listening = [asyncio.ensure_future(listen(i)) for i in range(3)]
+    await eventually(lambda: len(added) == 200 and all(len(h) == 200 for h in heard))
+    assert sorted(added) == sorted(wanted)
+    assert all(sorted(h) == sorted(wanted) for h in heard)
+    for client in clients:
+        await client.aclose()
+    await asyncio.gather(*listening)
+
+
+async def test_a_lock_that_lives_elsewhere_protects_its_entry(service, consumer):
+    wanted = announce(service, 50)
+    locks = haunt(service, ttl_ms=60_000)
+    dead = wanted[::10]
+    for name in dead:
+        service.redis.delete(locks[name])
+    client = consumer(recovery=RecoveryConfig(min_idle_time=0.0, reconciliation_interval=0.2))
+    notes = await client.init()
+    assert sorted(names(await take(notes, len(dead)))) == sorted(dead)
+    await nothing_comes(notes, 0.5)
+    with pytest.raises(Exception, match="lock is held"):
+        await client.claim(LBSInfo("s1", locks["s1"].rpartition(SEPARATOR)[2]))
+
+
+async def test_dead_letters_are_on_another_master(cluster, service, consumer):
+    service.redis.xadd(service.lbs, {"lbs-input": "not JSON"})
+    client = consumer()
+    notes = await client.init()
+    await works(service, notes, client, "s1")
+    assert cluster.master_of(service.lbs) is not cluster.master_of(service.dlq)
+    async with DeadLetters(url_of(cluster), "svc") as letters:
+        assert [letter.reason async for letter in letters] == ["unparseable"]
+        assert await letters.replay() == 1
+        await eventually(lambda: service.redis.xlen(service.dlq) == 1)
+        assert await letters.purge() == 1
+
+
+async def test_what_is_lost_is_told(service, consumer):
+    service.announce("s1")
+    client = consumer()
+    notes = await client.init()
+    ((added),) = await take(notes, 1)
+    entry_id = added.payload.id_in_lbs
+    service.redis.delete(f"s1{SEPARATOR}{entry_id}")
+    service.redis.xack(service.lbs, service.group, entry_id)
+    await take(notes, 1, DISOWNED)
+    with pytest.raises(StreamNotOwned):
+        await client.done_stream("s1")
+
+
+async def test_settings_that_may_not_be_overridden(cluster, consumer):
+    cluster.masters()[1].client.config_set("notify-keyspace-events", "Kg")
+    with pytest.raises(ConfigConflict, match=str(cluster.masters()[1].port)):
+        await consumer().init()
+    client = consumer(force_config_override=True)
+    await client.init()
+    assert one_subscription_a_master(cluster)
+
+
+async def test_one_master_without_events_is_not_fatal_and_all_are(cluster, service, consumer):
+    for node in cluster.masters():
+        node.client.acl_setuser(
+            "joe",
+            enabled=True,
+            nopass=True,
+            keys="*",
+            channels="*",
+            commands=["+@all", "-psubscribe"],
+        )
+    url = url_of(cluster).replace("://", "://joe:x@")
+    with pytest.raises(KeyspaceSetupFailed, match="no master"):
+        await consumer(redis=url).init()
+    some = cluster.masters()[1:]
+    for node in some:
+        node.client.acl_setuser("joe", enabled=True, commands=["+@all"])
+    client = consumer(redis=url)
+    notes = await client.init()
+    assert [len(subscriptions(node)) for node in cluster.masters()] == [0, 1, 1]
+    await works(service, notes, client, "s1")
+    cluster.masters()[0].client.acl_setuser("joe", enabled=True, commands=["+@all"])
+    await eventually(lambda: one_subscription_a_master(cluster))
+
+
+# --- the masters change ---------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+async def test_a_graceful_failover_is_followed(cluster, service, consumer):
+    announce(service, 60)
+    client = consumer(heartbeat_interval=2.0)
+    notes = await client.init()
+    await take(notes, 60)
+    for key in (service.lbs, service.dlq):
+        replica = cluster.replicas(of=cluster.master_of(key))[0]
+        await asyncio.to_thread(cluster.failover, replica)
+        await works(service, notes, client, f"after-{key}")
+    await eventually(lambda: one_subscription_a_master(cluster), 5)
+    await hears_every_master(cluster, service, notes)
+    await asyncio.gather(*(client.done_stream(f"s{i}") for i in range(60)))
+    assert service.locks() == {}
+
+
+@pytest.mark.slow
+async def test_a_killed_master_is_replaced(cluster, service, consumer):
+    announce(service, 60)
+    clients = [consumer(f"c{i}", heartbeat_interval=2.0, max_streams=45) for i in range(2)]
+    for client in clients:
+        await client.init()
+    await eventually(lambda: len(service.locks()) == 60)
+    victim = cluster.master_of(service.lbs)
+    await asyncio.to_thread(victim.kill)
+    await asyncio.to_thread(cluster.wait_ok, 30)
+    await eventually(lambda: one_subscription_a_master(cluster, 2), 5)
+    # Whatever happened meanwhile: nothing is lost, and nobody believes what is not so.
+    await eventually(
+        lambda: (
+            sorted(s.data_stream_name for c in clients for s in c._partitions[0].leases.all())
+            == sorted(f"s{i}" for i in range(60))
+        ),
+        20,
+    )
+    await eventually(lambda: len(service.locks()) == 60)
+    service.announce("later")
+    await eventually(lambda: any(c._partitions[0].leases.get("later") for c in clients))
+    for client in clients:
+        await client.done()
+    assert service.locks() == {}
+    assert service.pending() == []
+
+
+@pytest.mark.slow
+async def test_a_restarted_master_is_set_up_again(cluster, service, consumer):
+    client = consumer(heartbeat_interval=2.0)
+    notes = await client.init()
+    victim = cluster.master_of(service.dlq)
+    await asyncio.to_thread(victim.restart)
+    await asyncio.to_thread(cluster.wait_ok, 30)
+    await eventually(lambda: one_subscription_a_master(cluster), 5)
+    await hears_every_master(cluster, service, notes)
+    await works(service, notes, client, "s1")
+
+
+@pytest.mark.slow
+async def test_masters_come_and_go(cluster, service, consumer):
+    announce(service, 40)
+    client = consumer(heartbeat_interval=2.0)
+    notes = await client.init()
+    await take(notes, 40)
+    new = await asyncio.to_thread(cluster.add_master)
+    slot = cluster.slot_of(service.lbs)
+    old = cluster.master_of(service.lbs)
+    near = range(slot - slot % 20, slot - slot % 20 + 20)
+    moving = [s for s in near if cluster.master_of(s) is old]
+    await asyncio.to_thread(cluster.move_slots, moving, old, new)
+    assert cluster.master_of(service.lbs) is new
+    await works(service, notes, client, "moved")
+    await eventually(lambda: one_subscription_a_master(cluster), 5)
+    await hears_every_master(cluster, service, notes)
+    await asyncio.to_thread(cluster.move_slots, moving, new, old)
+    await asyncio.to_thread(cluster.remove, new)
+    await works(service, notes, client, "back")
+    await asyncio.gather(*(client.done_stream(f"s{i}") for i in range(40)))
+    await eventually(lambda: one_subscription_a_master(cluster), 5)
+
+
+async def test_a_slot_that_is_moving(cluster, service, consumer):
+    """While the balancer stream's slot moves, its key is asked for where it is already (ASK)."""
+    client = consumer(heartbeat_interval=2.0)
+    notes = await client.init()
+    await works(service, notes, client, "before")
+    source = cluster.master_of(service.lbs)
+    target = next(node for node in cluster.masters() if node is not source)
+    slot = cluster.slot_of(service.lbs)
+    await asyncio.to_thread(cluster.start_move, slot, source, target)
+    for number in range(2):
+        await works(service, notes, client, f"while moving {number}")
+    announce(service, 20)
+    await take(notes, 20)
+    await asyncio.to_thread(cluster.finish_move, slot, source, target)
+    await works(service, notes, client, "after")
+    await asyncio.gather(*(client.done_stream(f"s{i}") for i in range(20)))
+    assert service.pending() == []
+
+
+# --- reset_topology -------------------------------------------------------------------------------
+
+
+async def test_reset_topology(cluster, service, consumer):
+    client = consumer()
+    notes = await client.init()
+    for node in cluster.masters():
+        node.client.config_set("notify-keyspace-events", "")
+    await asyncio.gather(*(client.reset_topology() for _ in range(10)))
+    assert one_subscription_a_master(cluster)
+    await hears_every_master(cluster, service, notes)
+
+
+async def test_reset_topology_wants_a_settled_cluster(cluster, consumer):
+    client = consumer()
+    await client.init()
+    slot = 7
+    source = cluster.master_of(slot)
+    source.call("CLUSTER", "DELSLOTS", slot)  # only this node believes so
+    with pytest.raises(ClusterNotSettled):
+        await client.reset_topology()
+    assert one_subscription_a_master(cluster)
+    source.call("CLUSTER", "ADDSLOTS", slot)
+    await asyncio.to_thread(cluster.wait_ok)
+    await client.reset_topology()
+    assert one_subscription_a_master(cluster)
