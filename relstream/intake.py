@@ -115,8 +115,8 @@ class Intake:
         self._put_back = PutBack(topology, names, recorder, logger)
         self._recorder = recorder
         self._logger = logger
-        # Small enough that several batches fit: one is read while others are locked or told.
-        self._largest = max(1, min(LARGEST_READ, notifications.room // 4))
+        # Small enough that two batches fit: one is read while the other is locked or told.
+        self._largest = max(1, min(LARGEST_READ, notifications.room // 2))
         self._count = min(FIRST_READ, self._largest)
         self._taking: deque[asyncio.Task[None]] = deque()
         # Locks that a server refuses for now (OOM) are no failure to read, and are asked for again.
