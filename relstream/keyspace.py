@@ -229,6 +229,7 @@ class ClusterEvents:
         self._logger = logger
         self._events: dict[Endpoint, ExpiryEvents] = {}
         self._tasks: dict[Endpoint, asyncio.Task[None]] = {}
+        self._following = asyncio.Lock()
         self._resetting: asyncio.Task[None] | None = None
 
     async def set_up(self) -> None:
@@ -277,7 +278,8 @@ class ClusterEvents:
                 finally:
                     noticing.cancel()
                 for task in done - {noticing}:
-                    task.result()
+                    if not task.cancelled():  # a reset may just have left that master
+                        task.result()
                 noticed.clear()
                 try:
                     await self._slots.refresh()
@@ -292,18 +294,21 @@ class ClusterEvents:
 
     async def _follow(self) -> None:
         """Leaves servers that are no masters any more, and turns to new ones."""
-        masters = self._slots.masters
-        for master in self._events.keys() - set(masters):
-            self._logger.info("%s is no master any more", master)
-            events = self._events.pop(master)
-            task = self._tasks.pop(master, None)
-            if task is not None:
-                task.cancel()
-                await asyncio.wait({task})
-            await events.close()
-        for master in masters:
-            if master not in self._events:
-                self._events[master] = self._events_of(master)
+        async with self._following:
+            masters = self._slots.masters
+            for master in self._events.keys() - set(masters):
+                self._logger.info("%s is no master any more", master)
+                task = self._tasks.get(master)
+                if task is not None:
+                    task.cancel()
+                    await asyncio.wait({task})
+                await self._events[master].close()
+                # Only now: if this is cancelled on the way, `close` sees to the rest.
+                self._tasks.pop(master, None)
+                del self._events[master]
+            for master in masters:
+                if master not in self._events:
+                    self._events[master] = self._events_of(master)
 
     async def reset(self) -> None:
         """Subscribes anew on the masters of today; callers that come meanwhile share the outcome.

@@ -271,7 +271,7 @@ class SlotTable:
         self._common = deployment.endpoint
         self._seeds = deployment.nodes
         self._view = _View()
-        self._refreshing: asyncio.Future[None] | None = None
+        self._refreshing: asyncio.Task[None] | None = None
         self.version = 0
         """How often it was looked at."""
         self.stale = True
@@ -311,16 +311,19 @@ class SlotTable:
 
         Callers that come meanwhile share the answer. Raises `ConnectionFailed` if none does.
         """
-        if self._refreshing is None:
+        if self._refreshing is None or self._refreshing.done():
             self._refreshing = asyncio.ensure_future(self._refresh(first))
-            self._refreshing.add_done_callback(self._refreshed)
-        # Whoever stops waiting does not stop the others'; it is bounded in time.
-        await asyncio.shield(self._refreshing)
+        refreshing = self._refreshing
+        await asyncio.wait({refreshing})  # whoever stops waiting does not stop the others'
+        if refreshing.cancelled():
+            raise ConnectionLost("the connection was closed")
+        refreshing.result()
 
-    def _refreshed(self, done: asyncio.Future[None]) -> None:
-        self._refreshing = None
-        if not done.cancelled():
-            done.exception()  # its callers may all be gone
+    async def close(self) -> None:
+        """Ends what is under way; whoever waits for it gets `ConnectionLost`."""
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+            await asyncio.gather(self._refreshing, return_exceptions=True)
 
     async def _refresh(self, first: Endpoint | None) -> None:
         problems = []
@@ -574,7 +577,7 @@ class ClusterTopology:
     async def close(self) -> None:
         self._closed = True
         links = list(self._links.values())
-        await asyncio.gather(*(link.close() for link in links), *self._leaving)
+        await asyncio.gather(*(link.close() for link in links), *self._leaving, self.slots.close())
 
 
 class _ClusterLink:
