@@ -256,7 +256,8 @@ class ClusterEvents:
             if outcome is not None:
                 failures.append(f"{master}: {outcome}")
         if failures and len(failures) == len(masters):
-            raise KeyspaceSetupFailed(f"on no master of the cluster: {'; '.join(failures)}")
+            # All for the same reason, most likely: the end of the message may be the remedy.
+            raise KeyspaceSetupFailed(f"on no master of the cluster, not on {failures[0]}")
         for failure in failures:
             self._logger.warning("no expiry events from a master for now: %s", failure)
 

@@ -406,7 +406,11 @@ class Link:
                 self.endpoint = replace(self.endpoint, host=host, port=port)
             protocol = await connect(self.endpoint, self._on_push)
             if self._locate is not None:
-                await self._check_master(protocol)
+                try:
+                    await self._check_master(protocol)
+                except BaseException:  # cancelled, say
+                    protocol.abort()
+                    raise
             self._protocol = protocol
             return protocol
         finally:
@@ -417,7 +421,6 @@ class Link:
         """A Sentinel may name a master of yesterday: it has to say itself that it is one (ROLE)."""
         (role,) = await protocol.send(pack(b"ROLE"), timeout=self.endpoint.timeout)
         if isinstance(role, list) and role[0] != b"master":
-            protocol.abort()
             raise ConnectionFailed(f"{self.endpoint} is no master yet, or no more")
 
     async def pipeline(

@@ -22,10 +22,12 @@ from redis.asyncio.sentinel import SentinelConnectionPool
 
 from relstream._core import OBJECT, by_owner, commands, first_error, key_slot, pack
 from relstream.errors import (
+    AuthenticationFailed,
     ClusterNotSettled,
     ConnectionFailed,
     ConnectionLost,
     InvalidOption,
+    PermissionDenied,
     RelstreamError,
     ReplyError,
 )
@@ -41,6 +43,8 @@ REDIRECTS = 8
 PAUSE = 0.05
 # Asking for the slots, or for the master, in seconds: there are others to ask.
 ASK_TIMEOUT = 1.0
+# Seconds without an answer until the next one is asked as well.
+ASK_NEXT = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,6 +276,7 @@ class SlotTable:
         self._seeds = deployment.nodes
         self._view = _View()
         self._refreshing: asyncio.Task[None] | None = None
+        self._closed = False
         self.version = 0
         """How often it was looked at."""
         self.stale = True
@@ -311,6 +316,8 @@ class SlotTable:
 
         Callers that come meanwhile share the answer. Raises `ConnectionFailed` if none does.
         """
+        if self._closed:
+            raise ConnectionLost("the connection was closed")
         if self._refreshing is None or self._refreshing.done():
             self._refreshing = asyncio.ensure_future(self._refresh(first))
         refreshing = self._refreshing
@@ -321,21 +328,44 @@ class SlotTable:
 
     async def close(self) -> None:
         """Ends what is under way; whoever waits for it gets `ConnectionLost`."""
+        self._closed = True
         if self._refreshing is not None:
             self._refreshing.cancel()
             await asyncio.gather(self._refreshing, return_exceptions=True)
 
     async def _refresh(self, first: Endpoint | None) -> None:
-        problems = []
-        for node in self._candidates(first):
-            try:
-                view = await self._ask(node)
-            except RelstreamError as error:
-                problems.append(str(error))
-                continue
-            self._see(view)
-            return
-        raise ConnectionFailed(f"no node of the cluster tells its slots: {'; '.join(problems)}")
+        problems: list[RelstreamError] = []
+        asking: set[asyncio.Future[_View]] = set()
+        candidates = self._candidates(first)
+        try:
+            while candidates or asking:
+                if candidates:
+                    asking.add(asyncio.ensure_future(self._ask(candidates.pop(0))))
+                # One that is paused, or cut off, does not keep the others from telling.
+                done, asking = await asyncio.wait(
+                    asking,
+                    timeout=ASK_NEXT if candidates else None,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                for asked in done:
+                    error = asked.exception()
+                    if error is None:
+                        self._see(asked.result())
+                        return
+                    if not isinstance(error, RelstreamError):
+                        raise error
+                    problems.append(error)
+        finally:
+            for asked in asking:
+                asked.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+        # A user who is refused by one is known to none.
+        for problem in problems:
+            if isinstance(problem, (AuthenticationFailed, PermissionDenied)):
+                raise problem
+        raise ConnectionFailed(
+            f"no node of the cluster tells its slots: {'; '.join(map(str, problems))}"
+        )
 
     def _candidates(self, first: Endpoint | None) -> list[Endpoint]:
         masters = self.masters
@@ -352,7 +382,13 @@ class SlotTable:
 
     async def _ask(self, node: Endpoint) -> _View:
         view = _View()
-        for start, end, master, *replicas in await _ask(node.named("slots"), b"CLUSTER", b"SLOTS"):
+        try:
+            ranges = await _ask(node.named("slots"), b"CLUSTER", b"SLOTS")
+        except ReplyError as error:
+            if error.code == "NOPERM":
+                raise PermissionDenied(f"{node}: {error}: grant +cluster|slots") from None
+            raise
+        for start, end, master, *replicas in ranges:
             owner = self._address(master, node)
             view.owners[start : end + 1] = [owner] * (end + 1 - start)
             view.replicas += [self._address(replica, node) for replica in replicas]
