@@ -89,6 +89,13 @@ class Service:
             if value is not None
         }
 
+    def ttls(self, keys: list[str]) -> list[int]:
+        """The milliseconds that keys have left; negative: none."""
+        script = (
+            "local r = {} for i, k in ipairs(KEYS) do r[i] = redis.call('PTTL', k) end return r"
+        )
+        return self.redis.eval(script, len(keys), *keys)
+
     def pending(self, consumer: str | None = None) -> list[str]:
         """The ids of pending entries."""
         try:
@@ -128,12 +135,7 @@ class Renewals:
     def __init__(self, service: Service, keys: Iterable[str] | None = None) -> None:
         """Of all locks, unless told which keys."""
         self._keys = list(service.locks() if keys is None else keys)
-        script = (
-            "local r = {} for i, k in ipairs(KEYS) do r[i] = redis.call('PTTL', k) end return r"
-        )
-        self._look: Callable[[], list[int]] = lambda: service.redis.eval(
-            script, len(self._keys), *self._keys
-        )
+        self._look: Callable[[], list[int]] = lambda: service.ttls(self._keys)
         self._left = self._look()
         self._seen = [0] * len(self._keys)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import redis
 from helpers import SEPARATOR, Service
 
@@ -29,12 +31,35 @@ def subscriptions(node: Node) -> dict[str, int]:
     return {c["name"] or c["addr"]: int(c["psub"]) for c in clients if int(c["psub"])}
 
 
+class EveryMaster(redis.RedisCluster):
+    """Takes commands that belong to no key to all masters: lists are joined, numbers added up."""
+
+    def execute_command(self, *args: Any, **options: Any) -> Any:
+        command = " ".join(map(str, args[:2])).upper()
+        if not command.startswith(("ACL ", "CLIENT ", "CONFIG ", "PUBSUB ", "SCRIPT ")):
+            return super().execute_command(*args, **options)
+        answers: list[Any] = []
+        for node in self.get_primaries():
+            client = self.get_redis_connection(node)
+            answers.append(client.execute_command(*args, **options))
+        first = answers[0]
+        if isinstance(first, list) and command == "CLIENT LIST":
+            return [row for answer in answers for row in answer]
+        return sum(answers) if type(first) is int else first
+
+
 class ClusterService(Service):
     """As `Service`, where the keys are spread over masters."""
 
     def __init__(self, client: redis.RedisCluster, cluster: Cluster, name: str = "svc") -> None:
         super().__init__(client, name)
         self._cluster = cluster
+
+    def ttls(self, keys: list[str]) -> list[int]:
+        with self.redis.pipeline() as pipe:
+            for key in keys:
+                pipe.pttl(key)
+            return pipe.execute()
 
     @property
     def lbs_master(self) -> Node:

@@ -4,9 +4,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
-import redis
 from faults.processes import Consumer, Process
-from helpers import Service
 from hypothesis import settings
 
 from relstream import StreamClient
@@ -16,11 +14,6 @@ HEARTBEAT = 0.5
 # Machines that run tests are often busy: a slow example is no failure.
 settings.register_profile("faults", deadline=None)
 settings.load_profile("faults")
-
-
-@pytest.fixture
-def service(redis_sync: redis.Redis) -> Service:
-    return Service(redis_sync)
 
 
 @pytest.fixture

@@ -4,15 +4,9 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
-import redis
-from helpers import HEARTBEAT, Service
+from helpers import HEARTBEAT
 
 from relstream import StreamClient
-
-
-@pytest.fixture
-def service(redis_sync: redis.Redis) -> Service:
-    return Service(redis_sync)
 
 
 @pytest.fixture

@@ -36,6 +36,8 @@ from relstream.errors import (
 from relstream.net.connection import Backoff, Endpoint, Link, connect, endpoint_of, raise_first
 from relstream.server import Server, ServerStartFailed, TLSFiles
 
+pytestmark = pytest.mark.only("single", reason="about connections to one server")
+
 MakeServer = Callable[..., Server]
 NO_HELLO = {"rename-command": 'HELLO ""'}
 

@@ -171,7 +171,8 @@ async def test_streams_nobody_was_told_of_are_released_when_the_client_ends(cons
     notes = await client.init()
     await take(notes, 1)
     await eventually(lambda: len(service.locks()) == 50)
-    service.redis.client_kill_filter(_id=client._partitions[0].intake._reading._protocol.client_id)
+    (read,) = [c for c in service.redis.client_list() if c["name"] == "relstream:c1:read"]
+    service.redis.client_kill_filter(addr=read["addr"])
     await eventually(lambda: client._terminated)
     assert [n.type async for n in notes] == [TERMINATED]
     await eventually(lambda: len(service.locks()) == 1)

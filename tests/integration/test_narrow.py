@@ -181,6 +181,7 @@ async def test_closing_does_not_wait_until_the_read_ends(consumer, service, monk
     assert [n.type async for n in notes] == [TERMINATED]
 
 
+@pytest.mark.only("single", "sentinel", reason="looks at one server's commands")
 async def test_after_a_reply_that_can_not_be_read_less_is_asked_for(proxy, consumer, service):
     with Monitor(service.redis) as monitor:
         client = consumer(url=proxy.url, retry=PATIENT, auto_claim=False)
@@ -222,6 +223,7 @@ async def test_the_audit_leaves_alone_what_may_be_on_its_way(consumer, service, 
 # --- renewing -----------------------------------------------------------------------------------
 
 
+@pytest.mark.only("single", "sentinel", reason="looks at one server's commands")
 async def test_renewals_leave_the_server_time_for_others(consumer, service, monkeypatch):
     """The windows of a round are spread over half of the time between two rounds, here 1 s."""
     monkeypatch.setattr(leases, "WINDOW", 10)

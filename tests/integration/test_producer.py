@@ -92,6 +92,7 @@ def test_bad_services(name):
         Producer("redis://localhost", name)
 
 
+@pytest.mark.only("single", reason="other deployments have other clients: tests/cluster")
 async def test_a_ready_client_is_taken_as_an_address(redis_url, service):
     client = redis.asyncio.Redis.from_url(redis_url)
     async with Producer(client, "svc") as producer:

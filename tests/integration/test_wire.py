@@ -35,6 +35,7 @@ async def test_names_on_the_server(service, monkeypatch, redis_url, given):
         assert list(service.locks().values()) == [expected]
 
 
+@pytest.mark.only("single", "sentinel", reason="looks at one server's commands")
 async def test_commands_of_a_stream_s_life(consumer, service):
     client = consumer("c1", heartbeat_interval=60)
     with Monitor(service.redis) as monitor:
@@ -57,6 +58,7 @@ async def test_commands_of_a_stream_s_life(consumer, service):
     assert service.entries() == service.pending() == []
 
 
+@pytest.mark.only("single", "sentinel", reason="looks at one server's commands")
 async def test_a_lock_lives_two_seconds_and_is_renewed(service, redis_url):
     async with StreamClient(redis_url, "svc", consumer_id="c1") as notes:
         with Monitor(service.redis) as monitor:
@@ -184,6 +186,7 @@ async def test_the_server_s_setting(consumer, service, before, override, after):
     assert names(await take(notes, 1, EXPIRED)) == ["a"]
 
 
+@pytest.mark.only("single", reason="needs a URL for another client")
 async def test_another_database_is_another_world(consumer, service, redis_url):
     url = redis_url.replace("/0", "/3")
     notes = await consumer(url=url).init()
