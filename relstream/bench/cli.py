@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,10 +15,10 @@ import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from relstream.bench.measure import Scenario
+from relstream.bench.measure import SIDES, Scenario
 from relstream.bench.report import as_json, environment, headline, table
 from relstream.bench.runner import MeasurementFailed, Result, measure
-from relstream.bench.scenarios import SCENARIOS
+from relstream.bench.scenarios import FAMILIES
 from relstream.errors import RelstreamError, UsageError
 from relstream.server import Server, ServerNotFound, ServerStartFailed
 
@@ -24,20 +26,23 @@ BAD_USAGE = 2
 FAILED = 1
 INTERRUPTED = 130
 
+ON_OWN_SERVERS = [name for name, members in FAMILIES.items() if members[0].servers is not None]
+
 
 @click.command(
     name="python -m relstream.bench",
     epilog="Scenarios: "
-    + "; ".join(f"{scenario.name}: {scenario.work}" for scenario in SCENARIOS.values())
-    + ".",
+    + "; ".join(f"{family}: {members[0].work}" for family, members in FAMILIES.items())
+    + f". {' and '.join(ON_OWN_SERVERS)} run only when named, and on private servers always: "
+    "what --url gives is for the others.",
 )
-@click.argument("scenarios", nargs=-1, type=click.Choice(list(SCENARIOS)), metavar="[SCENARIO ...]")
+@click.argument("scenarios", nargs=-1, type=click.Choice(list(FAMILIES)), metavar="[SCENARIO ...]")
 @click.option("--url", help="A Redis to measure on, instead of a private one: redis://…, unix://…")
 @click.option("-n", "n", type=click.IntRange(min=1), help="How many, in each scenario.")
 @click.option(
     "--rounds",
     type=click.IntRange(min=1),
-    help="Rounds to repeat.  [default: 3; failover: 1]",
+    help="Rounds to repeat.  [default: 3; failover, topology: 1]",
 )
 @click.option(
     "--json",
@@ -54,11 +59,13 @@ def command(
 ) -> None:
     """Measures relstream beside redis-py at the same work.
 
-    Without arguments: every scenario, for about two minutes, on a private server.
+    Without arguments: every scenario that does with one server, for about two minutes, on a private
+    one.
     """
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise click.BadParameter(f"there is no folder {json_file.parent}", param_hint="--json")
-    chosen = [SCENARIOS[name] for name in dict.fromkeys(scenarios or SCENARIOS)]
+    families = dict.fromkeys(scenarios or [name for name in FAMILIES if name not in ON_OWN_SERVERS])
+    chosen = [scenario for name in families for scenario in FAMILIES[name]]
     with _server(url) as address:
         around = uvloop.run(environment(address, private=url is None))
         results: list[Result] = []
@@ -103,25 +110,26 @@ def _measured(
             "", total=sum((rounds or each.rounds) * len(each.sides) for each in chosen)
         )
         steps = -1
-        for scenario in chosen:
-            times = rounds or scenario.rounds
 
-            def on_step(
-                number: int, side: str, name: str = scenario.name, times: int = times
-            ) -> None:
-                nonlocal steps
-                steps += 1
-                what = f"{name}, round {number} of {times}, {side}"
-                progress.update(task, completed=steps, description=f"{what:34}")
+        def on_step(scenario: Scenario, times: int, number: int, side: str) -> None:
+            nonlocal steps
+            steps += 1
+            what = f"{scenario.name}, round {number} of {times}, {side}"
+            progress.update(task, completed=steps, description=f"{what:34}")
 
-            yield measure(
-                scenario,
-                n=n or scenario.n,
-                rounds=times,
-                url=url,
-                private=private,
-                on_step=on_step,
-            )
+        for servers, members in itertools.groupby(chosen, lambda each: each.servers):
+            given = contextlib.nullcontext(dict.fromkeys(SIDES, url))
+            with given if servers is None else servers() as urls:
+                for scenario in members:
+                    times = rounds or scenario.rounds
+                    yield measure(
+                        scenario,
+                        n=n or scenario.n,
+                        rounds=times,
+                        urls=urls,
+                        private=private or servers is not None,
+                        on_step=functools.partial(on_step, scenario, times),
+                    )
 
 
 def main() -> int:

@@ -12,19 +12,21 @@ import re
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import psutil
 
 from relstream import Producer
-from relstream.net.connection import Link, endpoint_of
+from relstream.net.topology import ClusterTopology, KeyLink, Topology, deployment_of
 
 RELSTREAM = "relstream"
 PEER = "redis-py"
 SIDES = (RELSTREAM, PEER)
+ONE_SERVER = "one server"
+"""relstream itself, where `relstream` is what it does on a cluster."""
 
 Figures = dict[str, float]
 
@@ -59,9 +61,9 @@ class Metric:
     """None: neither is better, so there is nothing to compare."""
 
 
-async def announce(url: str, service: str, n: int) -> None:
+async def announce(url: str, service: str, n: int, partitions: int = 1) -> None:
     """Announces n data streams, named `<service>:<number>`."""
-    async with Producer(url, service) as producer:
+    async with Producer(url, service, partitions=partitions) as producer:
         for start in range(0, n, ANNOUNCED_AT_ONCE):
             numbers = range(start, min(start + ANNOUNCED_AT_ONCE, n))
             await producer.announce_many((f"{service}:{i}", {"number": i}) for i in numbers)
@@ -82,7 +84,10 @@ class Scenario:
     """Makes what is worked on, by URL, service and n: before the measurement, in another process,
     so that it leaves nothing in the memory of the one that is measured."""
     sides: tuple[str, ...] = SIDES
-    """Who does it."""
+    """Who does it: relstream, and whom it is compared with."""
+    servers: Callable[[], AbstractContextManager[Mapping[str, str]]] | None = None
+    """Starts servers that it needs of its own, and gives the URL for each side; an empty one where
+    the process that measures starts them."""
     peer_n: int | None = None
     """The peer is given no more than so many: it would take too long."""
     rounds: int = 3
@@ -100,31 +105,41 @@ def throughput(items: str) -> tuple[Metric, ...]:
 
 
 @asynccontextmanager
-async def link(url: str) -> AsyncIterator[Link]:
-    """A connection of the benchmark's own."""
-    opened = Link(endpoint_of(url).named("bench"))
+async def topology(url: str) -> AsyncIterator[Topology]:
+    """Connections of the benchmark's own."""
+    opened = deployment_of(url).open("bench")
     try:
-        await opened.get()
         yield opened
     finally:
         await opened.close()
 
 
+@asynccontextmanager
+async def link(url: str, key: str = "") -> AsyncIterator[KeyLink]:
+    """A connection of the benchmark's own, to the server that has this key."""
+    async with topology(url) as servers:
+        opened = servers.link(key.encode())
+        await opened.get()
+        yield opened
+
+
 class Window:
     """What passes between entering and leaving: wall time, CPU of this process and of the server.
 
-        async with Window(link) as window:
+        async with Window(url) as window:
             ...
         window.figures(items)
 
-    The server is asked for its CPU time outside of the wall clock and of this process' CPU time.
+    The server is asked for its CPU time outside of the wall clock and of this process' CPU time. Of
+    a cluster all masters are, and what they need is added up.
     """
 
-    def __init__(self, control: Link) -> None:
-        self._control = control
+    def __init__(self, url: str) -> None:
+        self._opening = topology(url)
 
     async def __aenter__(self) -> Window:
-        self._server_cpu, self._expired = await self._server()
+        self._masters = await _masters(await self._opening.__aenter__())
+        self._before = await self._server()
         self._client_cpu = time.process_time()
         self._wall = time.perf_counter()
         return self
@@ -132,9 +147,16 @@ class Window:
     async def __aexit__(self, *exc_info: object) -> None:
         self.wall = time.perf_counter() - self._wall
         self.client_cpu = time.process_time() - self._client_cpu
-        server_cpu, expired = await self._server()
-        self.server_cpu = server_cpu - self._server_cpu
-        self.expired = expired - self._expired
+        passed = [
+            (cpu - cpu_before, expired - expired_before)
+            for (cpu, expired), (cpu_before, expired_before) in zip(
+                await self._server(), self._before, strict=True
+            )
+        ]
+        self.cpu_of_each = [cpu for cpu, _ in passed]
+        self.server_cpu = sum(self.cpu_of_each)
+        self.expired = sum(expired for _, expired in passed)
+        await self._opening.__aexit__(None, None, None)
 
     def figures(self, items: float) -> Figures:
         """The figures that all scenarios have."""
@@ -145,14 +167,26 @@ class Window:
             "server_share": self.server_cpu / self.wall,
         }
 
-    async def _server(self) -> tuple[float, int]:
-        """CPU seconds of the server, user and system; how many keys have expired there."""
-        cpu = await self._control.execute("INFO", "cpu")
-        stats = await self._control.execute("INFO", "stats")
-        return (
-            info_number(cpu, b"used_cpu_user") + info_number(cpu, b"used_cpu_sys"),
-            int(info_number(stats, b"expired_keys")),
-        )
+    async def _server(self) -> list[tuple[float, int]]:
+        """CPU seconds of each, user and system; how many keys have expired there."""
+        seen = []
+        for master in self._masters:
+            cpu = await master.execute("INFO", "cpu")
+            stats = await master.execute("INFO", "stats")
+            seen.append(
+                (
+                    info_number(cpu, b"used_cpu_user") + info_number(cpu, b"used_cpu_sys"),
+                    int(info_number(stats, b"expired_keys")),
+                )
+            )
+        return seen
+
+
+async def _masters(servers: Topology) -> list[KeyLink]:
+    if not isinstance(servers, ClusterTopology):
+        return [servers.link(b"")]
+    await servers.prepare()
+    return [servers.to(master) for master in servers.slots.masters]
 
 
 def info_number(info: bytes, field: bytes) -> float:

@@ -14,7 +14,7 @@ import psutil
 from rich.table import Table
 from rich.text import Text
 
-from relstream.bench.measure import PEER, RELSTREAM, Metric, link
+from relstream.bench.measure import ONE_SERVER, PEER, RELSTREAM, Metric, link
 from relstream.bench.runner import Result
 
 TRANSPORTS = {"redis": "TCP", "rediss": "TLS", "unix": "unix socket"}
@@ -66,8 +66,10 @@ def as_json(results: Sequence[Result]) -> list[dict[str, Any]]:
             "scenario": result.scenario.name,
             "n": result.n,
             "rounds": len(result.rounds[RELSTREAM]),
-            RELSTREAM: result.medians(RELSTREAM),
-            PEER: result.medians(PEER) or None,
+            **{
+                side: result.medians(side) or None
+                for side in dict.fromkeys((RELSTREAM, PEER, *result.scenario.sides))
+            },
             "ratio": _ratio(result, result.scenario.metrics[0]),
         }
         for result in results
@@ -90,24 +92,29 @@ def headline(environment: dict[str, Any]) -> str:
 
 def table(results: Sequence[Result]) -> Table:
     """Medians of both sides, and how many times better relstream is."""
-    out = Table(caption="medians over the rounds; ratio: above 1, relstream is better")
+    others = [side for result in results for side in result.scenario.sides[1:]]
+    caption = "medians over the rounds; ratio: above 1, relstream is better"
+    if ONE_SERVER in others:
+        caption += f"; cluster: relstream on three masters beside relstream on {ONE_SERVER}"
+    out = Table(caption=caption)
     out.caption_justify = "left"
     for column in ("scenario", "measured"):
         out.add_column(column)
-    for column in (RELSTREAM, PEER, "ratio"):
+    for column in (RELSTREAM, " / ".join(dict.fromkeys(others)) or PEER, "ratio"):
         out.add_column(column, justify="right")
     out.add_column("relstream")
     for result in results:
-        ours, peers = result.medians(RELSTREAM), result.medians(PEER)
+        sides = result.scenario.sides
+        ours, theirs = result.medians(RELSTREAM), result.medians(sides[1] if sides[1:] else "")
         out.add_section()
         for place, metric in enumerate(result.scenario.metrics):
             out.add_row(
                 _title(result, place),
                 metric.label,
                 _number(ours.get(metric.key), metric),
-                _number(peers.get(metric.key), metric),
+                _number(theirs.get(metric.key), metric),
                 _times(_ratio(result, metric)),
-                _verdict(_ratio(result, metric), first=place == 0),
+                _verdict(_ratio(result, metric), first=place == 0) if PEER in sides else "",
             )
     return out
 

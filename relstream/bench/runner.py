@@ -7,13 +7,14 @@ import json
 import secrets
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from statistics import median
 
 import uvloop
 
-from relstream.bench.measure import PEER, RELSTREAM, SIDES, Figures, Job, Scenario, link
+from relstream.bench.measure import PEER, RELSTREAM, Figures, Job, Scenario, topology
 
 PATIENCE = 60.0
 """Seconds that a measurement may take, and one more for each 1000 items."""
@@ -33,7 +34,7 @@ class Result:
 
     scenario: Scenario
     n: int
-    rounds: dict[str, list[Figures]] = field(default_factory=lambda: {side: [] for side in SIDES})
+    rounds: defaultdict[str, list[Figures]] = field(default_factory=lambda: defaultdict(list))
 
     def medians(self, side: str) -> Figures:
         """Each figure's median over the rounds; none where that side does not take part."""
@@ -44,12 +45,13 @@ class Result:
 
     def ratio(self, key: str, *, less_is_better: bool | None) -> float | None:
         """How many times better relstream is; None where there is nothing to divide by, or with."""
-        if not self.rounds[PEER] or key not in self.rounds[PEER][0]:
+        other = self.medians(self.scenario.sides[-1])
+        if len(self.scenario.sides) == 1 or key not in other:
             return None
-        ours, peers = self.medians(RELSTREAM)[key], self.medians(PEER)[key]
+        ours, others = self.medians(RELSTREAM)[key], other[key]
         if less_is_better:
-            ours, peers = peers, ours
-        return ours / peers if peers else None
+            ours, others = others, ours
+        return ours / others if others else None
 
 
 def measure(
@@ -57,22 +59,25 @@ def measure(
     *,
     n: int,
     rounds: int,
-    url: str,
+    urls: Mapping[str, str],
     private: bool,
     on_step: Callable[[int, str], None],
 ) -> Result:
-    """Runs a scenario. `on_step(round, side)` is called before each measurement."""
+    """Runs a scenario, with the server at `urls[side]`.
+
+    `on_step(round, side)` is called before each measurement.
+    """
     result = Result(scenario, n)
     for number in range(rounds):
         # Who comes first changes, so that neither profits from what drifts.
         for side in scenario.sides if number % 2 == 0 else reversed(scenario.sides):
             on_step(number + 1, side)
             many = min(n, scenario.peer_n or n) if side == PEER else n
-            with service(scenario, many, url) as name:
+            with service(scenario, many, urls[side]) as name:
                 job = Job(
                     scenario=scenario.name,
                     side=side,
-                    url=url,
+                    url=urls[side],
                     service=name,
                     n=many,
                     private=private,
@@ -95,8 +100,11 @@ def service(scenario: Scenario, n: int, url: str) -> Iterator[str]:
 
 
 async def _remove(url: str, name: str) -> None:
-    async with link(url) as connection:
-        await connection.execute("UNLINK", f"{name}-input", f"{name}-input-dlq")
+    if not url:  # its servers are its own, and gone
+        return
+    async with topology(url) as servers:
+        for key in f"{name}-input", f"{name}-input-dlq":
+            await servers.link(key.encode()).execute("UNLINK", key)
 
 
 def work(job: Job) -> Figures:

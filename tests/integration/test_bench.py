@@ -11,13 +11,14 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
 import redis
 
 from relstream.bench import runner
-from relstream.bench.measure import PEER, RELSTREAM, SIDES, Job, percentile
+from relstream.bench.measure import ONE_SERVER, PEER, RELSTREAM, SIDES, Job, percentile
 from relstream.bench.report import as_json, table
 from relstream.bench.runner import Result
 from relstream.bench.scenarios import SCENARIOS
@@ -30,6 +31,9 @@ OF_ITS_OWN = {
     "recover": {"n"},
     "scan": {"n", "rss_mb"},
 }
+
+
+WORK = ("assign", "done", "hold", "recover")
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +96,27 @@ def test_hold(url: str, side: str) -> None:
     assert 0 < figures["client_core"] < 1
 
 
+@pytest.mark.timeout(180)
+def test_cluster_beside_one_server(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    with mock.patch.dict(os.environ, {"COLUMNS": "200"}):
+        run = bench("cluster", "-n", "200", "--rounds", "1", "--json", file)
+    assert run.returncode == 0, run.stderr
+    assert "relstream on three masters" in " ".join(run.stdout.split())
+    results = {result["scenario"]: result for result in json.loads(file.read_text())["results"]}
+    assert list(results) == [f"cluster {what}" for what in (*WORK, "spread")]
+    for what in WORK:
+        result = results[f"cluster {what}"]
+        assert result[PEER] is None
+        assert result["ratio"] > 0
+        for side in (RELSTREAM, ONE_SERVER):
+            assert set(result[side]) == COMMON | OF_ITS_OWN.get(what, set())
+    assert results["cluster hold"][RELSTREAM]["lost"] == 0
+    spread = results["cluster spread"]
+    assert spread["ratio"] is None
+    assert 0 <= spread[RELSTREAM]["idlest"] <= 1 <= spread[RELSTREAM]["busiest"] <= 3
+
+
 @pytest.mark.parametrize("side", SIDES)
 def test_scan_on_a_private_server(url: str, side: str) -> None:
     scan = SCENARIOS["scan"]
@@ -106,10 +131,18 @@ def test_scan_on_a_private_server(url: str, side: str) -> None:
         assert client.dbsize() == 0, client.keys()
 
 
+def _nothing(number: int, side: str) -> None: ...
+
+
 def test_peer_may_be_given_fewer(url: str) -> None:
     recover = dataclasses.replace(SCENARIOS["recover"], peer_n=20)
     result = runner.measure(
-        recover, n=60, rounds=1, url=url, private=False, on_step=lambda *_: None
+        recover,
+        n=60,
+        rounds=1,
+        urls=dict.fromkeys(SIDES, url),
+        private=False,
+        on_step=_nothing,
     )
     assert [result.medians(side)["n"] for side in SIDES] == [60, 20]
 
@@ -119,7 +152,12 @@ def test_peer_may_be_given_fewer(url: str) -> None:
 def test_failover_has_no_peer(url: str) -> None:
     failover = SCENARIOS["failover"]
     result = runner.measure(
-        failover, n=40, rounds=1, url=url, private=False, on_step=lambda *_: None
+        failover,
+        n=40,
+        rounds=1,
+        urls=dict.fromkeys(SIDES, url),
+        private=False,
+        on_step=_nothing,
     )
     (as_written,) = as_json([result])
     assert (as_written[PEER], as_written["ratio"]) == (None, None)
@@ -133,6 +171,21 @@ def test_failover_has_no_peer(url: str) -> None:
     assert table([result]).row_count == len(failover.metrics)
     with redis.Redis.from_url(url) as client:
         assert client.dbsize() == 0, client.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_topology_kills_a_master() -> None:
+    topology = SCENARIOS["topology"]
+    assert topology.servers is not None
+    with topology.servers() as urls:
+        result = runner.measure(topology, n=1, rounds=1, urls=urls, private=True, on_step=_nothing)
+    figures = result.medians(RELSTREAM)
+    assert set(figures) == {metric.key for metric in topology.metrics}
+    assert figures["cluster_failover_ms"] > 0
+    for what in "delivered", "event":
+        later = figures[f"{what}_ms"] - figures["cluster_failover_ms"]
+        assert figures[f"{what}_after_ms"] == figures[f"{what}_after_max_ms"] == later
 
 
 @pytest.mark.parametrize(

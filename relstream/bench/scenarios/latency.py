@@ -12,14 +12,13 @@ from contextlib import asynccontextmanager
 from relstream import NotificationType, StreamClient
 from relstream.bench import peer
 from relstream.bench.measure import (
-    RELSTREAM,
+    PEER,
     Figures,
     Job,
     Metric,
     Scenario,
     Window,
     hear,
-    link,
     percentile,
     tell,
 )
@@ -33,10 +32,10 @@ async def latency(job: Job) -> Figures:
 
     Both processes read the same monotonic clock. The moment of the XADD travels in `Info`.
     """
-    side = _relstream if job.side == RELSTREAM else _peer
-    async with link(job.url) as control, side(job) as delays, announcer(job) as process:
+    side = _peer if job.side == PEER else _relstream
+    async with side(job) as delays, announcer(job) as process:
         await asyncio.sleep(SETTLE)
-        async with Window(control) as window:
+        async with Window(job.url) as window:
             await tell(process, "go")
             delivered = sorted([await delays.__anext__() for _ in range(job.n)])
         announced = json.loads(await hear(process))

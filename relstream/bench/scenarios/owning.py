@@ -10,10 +10,10 @@ from typing import Protocol
 import orjson
 
 from relstream import Notification, NotificationType, StreamClient
-from relstream._core import ENTRIES
+from relstream._core import ENTRIES, ITEM, Template
 from relstream.bench import peer
 from relstream.bench.measure import (
-    RELSTREAM,
+    PEER,
     Figures,
     Job,
     Metric,
@@ -22,8 +22,10 @@ from relstream.bench.measure import (
     link,
     resident_mb,
     throughput,
+    topology,
 )
-from relstream.net.connection import Link
+from relstream.lbs import SEPARATOR
+from relstream.net.topology import Topology
 
 ME = "bench"
 CALLS = 256
@@ -55,10 +57,16 @@ class Owner(Protocol):
         """Leaves without finishing what is owned."""
 
 
-class _Relstream:
-    def __init__(self, job: Job, heartbeat: float) -> None:
+class Relstream:
+    """An owner that is a `StreamClient`."""
+
+    def __init__(self, job: Job, heartbeat: float, partitions: int = 1) -> None:
         self._client = StreamClient(
-            job.url, job.service, consumer_id=ME, heartbeat_interval=heartbeat
+            job.url,
+            job.service,
+            consumer_id=ME,
+            heartbeat_interval=heartbeat,
+            partitions=partitions,
         )
         self._disowned = 0
 
@@ -137,7 +145,7 @@ class _Peer:
 
 
 def _owner(job: Job, heartbeat: float = HEARTBEAT) -> Owner:
-    return _Relstream(job, heartbeat) if job.side == RELSTREAM else _Peer(job, heartbeat)
+    return _Peer(job, heartbeat) if job.side == PEER else Relstream(job, heartbeat)
 
 
 async def assign(job: Job) -> Figures:
@@ -145,11 +153,10 @@ async def assign(job: Job) -> Figures:
 
     Opening the client is part of it, as reading begins with that.
     """
-    async with link(job.url) as control:
-        async with Window(control) as window:
-            owner = _owner(job)
-            names = await owner.own(job.n)
-        await owner.close()
+    async with Window(job.url) as window:
+        owner = _owner(job)
+        names = await owner.own(job.n)
+    await owner.close()
     if len(set(names)) != job.n:
         raise RuntimeError(f"{len(set(names))} of {job.n} streams were delivered")
     return window.figures(job.n)
@@ -157,13 +164,14 @@ async def assign(job: Job) -> Figures:
 
 async def done(job: Job) -> Figures:
     """n owned streams are finished, CALLS at a time."""
-    async with link(job.url) as control:
-        owner = _owner(job, LONG_HEARTBEAT)
-        names = await owner.own(job.n)
-        async with Window(control) as window:
-            await owner.finish(names)
-        await owner.close()
-        if left := await control.execute("XLEN", f"{job.service}-input"):
+    owner = _owner(job, LONG_HEARTBEAT)
+    names = await owner.own(job.n)
+    async with Window(job.url) as window:
+        await owner.finish(names)
+    await owner.close()
+    lbs = f"{job.service}-input"
+    async with link(job.url, lbs) as control:
+        if left := await control.execute("XLEN", lbs):
             raise RuntimeError(f"{left} of {job.n} streams are not finished")
     return window.figures(job.n)
 
@@ -174,26 +182,25 @@ async def hold(job: Job) -> Figures:
     Lost is what was told as lost, or has no lock of ours at the end, or had none for a while. The
     last is known by the server's count of expired keys, where nobody else uses the server.
     """
-    async with link(job.url) as control:
-        before = resident_mb()
-        owner = _owner(job)
-        await owner.own(job.n)
-        listening = asyncio.create_task(owner.listen())
-        await asyncio.sleep(HEARTBEAT / 2)  # all have been renewed once, none is new
-        async with Window(control) as window:
-            await asyncio.sleep(job.seconds)
-        memory = resident_mb() - before
-        lost = max(
-            owner.disowned(),
-            job.n - await _locked(control, job.service),
-            window.expired if job.private else 0,
-        )
-        if listening.done():
-            listening.result()
-        listening.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await listening
-        await owner.close()
+    before = resident_mb()
+    owner = _owner(job)
+    await owner.own(job.n)
+    listening = asyncio.create_task(owner.listen())
+    await asyncio.sleep(HEARTBEAT / 2)  # all have been renewed once, none is new
+    async with Window(job.url) as window:
+        await asyncio.sleep(job.seconds)
+    memory = resident_mb() - before
+    lost = max(
+        owner.disowned(),
+        job.n - await _locked(job),
+        window.expired if job.private else 0,
+    )
+    if listening.done():
+        listening.result()
+    listening.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await listening
+    await owner.close()
     return {
         **window.figures(job.n * job.seconds / (HEARTBEAT / 2)),
         "client_core": window.client_cpu / window.wall,
@@ -203,23 +210,26 @@ async def hold(job: Job) -> Figures:
     }
 
 
-async def _locked(control: Link, service: str) -> int:
+async def _locked(job: Job) -> int:
     """How many announced streams are locked by this consumer."""
     locked = 0
-    async for locks in _lock_keys(control, f"{service}-input"):
-        locked += (await control.execute("MGET", *locks)).count(ME.encode())
+    holder = Template("GET", ITEM)
+    async with topology(job.url) as servers:
+        async for locks in _lock_keys(servers, f"{job.service}-input"):
+            locked += (await servers.each(holder.pack, locks)).count(ME.encode())
     return locked
 
 
-async def _lock_keys(control: Link, lbs: str) -> AsyncIterator[list[str]]:
+async def _lock_keys(servers: Topology, lbs: str) -> AsyncIterator[list[bytes]]:
     start = "-"
+    control = servers.link(lbs.encode())
     while entries := await control.execute(
         "XRANGE", lbs, start, "+", "COUNT", PAGE, decode=ENTRIES
     ):
         locks = []
         for id_, fields in entries:
             name = orjson.loads(fields[b"lbs-input"])["DataStreamName"]
-            locks.append(f"{name}{peer.SEPARATOR}{id_.decode()}")
+            locks.append(b"%b%b%b" % (name.encode(), SEPARATOR, id_))
         yield locks
         start = f"({id_.decode()}"
 

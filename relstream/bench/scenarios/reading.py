@@ -11,7 +11,7 @@ from typing import Any
 from relstream._core import STREAMS, pack
 from relstream.bench import peer
 from relstream.bench.measure import (
-    RELSTREAM,
+    PEER,
     Figures,
     Job,
     Scenario,
@@ -37,10 +37,10 @@ async def read(job: Job) -> Figures:
     """
     stream = f"{job.service}-input"
     reads = -(-job.n // COUNT)
-    side = _relstream if job.side == RELSTREAM else _peer
+    side = _peer if job.side == PEER else _relstream
     async with link(job.url) as control, side(job.url, stream, reads) as read_all:
         await control.execute("XGROUP", "CREATE", stream, "bench", "0")
-        async with Window(control) as window:
+        async with Window(job.url) as window:
             seen = await read_all()
     if seen != job.n:
         raise RuntimeError(f"{seen} of {job.n} entries were read")

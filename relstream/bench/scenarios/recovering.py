@@ -11,7 +11,7 @@ from relstream import RecoveryConfig
 from relstream._core import ENTRIES, ITEM, STREAMS, Batch, Template, pack
 from relstream.bench import peer
 from relstream.bench.measure import (
-    RELSTREAM,
+    PEER,
     Figures,
     Job,
     Metric,
@@ -21,10 +21,11 @@ from relstream.bench.measure import (
     announce,
     link,
     throughput,
+    topology,
 )
 from relstream.lbs import SEPARATOR, Names
-from relstream.net.connection import Link, raise_first
-from relstream.net.topology import deployment_of
+from relstream.net.connection import raise_first
+from relstream.net.topology import KeyLink
 from relstream.recovery import Recoverer, Tally
 
 OWNERS = 10
@@ -61,7 +62,7 @@ async def _read_by_ghosts(url: str, service: str, n: int) -> AsyncIterator[list[
         for i in range(OWNERS)
     )
     number = 0
-    async with link(url) as connection:
+    async with link(url, lbs) as connection:
         await connection.execute("XGROUP", "CREATE", lbs, group, "0")
         while number < n:
             for batches in raise_first(await connection.pipeline(reads, OWNERS, decode=STREAMS)):
@@ -87,28 +88,25 @@ async def _relstream(job: Job, counted: str) -> AsyncIterator[Walk]:
 
     Yields what does it and returns how many were `counted`: `requeued` or `alive`.
     """
-    topology = deployment_of(job.url).open("bench")
-    recoverer = Recoverer(
-        topology,
-        Names.of(job.service),
-        "bench",
-        heartbeat=2.0,
-        recovery=RecoveryConfig(),
-        auto_claim=False,
-        recorder=None,
-        logger=logging.getLogger("relstream"),
-    )
+    async with topology(job.url) as servers:
+        recoverer = Recoverer(
+            servers,
+            Names.of(job.service),
+            "bench",
+            heartbeat=2.0,
+            recovery=RecoveryConfig(),
+            auto_claim=False,
+            recorder=None,
+            logger=logging.getLogger("relstream"),
+        )
 
-    async def walk() -> int:
-        tally = Tally()
-        await recoverer._walk(0, tally)
-        count: int = getattr(tally, counted)
-        return count
+        async def walk() -> int:
+            tally = Tally()
+            await recoverer._walk(0, tally)
+            count: int = getattr(tally, counted)
+            return count
 
-    try:
         yield walk
-    finally:
-        await topology.close()
 
 
 @asynccontextmanager
@@ -122,11 +120,11 @@ async def _peer(job: Job, counted: str) -> AsyncIterator[Walk]:
 
 async def recover(job: Job) -> Figures:
     """n orphans are put back under new ids. Connections are open before the window."""
-    side = _relstream if job.side == RELSTREAM else _peer
-    async with link(job.url) as control, side(job, "requeued") as walk:
-        async with Window(control) as window:
+    side = _peer if job.side == PEER else _relstream
+    lbs = f"{job.service}-input"
+    async with link(job.url, lbs) as control, side(job, "requeued") as walk:
+        async with Window(job.url) as window:
             requeued = await walk()
-        lbs = f"{job.service}-input"
         waiting = await control.execute("XLEN", lbs)
         pending = (await control.execute("XPENDING", lbs, f"{job.service}-group"))[0]
     if (requeued, waiting, pending) != (job.n, job.n, 0):
@@ -136,9 +134,9 @@ async def recover(job: Job) -> Figures:
 
 async def scan(job: Job) -> Figures:
     """One pass over n pending entries whose owners hold their locks."""
-    side = _relstream if job.side == RELSTREAM else _peer
+    side = _peer if job.side == PEER else _relstream
     async with link(job.url) as control, side(job, "alive") as walk:
-        async with _slow_log(control, job) as slowest, Window(control) as window:
+        async with _slow_log(control, job) as slowest, Window(job.url) as window:
             with PeakMemory() as memory:
                 alive = await walk()
         await _remove_locks(control, job.service)
@@ -148,7 +146,7 @@ async def scan(job: Job) -> Figures:
 
 
 @asynccontextmanager
-async def _slow_log(control: Link, job: Job) -> AsyncIterator[Figures]:
+async def _slow_log(control: KeyLink, job: Job) -> AsyncIterator[Figures]:
     """Puts the slowest command into the figures that it yields, where the server is ours to set."""
     figures: Figures = {}
     if not job.private:
@@ -163,7 +161,7 @@ async def _slow_log(control: Link, job: Job) -> AsyncIterator[Figures]:
     figures["slowest_ms"] = max((row[2] for row in log), default=SLOW_US) / 1000
 
 
-async def _remove_locks(control: Link, service: str) -> None:
+async def _remove_locks(control: KeyLink, service: str) -> None:
     """Nobody else removes what `living` has locked."""
     start, number = "-", 0
     while batch := await control.execute(
