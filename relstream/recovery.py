@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 # A call of the script that puts back carries about this much at most.
 SCRIPT_BYTES = 1 << 20
 # Pages that are recovered while the next one is read.
-PAGES_AHEAD = 2
+PAGES_AHEAD = 4
 # Seconds for which leadership lasts when it is not renewed, and between two looks of the leader.
 LEADERSHIP = 1.0
 LEADERSHIP_MS = round(LEADERSHIP * 1000)
