@@ -31,7 +31,7 @@ from relstream.intake import Room
 from relstream.keyspace import ClusterEvents, ExpiryEvents
 from relstream.lbs import Names, partition_of, split_lock_key
 from relstream.leases import Keeper, Locks
-from relstream.net.topology import SlotTable, deployment_of
+from relstream.net.topology import NamedMaster, SlotTable, deployment_of
 from relstream.notifications import LBSInfo, Notifications
 from relstream.partition import Partition
 from relstream.recorder import Recorder, SafeRecorder
@@ -154,16 +154,16 @@ class StreamClient:
         self._ready = False
         self._terminated = False
         self._closing: asyncio.Task[None] | None = None
-        slots = SlotTable(deployment) if deployment.nodes else None
-        self._commands = deployment.open(f"{self._consumer}:command", slots)
+        guide = self._guide = deployment.guide()
+        self._commands = deployment.open(f"{self._consumer}:command", guide)
         # A blocked read has its connection to itself.
-        self._reads = [deployment.open(f"{self._consumer}:read", slots) for _ in names]
-        self._recovering = deployment.open(f"{self._consumer}:recover", slots)
+        self._reads = [deployment.open(f"{self._consumer}:read", guide) for _ in names]
+        self._recovering = deployment.open(f"{self._consumer}:recover", guide)
 
         def events_of(master: Endpoint) -> ExpiryEvents:
             role = f"{self._consumer}:events"
             return ExpiryEvents(
-                lambda on_push: replace(deployment, endpoint=master).link(role, on_push),
+                lambda on_push: replace(deployment, endpoint=master).link(role, on_push, guide),
                 force_config_override=force_config_override,
                 on_expired=self._expired,
                 recorder=self._recorder,
@@ -171,9 +171,9 @@ class StreamClient:
             )
 
         self._events: ExpiryEvents | ClusterEvents = (
-            events_of(deployment.endpoint)
-            if slots is None
-            else ClusterEvents(slots, events_of, self._logger)
+            ClusterEvents(guide, events_of, self._logger)
+            if isinstance(guide, SlotTable)
+            else events_of(deployment.endpoint)
         )
         self._keeper = Keeper(
             deployment,
@@ -246,6 +246,8 @@ class StreamClient:
         self._ready = True
         self._start("keeper", self._keeper.run())
         self._start("events", self._events.run())
+        if isinstance(self._guide, NamedMaster):
+            self._start("sentinel", self._guide.run())
         for part in self._partitions:
             self._start("finisher", part.finisher.run(), part)
             self._start("intake", part.intake.run(), part)

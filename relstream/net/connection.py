@@ -12,9 +12,9 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 from urllib.parse import urlsplit
 
 import redis.asyncio
@@ -343,13 +343,21 @@ class _Attempt:
         self.callers = 0
 
 
+class MovingMaster(Protocol):
+    """Knows where a master is that may be replaced."""
+
+    def join(self, link: Link) -> None: ...
+    async def locate(self) -> tuple[str, int]: ...
+    def found(self, address: tuple[str, int]) -> None: ...
+
+
 class Link:
     """A connection to one server that is opened anew when it was lost.
 
     It is opened by whoever needs it; nothing runs in between. Callers who come while it is being
     opened share the attempt, and its error.
 
-    With `locate` it is a connection to a master that may be replaced by another: each opening asks
+    With `master` it is a connection to a master that may be replaced by another: each opening asks
     where it is, and a server that says READONLY is one no more.
     """
 
@@ -358,11 +366,13 @@ class Link:
         endpoint: Endpoint,
         *,
         on_push: Callable[[Any], None] | None = None,
-        locate: Callable[[], Awaitable[tuple[str, int]]] | None = None,
+        master: MovingMaster | None = None,
     ) -> None:
         self.endpoint = endpoint
         self._on_push = on_push
-        self._locate = locate
+        self._master = master
+        if master is not None:
+            master.join(self)
         self._protocol: RedisProtocol | None = None
         self._attempt: _Attempt | None = None
         self._closed = False
@@ -377,45 +387,58 @@ class Link:
 
         Raises `ConnectionLost` after `close`.
         """
-        protocol = self._protocol
-        if protocol is not None and protocol.alive:
-            return protocol
-        if self._closed:
-            raise ConnectionLost("the connection was closed")
-        attempt = self._attempt
-        if attempt is None:
-            attempt = self._attempt = _Attempt(asyncio.ensure_future(self._open()))
-        attempt.callers += 1
-        try:
-            await asyncio.wait({attempt.task})
-        except asyncio.CancelledError:
-            if attempt.callers == 1 and attempt is self._attempt:  # nobody else waits
-                self._attempt = None
-                await _cancel(attempt.task)
-            raise
-        finally:
-            attempt.callers -= 1
-        if attempt.task.cancelled():  # by `close`
-            raise ConnectionLost("the connection was closed")
-        return attempt.task.result()
+        while True:
+            protocol = self._protocol
+            if protocol is not None and protocol.alive:
+                return protocol
+            if self._closed:
+                raise ConnectionLost("the connection was closed")
+            attempt = self._attempt
+            if attempt is None:
+                attempt = self._attempt = _Attempt(asyncio.ensure_future(self._open()))
+            attempt.callers += 1
+            try:
+                await asyncio.wait({attempt.task})
+            except asyncio.CancelledError:
+                if attempt.callers == 1:  # nobody else waits
+                    if attempt is self._attempt:
+                        self._attempt = None
+                    await _cancel(attempt.task)
+                raise
+            finally:
+                attempt.callers -= 1
+            if not attempt.task.cancelled():  # else by `close`, or by `leave_for`
+                return attempt.task.result()
 
     async def _open(self) -> RedisProtocol:
         try:
-            if self._locate is not None:
-                host, port = await self._locate()
+            master = self._master
+            if master is not None:
+                host, port = await master.locate()
                 self.endpoint = replace(self.endpoint, host=host, port=port)
             protocol = await connect(self.endpoint, self._on_push)
-            if self._locate is not None:
+            if master is not None:
                 try:
                     await self._check_master(protocol)
                 except BaseException:  # cancelled, say
                     protocol.abort()
                     raise
+                master.found((host, port))
             self._protocol = protocol
             return protocol
         finally:
             if self._attempt is not None and self._attempt.task is asyncio.current_task():
                 self._attempt = None
+
+    def leave_for(self, address: tuple[str, int]) -> None:
+        """The master is there now: a connection to another server is of no use any more."""
+        if (self.endpoint.host, self.endpoint.port) == address:
+            return
+        if self._protocol is not None:
+            self._protocol.abort(ConnectionLost(f"{self.endpoint} is no master any more"))
+        if self._attempt is not None:
+            self._attempt.task.cancel()
+            self._attempt = None
 
     async def _check_master(self, protocol: RedisProtocol) -> None:
         """A Sentinel may name a master of yesterday: it has to say itself that it is one (ROLE)."""
@@ -441,7 +464,7 @@ class Link:
         received = await protocol.send(
             packed, replies, decode=decode, timeout=timeout or self.endpoint.timeout
         )
-        if self._locate is not None:
+        if self._master is not None:
             error = first_error(received)
             if error is not None and error.code == "READONLY":
                 protocol.abort(ConnectionLost(f"{self.endpoint} is no master any more"))

@@ -13,14 +13,15 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-from collections.abc import Awaitable, Callable
+import weakref
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import redis.asyncio
 from redis.asyncio.sentinel import SentinelConnectionPool
 
-from relstream._core import OBJECT, by_owner, commands, first_error, key_slot, pack
+from relstream._core import OBJECT, by_owner, commands, first_error, jittered, key_slot, pack
 from relstream.errors import (
     AuthenticationFailed,
     ClusterNotSettled,
@@ -36,6 +37,8 @@ from relstream.net.connection import Endpoint, Link, connect, endpoint_of, raise
 if TYPE_CHECKING:
     from relstream.net.protocol import RedisProtocol
 
+_T = TypeVar("_T")
+
 SLOTS = 16384
 # How often a command follows a redirect before its sender is told, and the pause in between once
 # the slots look the same as before, in seconds.
@@ -43,6 +46,8 @@ REDIRECTS = 8
 PAUSE = 0.05
 # Asking for the slots, or for the master, in seconds: there are others to ask.
 ASK_TIMEOUT = 1.0
+# Seconds between two questions for the master's name while all seems well.
+LOOK_EVERY = 1.5
 # Seconds without an answer until the next one is asked as well.
 ASK_NEXT = 0.2
 
@@ -73,35 +78,30 @@ class Deployment:
         )
         return replace(self, endpoint=bounded)
 
-    def open(self, role: str, slots: SlotTable | None = None) -> Topology:
+    def guide(self) -> Guide:
+        """What knows where masters are, for all that is opened on one event loop."""
+        if self.nodes:
+            return SlotTable(self)
+        return NamedMaster(self) if self.sentinels else None
+
+    def open(self, role: str, guide: Guide = None) -> Topology:
         """What carries commands, over connections that CLIENT LIST shows under this role.
 
-        Nothing is connected yet. In a cluster several on one event loop may share their `slots`.
+        Nothing is connected yet. What is opened on one event loop may share a `guide`.
         """
         if self.nodes:
-            return ClusterTopology(self.endpoint.named(role), slots or SlotTable(self))
-        return SingleTopology(self.link(role))
+            slots = guide if isinstance(guide, SlotTable) else SlotTable(self)
+            return ClusterTopology(self.endpoint.named(role), slots)
+        return SingleTopology(self.link(role, guide=guide))
 
-    def link(self, role: str, on_push: Callable[[Any], None] | None = None) -> Link:
+    def link(
+        self, role: str, on_push: Callable[[Any], None] | None = None, guide: Guide = None
+    ) -> Link:
         """A link to the master, where there is but one."""
-        locate = self._ask_sentinels if self.sentinels else None
-        return Link(self.endpoint.named(role), on_push=on_push, locate=locate)
-
-    async def _ask_sentinels(self) -> tuple[str, int]:
-        """Where the master is now, as the first Sentinel that can be reached has it."""
-        problems = []
-        for sentinel in random.sample(self.sentinels, len(self.sentinels)):
-            try:
-                address = await _ask(
-                    sentinel, b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", self.master_name
-                )
-            except RelstreamError as error:
-                problems.append(str(error))
-                continue
-            if address is not None:
-                return address[0].decode(), int(address[1])
-            problems.append(f"{sentinel} knows no master {self.master_name!r}")
-        raise ConnectionFailed(f"no Sentinel says where the master is: {'; '.join(problems)}")
+        master = guide if isinstance(guide, NamedMaster) else None
+        if master is None and self.sentinels:
+            master = NamedMaster(self)
+        return Link(self.endpoint.named(role), on_push=on_push, master=master)
 
 
 async def _ask(endpoint: Endpoint, *args: bytes | str) -> Any:
@@ -113,6 +113,40 @@ async def _ask(endpoint: Endpoint, *args: bytes | str) -> Any:
     finally:
         protocol.abort()
         await asyncio.wait({protocol.closed})
+
+
+async def _first_answer(
+    nodes: Iterable[Endpoint], ask: Callable[[Endpoint], Awaitable[_T]], vain: str
+) -> _T:
+    """Asks one node after the other, without waiting long for one that keeps silent."""
+    problems: list[RelstreamError] = []
+    asking: set[asyncio.Future[_T]] = set()
+    others = list(nodes)
+    try:
+        while others or asking:
+            if others:
+                asking.add(asyncio.ensure_future(ask(others.pop(0))))
+            done, asking = await asyncio.wait(
+                asking,
+                timeout=ASK_NEXT if others else None,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            for asked in done:
+                error = asked.exception()
+                if error is None:
+                    return asked.result()
+                if not isinstance(error, RelstreamError):
+                    raise error
+                problems.append(error)
+    finally:
+        for asked in asking:
+            asked.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+    # A user who is refused by one is known to none.
+    for problem in problems:
+        if isinstance(problem, (AuthenticationFailed, PermissionDenied)):
+            raise problem
+    raise ConnectionFailed(f"{vain}: {'; '.join(map(str, problems))}")
 
 
 # --- what was given ----------------------------------------------------------------------------
@@ -238,6 +272,61 @@ class Topology(Protocol):
         """Closes all connections."""
 
 
+class NamedMaster:
+    """The master of today, as Sentinels name it. Belongs to one event loop."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self._deployment = deployment
+        self._links: weakref.WeakSet[Link] = weakref.WeakSet()
+        self._address: tuple[str, int] | None = None
+
+    def join(self, link: Link) -> None:
+        """This one is to leave a master that was replaced."""
+        self._links.add(link)
+
+    async def locate(self) -> tuple[str, int]:
+        """Where the master is, as the first Sentinel has it that answers."""
+        return await _first_answer(
+            random.sample(self._deployment.sentinels, len(self._deployment.sentinels)),
+            self._ask,
+            "no Sentinel says where the master is",
+        )
+
+    async def _ask(self, sentinel: Endpoint) -> tuple[str, int]:
+        name = self._deployment.master_name
+        try:
+            address = await _ask(sentinel, b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", name)
+        except ReplyError as error:
+            raise ReplyError(f"{error} (Sentinel {sentinel})") from None
+        if address is None:
+            raise ConnectionFailed(f"Sentinel {sentinel} knows no master {name!r}")
+        return address[0].decode(), int(address[1])
+
+    def found(self, address: tuple[str, int]) -> None:
+        """The server there says that it is a master: links to another one leave it.
+
+        That may be paused, or cut off from its replicas and Sentinels alone, and go on for long.
+        """
+        if address != self._address:
+            self._address = address
+            for link in list(self._links):
+                link.leave_for(address)
+
+    async def run(self) -> None:
+        """Asks for the master of today every now and then, until cancelled."""
+        while True:
+            await asyncio.sleep(jittered(LOOK_EVERY, 0.2, random.random()))
+            try:
+                if await self.locate() != self._address:
+                    probe = self._deployment.link("sentinel", guide=self)
+                    try:
+                        await probe.get()
+                    finally:
+                        await probe.close()
+            except RelstreamError:
+                continue  # nobody says so, or it is none yet
+
+
 class SingleTopology:
     """One server, or one at a time."""
 
@@ -334,37 +423,10 @@ class SlotTable:
             await asyncio.gather(self._refreshing, return_exceptions=True)
 
     async def _refresh(self, first: Endpoint | None) -> None:
-        problems: list[RelstreamError] = []
-        asking: set[asyncio.Future[_View]] = set()
-        candidates = self._candidates(first)
-        try:
-            while candidates or asking:
-                if candidates:
-                    asking.add(asyncio.ensure_future(self._ask(candidates.pop(0))))
-                # One that is paused, or cut off, does not keep the others from telling.
-                done, asking = await asyncio.wait(
-                    asking,
-                    timeout=ASK_NEXT if candidates else None,
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
-                for asked in done:
-                    error = asked.exception()
-                    if error is None:
-                        self._see(asked.result())
-                        return
-                    if not isinstance(error, RelstreamError):
-                        raise error
-                    problems.append(error)
-        finally:
-            for asked in asking:
-                asked.cancel()
-            await asyncio.gather(*asking, return_exceptions=True)
-        # A user who is refused by one is known to none.
-        for problem in problems:
-            if isinstance(problem, (AuthenticationFailed, PermissionDenied)):
-                raise problem
-        raise ConnectionFailed(
-            f"no node of the cluster tells its slots: {'; '.join(map(str, problems))}"
+        self._see(
+            await _first_answer(
+                self._candidates(first), self._ask, "no node of the cluster tells its slots"
+            )
         )
 
     def _candidates(self, first: Endpoint | None) -> list[Endpoint]:
@@ -428,6 +490,10 @@ class SlotTable:
         info = await _ask(node.named("slots"), b"CLUSTER", b"INFO")
         found = re.search(rb"cluster_state:(\w+)", info)
         return found[1] if found else b"unknown", await self._ask(node)
+
+
+# What knows where masters are; None: there is nothing to know.
+Guide = SlotTable | NamedMaster | None
 
 
 class ClusterTopology:

@@ -7,7 +7,7 @@ from typing import Any
 import redis
 from helpers import SEPARATOR, Service
 
-from relstream.servers import Cluster, Node
+from relstream.servers import Cluster, Node, Sentinels
 
 
 def locks_by_master(cluster: Cluster) -> dict[Node, dict[str, str]]:
@@ -67,3 +67,16 @@ class ClusterService(Service):
 
     def locks(self) -> dict[str, str]:
         return {k: v for held in locks_by_master(self._cluster).values() for k, v in held.items()}
+
+
+class SentinelService(Service):
+    """As `Service`, at whom Sentinels name the master."""
+
+    def __init__(self, sentinels: Sentinels) -> None:
+        self._sentinels = sentinels
+        super().__init__(redis.Redis.from_url(sentinels.master().url))
+
+    def follow(self) -> None:
+        """After a failover."""
+        self.redis.close()
+        self.redis = redis.Redis.from_url(self._sentinels.master().url)

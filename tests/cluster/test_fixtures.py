@@ -7,16 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import redis.asyncio
 import redis.asyncio.sentinel
-import trustme
 from cluster.observing import ClusterService, locks_by_master, subscriptions
 
-from relstream.server import Binary, ServerStartFailed, TLSFiles
+from relstream.server import Binary, TLSFiles
 from relstream.servers import Cluster, Sentinels
 
 Group = type[Cluster] | type[Sentinels]
@@ -258,36 +256,6 @@ def temporary_directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("TMPDIR", str(folder))
     yield folder
     folder.rmdir()  # fails when a server left something
-
-
-@pytest.fixture
-def tls(tmp_path: Path) -> TLSFiles:
-    authority = trustme.CA()
-    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
-    issued = authority.issue_cert("127.0.0.1")
-    issued.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
-    issued.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
-    return TLSFiles(tmp_path / "cert.pem", tmp_path / "key.pem", tmp_path / "ca.pem")
-
-
-@pytest.fixture
-def make(binary: Binary) -> Iterator[Callable[..., Any]]:
-    made: list[Cluster | Sentinels] = []
-
-    def make(group: Group, **options: Any) -> Cluster | Sentinels:
-        started = group(binary=binary, **options)
-        try:
-            started.start()
-        except ServerStartFailed as error:
-            if not any(sign in str(error) for sign in (">>> 'tls-", "Failed finding TLS support")):
-                raise
-            pytest.skip("this server was built without TLS")
-        made.append(started)
-        return started
-
-    yield make
-    for started in made:
-        started.stop()
 
 
 @pytest.mark.slow
