@@ -42,6 +42,7 @@ _NOT_NOW = frozenset(
     (
         *("BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MISCONF"),
         *("NOREPLICAS", "OOM", "READONLY", "TRYAGAIN"),
+        "NOSCRIPT",  # flushed again after it was loaded
     )
 )
 

@@ -114,7 +114,6 @@ async def run(
 
     Loads the script where the server does not know it (a restart, SCRIPT FLUSH).
     """
-
     return await run_packed(
         link,
         script,

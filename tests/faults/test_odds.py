@@ -270,7 +270,12 @@ async def test_what_its_owner_finishes_while_it_is_buried_is_no_dead_letter(
     consumer, service, scripts
 ):
     entry_id = service.announce("s1", _retry_count="3")
-    owner = consumer("owner", auto_claim=False, recovery=RecoveryConfig(min_idle_time=3600))
+    owner = consumer(
+        "owner",
+        auto_claim=False,
+        recovery=RecoveryConfig(min_idle_time=3600),
+        heartbeat_interval=20,  # it does not take its lock anew in the meantime
+    )
     await take(await owner.init(), 1)
     scanning = consumer("scanning")
     undertaker = Undertaker(scanning, lambda: owner.done_stream("s1"))
