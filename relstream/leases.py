@@ -29,7 +29,16 @@ from relstream._core import (
 from relstream.errors import RelstreamError, ReplyError
 from relstream.lbs import SEPARATOR, Names, partition_of, split_lock_key
 from relstream.net.connection import Backoff, raise_first
-from relstream.scripts import RELEASE, RENEW, SCRIPT_KEYS, Script, run, run_each
+from relstream.scripts import (
+    RELEASE,
+    RELEASE_ONE,
+    RENEW,
+    RENEW_ONE,
+    SCRIPT_KEYS,
+    Script,
+    run,
+    run_each,
+)
 
 new_event_loop: Callable[[], asyncio.AbstractEventLoop]
 try:
@@ -77,7 +86,7 @@ class Locks:
 
     async def prepare(self) -> None:
         """Opens the connection and loads the script, so that the first renewal need not wait."""
-        await self._topology.load(RENEW.source)
+        await self._topology.load((RENEW if self._topology.single else RENEW_ONE).source)
 
     async def acquire(self, keys: list[bytes]) -> list[Any]:
         """For each lock b"OK", None (it is held) or a `ReplyError`."""
@@ -90,54 +99,60 @@ class Locks:
 
     async def renew(self, keys: list[bytes]) -> tuple[list[bytes], list[bytes]]:
         """Gives locks that are ours their full time again; returns those gone, and those taken."""
-        gone: list[bytes] = []
-        taken: list[bytes] = []
-        if not self._scripts_forbidden:
-            parts, replies = await self._run(RENEW, keys, self._value, self._ttl_ms)
-            if not self._forbidden(replies):
-                for part, places in zip(parts, raise_first(replies), strict=True):
-                    for place in places:
-                        (gone if place > 0 else taken).append(part[abs(place) - 1])
-                return gone, taken
+        failed = await self._run(RENEW, RENEW_ONE, keys, self._value, self._ttl_ms)
+        if failed is not None:
+            return failed
         values = await self._topology.each(self._get.pack, keys)
         for value in values:
             if isinstance(value, ReplyError) and value.transient:
                 raise value
         ours = [key for key, value in zip(keys, values, strict=True) if value == self._value]
         extended = await self._each(self._extend, ours)
-        gone += [key for key, value in zip(keys, values, strict=True) if value is None]
+        gone = [key for key, value in zip(keys, values, strict=True) if value is None]
         gone += [key for key, found in zip(ours, extended, strict=True) if not found]
         # One that we may not even read any more (ACL) can't be held either.
         mine = (self._value, None)
-        taken += [key for key, value in zip(keys, values, strict=True) if value not in mine]
+        taken = [key for key, value in zip(keys, values, strict=True) if value not in mine]
         return gone, taken
 
     async def release(self, keys: list[bytes]) -> list[bytes]:
         """Deletes locks that are ours; returns those that were not."""
-        if not self._scripts_forbidden:
-            parts, replies = await self._run(RELEASE, keys, self._value)
-            if not self._forbidden(replies):
-                return [
-                    part[place - 1]
-                    for part, places in zip(parts, raise_first(replies), strict=True)
-                    for place in places
-                ]
+        failed = await self._run(RELEASE, RELEASE_ONE, keys, self._value)
+        if failed is not None:
+            return failed[0] + failed[1]
         held = await self.held(keys)
         ours = [key for key, mine in zip(keys, held, strict=True) if mine]
         await self._each(self._delete, ours)
         return [key for key, mine in zip(keys, held, strict=True) if not mine]
 
     async def _run(
-        self, script: Script, keys: list[bytes], *args: bytes | int
-    ) -> tuple[list[Sequence[bytes]], list[Any]]:
-        """Runs a script on these locks; returns those of each call, and its reply."""
-        if not self._topology.single:
-            return [[key] for key in keys], await run_each(self._topology, script, keys, args)
-        parts = list(chunks(keys, SCRIPT_KEYS))
-        if not parts:
-            return [], []
-        link = self._topology.link(keys[0])
-        return parts, await run(link, script, [(part, args) for part in parts])
+        self, many: Script, one: Script, keys: list[bytes], *args: bytes | int
+    ) -> tuple[list[bytes], list[bytes]] | None:
+        """Runs a script on these locks; returns those gone, and those that are others'.
+
+        None where scripts are forbidden, for these or for all.
+        """
+        gone: list[bytes] = []
+        taken: list[bytes] = []
+        if self._scripts_forbidden:
+            return None
+        if self._topology.single:
+            parts = list(chunks(keys, SCRIPT_KEYS))
+            link = self._topology.link(b"")
+            replies = await run(link, many, [(part, args) for part in parts])
+            if self._forbidden(replies):
+                return None
+            for part, places in zip(parts, raise_first(replies), strict=True):
+                for place in places:
+                    (gone if place > 0 else taken).append(part[abs(place) - 1])
+        else:
+            replies = await run_each(self._topology, one, keys, args)
+            if self._forbidden(replies):
+                return None
+            for key, reply in zip(keys, raise_first(replies), strict=True):
+                if reply != 1:
+                    (taken if reply else gone).append(key)
+        return gone, taken
 
     def _forbidden(self, replies: list[Any]) -> bool:
         """Whether the user may not run scripts: then two commands a lock do, not atomically."""

@@ -36,17 +36,36 @@ def key_slot(bytes key not None):
 
 
 def by_owner(list keys not None, list places not None, list owners not None):
-    """Which owner serves which keys: `{owner: places}`, of the `places` in `keys`.
+    """Which owner serves which keys: `[(owner, places), …]`, of the `places` in `keys`.
 
-    `owners` names the owner of each of the 16384 slots.
+    `owners` names the owner of each of the 16384 slots, always by the same object: they are told
+    apart by identity, which costs less than comparing them.
     """
-    cdef dict groups = {}
-    cdef list group
+    cdef list found = []
+    cdef list groups = []
     cdef object owner
+    cdef Py_ssize_t n = 0
     for place in places:
         owner = owners[key_slot(<bytes?>keys[place])]
-        group = <list>groups.get(owner)
-        if group is None:
-            group = groups[owner] = []
-        group.append(place)
-    return groups
+        if not found or found[n] is not owner:
+            n = 0
+            while n < len(found) and found[n] is not owner:
+                n += 1
+            if n == len(found):
+                found.append(owner)
+                groups.append([])
+        (<list>groups[n]).append(place)
+    return list(zip(found, groups))
+
+
+def scatter(list replies not None, list places not None, list part not None):
+    """Puts the replies to commands in their places; whether there is an error among them."""
+    cdef Py_ssize_t n
+    cdef bint errors = False
+    if len(places) != len(part):
+        raise ValueError(f"{len(part)} replies to {len(places)} commands")
+    for n in range(len(places)):
+        reply = part[n]
+        errors = errors or type(reply) is ReplyError
+        replies[places[n]] = reply
+    return errors

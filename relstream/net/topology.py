@@ -16,12 +16,13 @@ import re
 import weakref
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import redis.asyncio
 from redis.asyncio.sentinel import SentinelConnectionPool
 
-from relstream._core import OBJECT, by_owner, commands, first_error, jittered, key_slot, pack
+from relstream._core import OBJECT, by_owner, commands, jittered, key_slot, pack, scatter
 from relstream.errors import (
     AuthenticationFailed,
     ClusterNotSettled,
@@ -351,10 +352,8 @@ class _View:
     """What one node says of the cluster."""
 
     owners: list[Endpoint | None] = field(default_factory=lambda: [None] * SLOTS)
+    masters: list[Endpoint] = field(default_factory=list)
     replicas: list[Endpoint] = field(default_factory=list)
-
-    def masters(self) -> list[Endpoint]:
-        return list(dict.fromkeys(owner for owner in self.owners if owner is not None))
 
 
 class SlotTable:
@@ -364,6 +363,7 @@ class SlotTable:
         self._common = deployment.endpoint
         self._seeds = deployment.nodes
         self._view = _View()
+        self._nodes: dict[tuple[str, int], Endpoint] = {}
         self._refreshing: asyncio.Task[None] | None = None
         self._closed = False
         self.version = 0
@@ -381,7 +381,7 @@ class SlotTable:
     @property
     def masters(self) -> list[Endpoint]:
         """All masters that serve slots."""
-        return self._view.masters()
+        return list(self._view.masters)
 
     def doubt(self) -> None:
         """Something went wrong that other masters would explain."""
@@ -389,7 +389,7 @@ class SlotTable:
         self.noticed.set()
 
     def _see(self, view: _View) -> None:
-        if view.masters() != self.masters:
+        if view.masters != self._view.masters:
             self.noticed.set()
         self._view = view
         self.version += 1
@@ -439,8 +439,11 @@ class SlotTable:
         return replace(self._common, host=at.host, port=at.port, path=at.path)
 
     def at(self, host: str, port: int) -> Endpoint:
-        """A node of this cluster, by its address."""
-        return replace(self._common, host=host, port=port, path=None)
+        """A node of this cluster, by its address: always the same object, as slots are many."""
+        node = self._nodes.get((host, port))
+        if node is None:
+            node = self._nodes[host, port] = replace(self._common, host=host, port=port, path=None)
+        return node
 
     async def _ask(self, node: Endpoint) -> _View:
         view = _View()
@@ -450,10 +453,12 @@ class SlotTable:
             if error.code == "NOPERM":
                 raise PermissionDenied(f"{node}: {error}: grant +cluster|slots") from None
             raise
-        for start, end, master, *replicas in ranges:
+        for start, end, master, *replicas in sorted(ranges, key=itemgetter(0)):
             owner = self._address(master, node)
             view.owners[start : end + 1] = [owner] * (end + 1 - start)
+            view.masters.append(owner)
             view.replicas += [self._address(replica, node) for replica in replicas]
+        view.masters = list(dict.fromkeys(view.masters))
         view.replicas = list(dict.fromkeys(view.replicas))
         return view
 
@@ -572,13 +577,13 @@ class ClusterTopology:
             return parts[place]
 
         return await self._carry(
-            replies, lambda places: {self.slots.owners[slot]: places}, send, alone, decode
+            replies, lambda places: [(self.slots.owners[slot], places)], send, alone, decode
         )
 
     async def _carry(
         self,
         count: int,
-        by_master: Callable[[list[int]], dict[Endpoint | None, list[int]]],
+        by_master: Callable[[list[int]], list[tuple[Endpoint | None, list[int]]]],
         send: Callable[[Endpoint | None, list[int]], Awaitable[list[Any]]],
         alone: Callable[[int], bytes],
         decode: int,
@@ -592,12 +597,13 @@ class ClusterTopology:
         for attempt in range(REDIRECTS):
             await self.prepare()
             groups = by_master(places)
-            parts = await asyncio.gather(*(send(owner, some) for owner, some in groups.items()))
+            if len(groups) == 1:
+                parts = [await send(*groups[0])]
+            else:
+                parts = await asyncio.gather(*(send(*group) for group in groups))
             errors = False
-            for some, part in zip(groups.values(), parts, strict=True):
-                errors = errors or first_error(part) is not None
-                for place, reply in zip(some, part, strict=True):
-                    replies[place] = reply
+            for (_, some), part in zip(groups, parts, strict=True):
+                errors = scatter(replies, some, part) or errors
             if not errors:
                 break
             places = await self._redirected(replies, places, alone, decode, attempt)

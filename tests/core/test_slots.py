@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from redis.crc import key_slot as peer
 
-from relstream._core import key_slot
+from relstream._core import by_owner, key_slot, scatter
+from relstream.errors import ReplyError
 
 
 @pytest.mark.parametrize(
@@ -36,3 +37,27 @@ keys = st.lists(st.sampled_from([b"{", b"}", b"a", b"\0"]), max_size=12).map(b""
 @given(keys | st.binary())
 def test_the_same_as_redis_py(key: bytes) -> None:
     assert key_slot(key) == peer(key)
+
+
+@given(st.lists(st.sampled_from([b"a", b"b", b"c", b"d"])), st.data())
+def test_by_owner(all_keys: list[bytes], data: st.DataObject) -> None:
+    names = [object(), object(), None]
+    owners = [names[slot % 3] for slot in range(16384)]
+    every = range(len(all_keys))
+    places = [place for place in every if data.draw(st.booleans())]
+    groups = by_owner(all_keys, places, owners)
+    assert len({id(owner) for owner, _ in groups}) == len(groups)
+    for owner, some in groups:
+        assert some == [p for p in places if owners[key_slot(all_keys[p])] is owner]
+    assert sorted(place for _, some in groups for place in some) == places
+
+
+def test_scatter() -> None:
+    replies: list[object] = [None] * 4
+    assert not scatter(replies, [3, 0], [b"x", 7])
+    assert replies == [7, None, None, b"x"]
+    error = ReplyError("MOVED 1 :1")
+    assert scatter(replies, [1], [error])
+    assert replies == [7, error, None, b"x"]
+    with pytest.raises(ValueError, match="1 replies to 2 commands"):
+        scatter(replies, [1, 2], [b""])
