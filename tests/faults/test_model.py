@@ -411,7 +411,7 @@ async def play(url, service, steps, happening):
 @pytest.mark.timeout(180)
 def test_any_order_of_events_keeps_the_invariants(own_server, monkeypatch):
     @settings(
-        max_examples=60,
+        max_examples=20,
         deadline=None,
         suppress_health_check=list(HealthCheck),
         print_blob=False,

@@ -98,6 +98,98 @@ async def test_an_unwritable_dead_letter_stream_loses_nothing(consumer, service)
     await eventually(lambda: service.redis.xlen(service.dlq) == 1)
 
 
+@pytest.mark.parametrize("why", ["memory", "rights"])
+async def test_a_refused_dead_letter_stays_pending(consumer, service, redis_url, why):
+    service.redis.acl_setuser(
+        "app", enabled=True, nopass=True, keys=["*"], channels=["*"], commands=["+@all"]
+    )
+    heard = Heard()
+    url = redis_url.replace("://", "://app:x@")
+    await consumer(url=url, recovery=SCAN_ONLY, recorder=heard).init()
+    if why == "memory":
+        ids = orphan(service, 2, _retry_count="3")
+        service.redis.config_set("maxmemory", 1)
+    else:
+        service.redis.acl_setuser(
+            "app", reset_keys=True, channels=["*"], commands=["+@all"], enabled=True, nopass=True,
+            keys=[service.lbs, "svc-input-reconciler", f"*{SEPARATOR}*"],
+        )  # fmt: skip
+        ids = orphan(service, 2, _retry_count="3")
+    scans = len(heard.calls("reconciliation_scan"))
+    await eventually(lambda: len(heard.calls("reconciliation_scan")) > scans + 2)
+    assert service.pending("ghost") == service.entries() == ids
+    assert heard.calls("dlq_routing") == []
+    service.redis.config_set("maxmemory", 0)
+    service.redis.acl_setuser(
+        "app", enabled=True, nopass=True, keys=["*"], channels=["*"], commands=["+@all"]
+    )
+    await eventually(lambda: len(heard.calls("dlq_routing")) == 2)
+    assert (service.entries(), service.redis.xlen(service.dlq)) == ([], 2)
+    assert heard.calls("dlq_routing") == [(f"s{i}", "max_retries_exceeded") for i in range(2)]
+
+
+class Heard:
+    """A recorder that remembers."""
+
+    def __init__(self):
+        self.all = []
+
+    def calls(self, name):
+        return [args for called, args in self.all if called == name]
+
+    def __getattr__(self, name):
+        return lambda *args: self.all.append((name, args))
+
+
+@pytest.mark.parametrize("scripts", [True, False])
+async def test_the_recorder_hears_of_recovery(consumer, service, redis_url, scripts):
+    living = orphan(service, 2, consumer="slow")
+    for i, entry_id in enumerate(living):
+        service.redis.set(f"s{i}{SEPARATOR}{entry_id}", "slow")
+    orphan(service, 3)  # s2 to s4
+    orphan(service, 1, _retry_count="3")
+    service.redis.acl_setuser(
+        "app", enabled=True, nopass=True, keys=["*"], channels=["*"],
+        commands=["+@all", "+@scripting" if scripts else "-@scripting"],
+    )  # fmt: skip
+    await asyncio.sleep(0.6)  # idle for long enough, and for longer than a lock lives
+    heard = Heard()
+    client = consumer(
+        url=redis_url.replace("://", "://app:x@"),
+        recovery=SCAN_ONLY,
+        recorder=heard,
+        auto_claim=False,
+    )
+    notes = await client.init()
+    got = await take(notes, 3)
+    await eventually(lambda: len(heard.calls("reconciliation_scan")) >= 2)
+    ((success, count, took),) = heard.calls("startup_recovery")
+    assert (success, count) == (True, 3)
+    assert 0 < took < 10
+    first, second, *_ = heard.calls("reconciliation_scan")
+    assert first[:3] == (3, 2, 1)
+    assert second[:3] == (0, 2, 0)
+    assert heard.calls("requeue") == [(f"s{i}", True) for i in (2, 3, 4)]
+    assert heard.calls("dlq_routing") == [("s5", "max_retries_exceeded")]
+    assert heard.calls("alive_skip")[:2] == [(2,), (2,)]
+    gaps = heard.calls("ack_add_gap")
+    assert [count for count, _ in gaps] == ([] if scripts else [3])
+    # Another is first, after the entry was looked at.
+    put = client._partitions[0].recoverer._put_back.put_planned
+    entry_id = got[0].payload.id_in_lbs
+
+    async def put_late(plan, *, counting):
+        service.redis.xack(service.lbs, service.group, entry_id)
+        return await put(plan, counting=counting)
+
+    client._partitions[0].recoverer._put_back.put_planned = put_late
+    service.redis.delete(f"{got[0].payload.data_stream_name}{SEPARATOR}{entry_id}")
+    with pytest.raises(AlreadyClaimed):
+        await client.claim(got[0].payload)
+    assert (got[0].payload.data_stream_name, False) in heard.calls("requeue")
+    service.redis.xdel(service.lbs, entry_id)
+
+
 async def test_what_vanished_is_acknowledged(consumer, service):
     ids = orphan(service, 3)
     service.redis.xdel(service.lbs, ids[1])
