@@ -211,6 +211,7 @@ class Keeper:
         self._app_loop: asyncio.AbstractEventLoop | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = asyncio.Event()
+        self._rounds: dict[object, asyncio.Task[None]] = {}
 
     # --- on the application's loop -------------------------------------------------------------
 
@@ -281,6 +282,7 @@ class Keeper:
             for task in (renewing, stopped):
                 task.cancel()
             await asyncio.gather(renewing, stopped, return_exceptions=True)
+            await self._end_rounds()
             await topology.close()
 
     async def _renew_for_ever(self, topology: Topology) -> None:
@@ -316,10 +318,41 @@ class Keeper:
             await asyncio.sleep(due - loop.time())
 
     async def _renew_all(self, topology: Topology, locks: Locks, spread: float) -> None:
-        """Renews all, window by window; several are under way where the server is far away."""
-        loop = asyncio.get_running_loop()
+        """Renews all; of several servers one that is silent keeps none of the others' waiting."""
         with self._guard:
             held = list(self._keys)
+        for server, keys in topology.apart(held).items():
+            if server not in self._rounds:  # else it is not done with what it was sent before
+                work = self._renew_some(topology, locks, keys, spread)
+                self._rounds[server] = asyncio.ensure_future(work)
+        if not self._rounds:
+            return
+        try:
+            await asyncio.wait(
+                self._rounds.values(),
+                timeout=None if topology.single else self._ttl / 2,
+                return_when=asyncio.FIRST_EXCEPTION,
+            )
+        except asyncio.CancelledError:
+            await self._end_rounds()
+            raise
+        ended = [server for server, task in self._rounds.items() if task.done()]
+        errors = [self._rounds.pop(server).exception() for server in ended]
+        for error in errors:
+            if error is not None:
+                raise error
+
+    async def _end_rounds(self) -> None:
+        rounds, self._rounds = list(self._rounds.values()), {}
+        for task in rounds:
+            task.cancel()
+        await asyncio.gather(*rounds, return_exceptions=True)
+
+    async def _renew_some(
+        self, topology: Topology, locks: Locks, held: list[bytes], spread: float
+    ) -> None:
+        """Renews these, window by window; several are under way where the server is far away."""
+        loop = asyncio.get_running_loop()
         windows = list(chunks(held, WINDOW))
         start = loop.time()
         under_way: set[asyncio.Task[None]] = set()

@@ -14,7 +14,7 @@ import asyncio
 import random
 import re
 import weakref
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
@@ -266,6 +266,9 @@ class Topology(Protocol):
         Errors are values among them: of keys whose master can't be reached, a transient one.
         """
 
+    def apart(self, keys: list[bytes]) -> Mapping[object, list[bytes]]:
+        """Keys by the servers that have them, as far as is known."""
+
     async def load(self, source: str) -> Any:
         """Makes a script known to every server (SCRIPT LOAD). Returns the reply of one of them."""
 
@@ -345,6 +348,9 @@ class SingleTopology:
         self, packed: Callable[[list[bytes]], bytes], keys: list[bytes], decode: int = OBJECT
     ) -> list[Any]:
         return await self._link.pipeline(packed(keys), len(keys), decode=decode)
+
+    def apart(self, keys: list[bytes]) -> Mapping[object, list[bytes]]:
+        return {None: keys} if keys else {}
 
 
 @dataclass
@@ -561,6 +567,10 @@ class ClusterTopology:
             lambda place: packed([keys[place]]),
             decode,
         )
+
+    def apart(self, keys: list[bytes]) -> Mapping[object, list[bytes]]:
+        places = by_owner(keys, list(range(len(keys))), self.slots.owners)
+        return {owner: [keys[place] for place in some] for owner, some in places.items()}
 
     async def follow(
         self, slot: int, packed: bytes, replies: int, decode: int, timeout: float | None

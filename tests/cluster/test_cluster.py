@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from helpers import (
     DISOWNED,
     EXPIRED,
     SEPARATOR,
+    Renewals,
     Service,
     eventually,
     names,
@@ -292,6 +294,27 @@ async def test_a_killed_master_is_replaced(cluster, service, consumer):
         await client.done()
     assert service.locks() == {}
     assert service.pending() == []
+
+
+@pytest.mark.slow
+async def test_a_paused_master_costs_no_lock_of_others(cluster, service, consumer):
+    announce(service, 60)
+    # Longer than the whole cluster is down, while there is no new master yet.
+    client = consumer(redis=f"{url_of(cluster)}?socket_timeout=60", heartbeat_interval=6.0)
+    notes = await client.init()
+    await take(notes, 60)
+    victim = cluster.master_of(service.dlq)
+    assert victim is not cluster.master_of(service.lbs)
+    kept = [key for key in service.locks() if cluster.master_of(key) is not victim]
+    renewals = Renewals(service, kept)
+    victim.pause()
+    promoted = None
+    while promoted is None or renewals.seen() < 4:  # fails when one is gone
+        await asyncio.sleep(0.05)
+        with contextlib.suppress(LookupError):
+            promoted = promoted or cluster.master_of(service.dlq)
+    await eventually(lambda: one_subscription_a_master(cluster), 10)
+    await works(service, notes, client, "s60")
 
 
 @pytest.mark.slow
