@@ -99,7 +99,7 @@ def endpoint_of(source: str | redis.asyncio.Redis) -> Endpoint:
     password.
     """
     if isinstance(source, str):
-        shown: object = _without_secrets(source)
+        shown: object = without_secrets(source)
         pool = _pool_of_url(source)
     elif isinstance(source, redis.asyncio.Redis):
         shown = source
@@ -135,7 +135,8 @@ def endpoint_of(source: str | redis.asyncio.Redis) -> Endpoint:
     )
 
 
-def _without_secrets(url: str) -> str:
+def without_secrets(url: str) -> str:
+    """A URL as it may be shown."""
     # Up to the last @: a password that should have been percent-encoded may contain "/" and "@".
     return re.sub(r"(?i)(password=)[^&]*", r"\1***", re.sub(r"//.*@", "//***@", url))
 
@@ -143,7 +144,7 @@ def _without_secrets(url: str) -> str:
 def _pool_of_url(url: str) -> redis.asyncio.ConnectionPool:
     def wrong(why: str) -> InvalidOption:
         expected = "redis://[[user]:password@]host[:port][/db], rediss://… or unix:///path[?db=n]"
-        return InvalidOption("redis", _without_secrets(url), f"{expected} ({why})")
+        return InvalidOption("redis", without_secrets(url), f"{expected} ({why})")
 
     try:
         parts = urlsplit(url)

@@ -33,7 +33,14 @@ from relstream.errors import (
     RelstreamError,
     ReplyError,
 )
-from relstream.net.connection import Endpoint, Link, connect, endpoint_of, raise_first
+from relstream.net.connection import (
+    Endpoint,
+    Link,
+    connect,
+    endpoint_of,
+    raise_first,
+    without_secrets,
+)
 
 if TYPE_CHECKING:
     from relstream.net.protocol import RedisProtocol
@@ -182,7 +189,7 @@ def _of_many_hosts(url: str, scheme: str, kind: str, rest: str) -> Deployment:
         part.removeprefix("sentinel_") for part in query.split("&") if part.startswith("sentinel_")
     )
     query = "&".join(part for part in query.split("&") if not part.startswith("sentinel_"))
-    shown = f"{scheme}+{kind}://{'***@' if at else ''}{address}"
+    shown = without_secrets(url)
     name, _, db = path.partition("/")
     if kind == "cluster" and path.strip("/") not in ("", "0"):
         raise InvalidOption("redis", shown, "no database: a cluster has only one")
@@ -570,7 +577,7 @@ class ClusterTopology:
 
     def apart(self, keys: list[bytes]) -> Mapping[object, list[bytes]]:
         places = by_owner(keys, list(range(len(keys))), self.slots.owners)
-        return {owner: [keys[place] for place in some] for owner, some in places.items()}
+        return {owner: [keys[place] for place in some] for owner, some in places}
 
     async def follow(
         self, slot: int, packed: bytes, replies: int, decode: int, timeout: float | None

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relstream._core import ITEM, Template, pack
+from relstream._core import ITEM, Template, commands, pack
 
 arguments = st.binary() | st.text(max_size=20) | st.integers()
 
@@ -80,3 +80,9 @@ def test_items_are_a_list(items: Any) -> None:
 def test_a_template_never_given_its_command() -> None:
     with pytest.raises(TypeError):
         Template.__new__(Template).pack([b"a"])
+
+
+@given(st.lists(st.lists(arguments, min_size=1, max_size=6), max_size=8))
+def test_packed_commands_are_told_apart(several: list[list[Any]]) -> None:
+    packed = [pack(*args) for args in several]
+    assert commands(b"".join(packed)) == packed

@@ -61,3 +61,15 @@ def test_scatter() -> None:
     assert replies == [7, error, None, b"x"]
     with pytest.raises(ValueError, match="1 replies to 2 commands"):
         scatter(replies, [1, 2], [b""])
+
+
+@given(st.lists(keys | st.binary(), max_size=50), st.data())
+def test_keys_by_their_owners(some: list[bytes], data: st.DataObject) -> None:
+    masters = [None, "m1", "m2", "m3"]
+    owners = [masters[slot % 7 % 4] for slot in range(16384)]
+    places = data.draw(st.lists(st.sampled_from(range(len(some))), unique=True)) if some else []
+    found = by_owner(some, places, owners)
+    expected: dict[str | None, list[int]] = {}
+    for place in places:
+        expected.setdefault(owners[peer(some[place])], []).append(place)
+    assert found == list(expected.items())
