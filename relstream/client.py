@@ -8,7 +8,7 @@ import os
 from collections.abc import Coroutine
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from relstream.config import (
     ClusterMode,
@@ -386,35 +386,35 @@ class StreamClient:
 
     # --- streams ------------------------------------------------------------------------------
 
-    async def done_stream(self, data_stream_name: str) -> None:
+    async def done_stream(self, stream: str | LBSInfo) -> None:
         """Processing is finished: acknowledges and deletes the LBS entry, then releases the lock.
+
+        `stream` is its name, or better the `payload` of its STREAM_ADDED: then a worker that went
+        on while the stream was lost, and came back to this consumer, can't finish it for the next.
 
         Finishes all entries by which the stream was announced while it was owned. Calls made at the
         same time share their commands. When it is cancelled the stream is finished all the same.
 
         Raises:
-            StreamNotOwned: it is not owned, or was lost; nothing of its new owner's is touched.
+            StreamNotOwned: it is not owned, was lost, or is owned by an announcement that the
+                application was not told of yet; nothing of its new owner's is touched.
             ConnectionFailed: Redis could not be reached in as many tries as `retry` allows; the
                 stream is still owned.
             ReplyError: the server refuses; the stream is still owned.
             ClientClosed: the client is closed, or was before the server had answered.
         """
-        part = self._only or self._part(data_stream_name)
-        head = part.leases.get(data_stream_name)
-        if head is None or head.finishing or self._closing is not None:
-            self._refuse(data_stream_name, head)
+        part = self._only or self._part(stream)
+        head = part.leases.get(stream)
+        if head is None or head.finishing or not head.delivered or self._closing is not None:
+            head = self._told(stream)
         await part.finisher.done(head)
 
-    async def release(self, data_stream_name: str) -> None:
+    async def release(self, stream: str | LBSInfo) -> None:
         """Hands a stream over to another consumer (or to this one again), counting no retry.
 
-        Raises as `done_stream` does.
+        Takes what `done_stream` does, and raises as it does.
         """
-        part = self._part(data_stream_name)
-        head = part.leases.get(data_stream_name)
-        if head is None or head.finishing or self._closing is not None:
-            self._refuse(data_stream_name, head)
-        await part.finisher.release(head)
+        await self._part(stream).finisher.release(self._told(stream))
 
     async def claim(self, lbs_info: LBSInfo) -> None:
         """Puts an expired stream back for redistribution; grants no ownership.
@@ -460,12 +460,24 @@ class StreamClient:
         if not self._ready or self._closing is not None:
             raise ClientClosed("the client is not open: call init() first, and not after closing")
 
-    def _refuse(self, data_stream_name: str, head: Entry | None) -> NoReturn:
+    def _told(self, stream: str | LBSInfo) -> Entry:
+        """The first entry of an owned stream that the application knows of."""
         self._check_open()
-        doing = "is not owned by this consumer"
-        if head is not None:
-            doing = "is being finished or handed over already"
-        raise StreamNotOwned(data_stream_name, doing)
+        name = stream.data_stream_name if isinstance(stream, LBSInfo) else stream
+        head = self._part(stream).leases.get(name)
+        if head is None:
+            why = "is not owned by this consumer"
+        elif head.finishing:
+            why = "is being finished or handed over already"
+        elif not head.delivered:
+            why = "was lost; that it is owned again waits to be told"
+        elif isinstance(stream, LBSInfo) and all(
+            stream.id_in_lbs != entry.id_in_lbs for entry in (head, *(head.again or ()))
+        ):
+            why = f"was lost as {stream.id_in_lbs}; it is owned again as {head.id_in_lbs}"
+        else:
+            return head
+        raise StreamNotOwned(name, why)
 
     # --- what happens -------------------------------------------------------------------------
 
@@ -473,8 +485,9 @@ class StreamClient:
         assert self._recorder is not None
         self._recorder.stream_processing_start(entry.data_stream_name)
 
-    def _part(self, data_stream_name: str) -> Partition:
-        return self._partitions[partition_of(data_stream_name, len(self._partitions))]
+    def _part(self, stream: str | LBSInfo) -> Partition:
+        name = stream.data_stream_name if isinstance(stream, LBSInfo) else stream
+        return self._partitions[partition_of(name, len(self._partitions))]
 
     def _owned(self) -> int:
         return sum(len(part.leases) for part in self._partitions)

@@ -485,8 +485,8 @@ class Leases:
         self._on_drop = on_drop
         self._recorder = recorder
         self._owned: dict[str, Entry] = {}
-        self.get = self._owned.get
-        """The entry by which a stream is owned; None when it is not."""
+        self.get: Callable[[Any], Entry | None] = self._owned.get
+        """The entry by which a stream of this name is owned; None when it is not."""
 
     def __len__(self) -> int:
         return len(self._owned)
@@ -548,8 +548,14 @@ class Leases:
     def keep(self, head: Entry) -> None:
         """The stream of this entry could not be finished, and is owned as before."""
         other = self._owned.setdefault(head.data_stream_name, head)
-        if other is not head:  # it was announced, and taken, once more in the meantime
-            other.again = [*(other.again or ()), head, *(head.again or ())]
+        if other is head:
+            return
+        # It was announced, and taken, once more in the meantime.
+        if head.delivered and not other.delivered:
+            self._owned[head.data_stream_name] = head
+            other.ended = True  # there is nothing to tell of it any more
+            head, other = other, head
+        other.again = [*(other.again or ()), head, *(head.again or ())]
 
     def by_lock(self, key: bytes) -> Entry | None:
         """The first entry of the owned stream that has this lock."""

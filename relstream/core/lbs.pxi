@@ -452,7 +452,7 @@ cdef class Deliveries:
             self._waiting_bytes -= entry.cost
             if self._room_wanted:
                 self._make_room()
-            if entry.ended:  # lost again before anybody heard of it
+            if entry.ended or entry.finishing:  # given up again before anybody heard of it
                 continue
             if self._on_delivery is not None:
                 self._on_delivery(entry)

@@ -18,7 +18,7 @@ from helpers import (
     take,
 )
 
-from relstream import StreamNotOwned
+from relstream import LBSInfo, StreamNotOwned
 from relstream.leases import Keeper
 
 
@@ -247,3 +247,50 @@ async def test_a_big_batch_is_locked_and_renewed_whole(consumer, service):
     renewals = Renewals(service)
     assert len(service.locks()) == 5000
     await eventually(lambda: renewals.seen() == 2)
+
+
+async def test_what_was_lost_and_came_back_untold_is_not_finished_by_the_old_worker(
+    consumer, service
+):
+    client = consumer(heartbeat_interval=QUICK, auto_claim=False)
+    notes = await client.init()
+    old_id = service.announce("s1")
+    (old,) = await take(notes, 1)
+    service.put_back(old_id)
+    service.redis.delete(f"s1{SEPARATOR}{old_id}")
+    # The application does not look: it has not heard of the loss, nor of what it owns instead.
+    owned = client._partitions[0].leases
+    await eventually(lambda: (head := owned.get("s1")) and head.id_in_lbs != old_id)
+    new_id = owned.get("s1").id_in_lbs
+    for give_up in (client.done_stream, client.release):
+        for what in ("s1", old.payload):
+            with pytest.raises(StreamNotOwned, match="lost"):
+                await give_up(what)
+    assert service.entries() == service.pending() == [new_id]
+    (lost,) = await take(notes, 1, DISOWNED)
+    (new,) = await take(notes, 1)
+    assert lost.payload == old.payload == ("s1", old_id)
+    assert new.payload == ("s1", new_id)
+    for give_up in (client.done_stream, client.release):
+        with pytest.raises(StreamNotOwned, match=old_id):
+            await give_up(old.payload)
+    assert service.entries() == service.pending() == [new_id]
+    await client.done_stream(new.payload)
+    assert (service.entries(), service.locks()) == ([], {})
+
+
+async def test_each_announcement_of_an_owned_stream_tells_which_one_is_meant(consumer, service):
+    client = consumer()
+    notes = await client.init()
+    service.announce("s1")
+    (told,) = await take(notes, 1)
+    again = service.announce("s1")
+    await eventually(lambda: len(service.locks()) == 2)
+    with pytest.raises(StreamNotOwned):
+        await client.done_stream(LBSInfo("s1", "1-1"))
+    with pytest.raises(StreamNotOwned):
+        await client.done_stream(LBSInfo("s2", again))
+    await client.release(told.payload)
+    (told,) = await take(notes, 1)
+    await client.done_stream(told.payload)
+    await eventually(lambda: not service.entries() and not service.locks())

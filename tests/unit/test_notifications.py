@@ -85,6 +85,15 @@ async def test_nobody_is_told_of_a_loss_before_hearing_of_the_stream():
     assert queue.room == 4
 
 
+async def test_nobody_is_told_of_what_is_being_given_up():
+    queue = Notifications(4)
+    given_up, kept = entries("given up", "kept")
+    queue.added([given_up, kept])
+    given_up.finishing = True
+    assert await said(queue, 1) == [(ADDED, "kept")]
+    assert queue.room == 4
+
+
 @pytest.mark.parametrize(("size", "opens_at"), [(1, 0), (2, 1), (4, 3), (8, 6), (500, 375)])
 async def test_room_opens_when_a_quarter_is_free(size, opens_at):
     queue = Notifications(size)
