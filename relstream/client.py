@@ -22,6 +22,7 @@ from relstream.config import (
 from relstream.errors import (
     ClientClosed,
     ClusterClientRequired,
+    ConnectionFailed,
     ConsumerIdMissing,
     InvalidOption,
     RelstreamError,
@@ -34,7 +35,7 @@ from relstream.leases import Keeper, Locks
 from relstream.net.topology import NamedMaster, SlotTable, deployment_of
 from relstream.notifications import LBSInfo, Notifications
 from relstream.partition import Partition
-from relstream.recorder import Recorder, SafeRecorder
+from relstream.recorder import Recorder, SafeRecorder, is_recorder
 from relstream.rights import check_rights
 
 if TYPE_CHECKING:
@@ -128,6 +129,8 @@ class StreamClient:
         check_flag("renew_in_thread", renew_in_thread)
         if logger is not None and not isinstance(logger, (logging.Logger, logging.LoggerAdapter)):
             raise InvalidOption("logger", logger, "a logging.Logger")
+        if recorder is not None and not is_recorder(recorder):
+            raise InvalidOption("recorder", recorder, "an object with methods of Recorder, or None")
         names = Names.all_of(service_name, recovery.dlq_stream, partitions)
         self._consumer = _consumer_name(consumer_id)
         deployment = deployment_of(redis)
@@ -153,7 +156,7 @@ class StreamClient:
         self._opened = False
         self._ready = False
         self._terminated = False
-        self._closing: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[RelstreamError | None] | None = None
         guide = self._guide = deployment.guide()
         self._commands = deployment.open(f"{self._consumer}:command", guide)
         # A blocked read has its connection to itself.
@@ -290,6 +293,8 @@ class StreamClient:
         unforeseen = error is not None and not isinstance(error, RelstreamError)
         self._logger.error("the client ends: %s", reason, exc_info=error if unforeseen else None)
         self._notifications.end(reason)
+        if self._recorder is not None:
+            self._recorder.terminated(reason)
         for other, (name, _) in list(self._tasks.items()):
             # What the application was told of stays owned, and can be finished, until it closes.
             if name not in ("keeper", "finisher"):
@@ -313,33 +318,46 @@ class StreamClient:
         """`done_stream` for all streams the application was told of, then `aclose`.
 
         Streams that still wait in the queue are handed over: nobody has worked on them.
-        """
-        await self._close(finish=True)
 
-    async def _close(self, *, finish: bool) -> None:
+        Raises, once it is closed, what kept streams from being finished: they will be recovered,
+        and done again.
+        """
+        began = self._closing is None
+        error = await self._close(finish=True)
+        if began and error is not None:
+            raise error
+
+    async def _close(self, *, finish: bool) -> RelstreamError | None:
         self._opened = True  # from here on it is too late to open it
         if self._closing is None:
             self._closing = asyncio.ensure_future(self._shut_down(finish))
             self._closing.set_name("relstream-close")
         # Whoever stops waiting does not stop the closing; it is bounded in time.
-        await asyncio.shield(self._closing)
+        return await asyncio.shield(self._closing)
 
-    async def _shut_down(self, finish: bool) -> None:
+    async def _shut_down(self, finish: bool) -> RelstreamError | None:
+        """Closes; returns what kept streams from being finished, or handed over."""
         self._notifications.end("closed")
+        failure: RelstreamError | None = None
         try:
             if self._ready:
                 await asyncio.wait_for(self._give_up_all(finish), CLOSE_TIMEOUT)
-        except (asyncio.TimeoutError, RelstreamError) as error:
-            self._logger.warning(
-                "not everything could be handed over before closing, it will be recovered: %s",
-                str(error) or f"it took over {CLOSE_TIMEOUT} s",
-            )
+        except asyncio.TimeoutError:
+            failure = ConnectionFailed(f"closing took over {CLOSE_TIMEOUT:g} s")
+        except RelstreamError as error:
+            failure = error
         finally:
             tasks = list(self._tasks)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._close_links()
+        if failure is not None:
+            self._logger.warning(
+                "not everything could be %s before closing, it will be recovered: %s",
+                "finished" if finish else "handed over", failure,
+            )  # fmt: skip
+        return failure
 
     async def _give_up_all(self, finish: bool) -> None:
         outcomes = await asyncio.gather(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
-from relstream._core import ENTRIES, Batch, Entry, announcements, pack, parse_id
-from relstream.errors import ClientClosed, InvalidOption
+from relstream._core import ENTRIES, Batch, Entry, announcements, pack
+from relstream.errors import ClientClosed
 from relstream.lbs import (
     DLQ_REASON_FIELD,
     INPUT_FIELD,
@@ -17,6 +17,7 @@ from relstream.lbs import (
     SEPARATOR,
     SOURCE_FIELD,
     Names,
+    entry_id_of,
     partition_of,
     replace_fields,
     retry_count,
@@ -125,10 +126,7 @@ class DeadLetters:
             async for page in self._pages():
                 yield page
             return
-        wanted = [entry_id.encode() for entry_id in ids]
-        for entry_id in wanted:
-            if parse_id(entry_id) is None:
-                raise InvalidOption("ids", entry_id.decode(), "ids of the form <ms>-<seq>")
+        wanted = [entry_id_of("ids", entry_id) for entry_id in ids]
         for entry_id in wanted:
             batch: Batch = await self._range(entry_id, entry_id)
             if len(batch):

@@ -95,6 +95,13 @@ def partition_of(data_stream_name: str, partitions: int) -> int:
     return key_slot(data_stream_name.encode()) % partitions if partitions > 1 else 0
 
 
+def entry_id_of(option: str, value: object) -> bytes:
+    """An entry's id as Redis has it; raises `InvalidOption` for what is none."""
+    if isinstance(value, str) and value.isascii() and parse_id(value.encode()) is not None:
+        return value.encode()
+    raise InvalidOption(option, value, "an entry's id, of the form <ms>-<seq>")
+
+
 def split_lock_key(key: bytes) -> tuple[str, str] | None:
     """The name of the data stream and the id of its entry; None when `key` is no lock's.
 

@@ -55,11 +55,22 @@ class Recorder:
     def ack_add_gap(self, count: int, duration: float) -> None:
         """So many entries were put back in two steps, as scripts are forbidden."""
 
+    def terminated(self, reason: str) -> None:
+        """The client ended by itself: `STREAM_TERMINATED` was told."""
+
     def topology_reset(self, success: bool) -> None:
         """`reset_topology` was called, and did it or not."""
 
     def keyspace_setup(self, success: bool) -> None:
         """Expiry events were set up on a master, or could not be."""
+
+
+def is_recorder(value: object) -> bool:
+    """Whether it is an object, not a class, with at least one method of `Recorder`."""
+    methods = (name for name in vars(Recorder) if not name.startswith("_"))
+    return not isinstance(value, type) and any(
+        callable(getattr(value, name, None)) for name in methods
+    )
 
 
 class SafeRecorder:

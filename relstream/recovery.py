@@ -30,7 +30,7 @@ from relstream._core import (
     pack,
     parse_id,
 )
-from relstream.errors import AlreadyClaimed, InvalidOption, RelstreamError, ReplyError
+from relstream.errors import AlreadyClaimed, RelstreamError, ReplyError
 from relstream.lbs import (
     DLQ_REASON_FIELD,
     INPUT_FIELD,
@@ -40,6 +40,7 @@ from relstream.lbs import (
     SOURCE_FIELD,
     UNPARSEABLE,
     Names,
+    entry_id_of,
     replace_fields,
     retry_count,
 )
@@ -300,7 +301,9 @@ class Recoverer:
         self._expired: dict[bytes, None] = {}
         self._leading = False
         self._known: dict[bytes, bytes] = {}  # sampled entries: id, lock
-        self._fruitless: dict[bytes, float] = {}  # consumers looked at in vain, and when
+        # Consumers looked at in vain: when they are looked at again, and the pause after that.
+        self._fruitless: dict[bytes, tuple[float, float]] = {}
+        self._patient_until = 0.0
         self._dlq_failed = False
         self._mget_forbidden = False
 
@@ -313,9 +316,7 @@ class Recoverer:
 
     async def claim(self, lbs_info: LBSInfo) -> None:
         """Puts one entry back whose lock has expired. See `StreamClient.claim`."""
-        entry_id = lbs_info.id_in_lbs.encode()
-        if parse_id(entry_id) is None:
-            raise InvalidOption("lbs_info", lbs_info, "an id_in_lbs of the form <ms>-<seq>")
+        entry_id = entry_id_of("lbs_info.id_in_lbs", lbs_info.id_in_lbs)
         tally = await self._recover_ids([entry_id])
         if not tally.requeued and not tally.dead_letters:
             why = "its lock is held" if tally.alive else "another was first, or it is finished"
@@ -338,13 +339,20 @@ class Recoverer:
         backoff = Backoff(LEADERSHIP / 4, LEADERSHIP)
         first = True
         while True:
+            pause = jittered(LEADERSHIP / 4, 0.5, random.random())
             try:
                 if await self._try_to_lead():
                     await self._lead(first)
                     first = False
+                    if not self._auto_claim:
+                        # Others may want to do more than to scan.
+                        await self.resign()
+                        interval = self._recovery.reconciliation_interval
+                        pause = jittered(interval, 0.1, random.random())
                 backoff.reset()
-                await asyncio.sleep(jittered(LEADERSHIP / 4, 0.5, random.random()))
+                await asyncio.sleep(pause)
             except RelstreamError as error:
+                self._be_patient()
                 if not backoff.failures:
                     self._logger.warning("recovery failed, trying again: %s", error)
                 await asyncio.sleep(backoff.failed())
@@ -378,13 +386,18 @@ class Recoverer:
             return False
         return bool(await self._leader.execute(b"PEXPIRE", self._names.leader, LEADERSHIP_MS))
 
+    def _be_patient(self) -> None:
+        """After an outage the locks of the living are gone, too, until they have renewed them."""
+        self._patient_until = asyncio.get_running_loop().time() + self._ttl_ms / 1000
+
     async def _lead(self, first: bool) -> None:
-        """Recovers until leadership is lost; what fails in one part ends it, too."""
+        """Recovers until leadership is lost; what fails in one part ends it, too.
+
+        Without `auto_claim` it is for one scan.
+        """
         self._logger.info("this consumer recovers for the service now")
         self._leading = True
-        parts = [self._keep_leading(), self._scan_for_ever(first), self._tidy_for_ever()]
-        if self._auto_claim:
-            parts.append(self._look_for_ever())
+        parts = [self._keep_leading(), self._recover_for_ever(first), self._tidy_for_ever()]
         tasks = [asyncio.ensure_future(part) for part in parts]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -396,10 +409,29 @@ class Recoverer:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _keep_leading(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
+            asked_at = loop.time()
             if not await self._still_leads():
                 return
+            if loop.time() - asked_at > LEADERSHIP:  # the server, or this process, stood still
+                self._be_patient()
+                return
             await asyncio.sleep(LEADERSHIP / 4)
+
+    async def _recover_for_ever(self, first: bool) -> None:
+        await asyncio.sleep(self._patient_until - asyncio.get_running_loop().time())
+        if not self._auto_claim:
+            await self._scan(first)
+            return
+        parts = [self._scan_for_ever(first), self._look_for_ever()]
+        tasks = [asyncio.ensure_future(part) for part in parts]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _look_for_ever(self) -> None:
         while True:
@@ -506,12 +538,19 @@ class Recoverer:
         # One without a known lock can't be read, or is gone.
         suspects = {name for name, entry_id in samples if locks.get(entry_id) is None}
         now = asyncio.get_running_loop().time()
-        self._fruitless = {n: at for n, at in self._fruitless.items() if now - at < LOOK_AGAIN}
-        for name in suspects - self._fruitless.keys():
+        fruitless = {n: again for n, again in self._fruitless.items() if n in suspects}
+        for name in suspects:
+            again_at, pause = fruitless.get(name, (now, LOOK_AGAIN))
+            if now < again_at:
+                continue
             tally = Tally()
             await self._walk(self._ttl_ms, tally, name)
-            if not tally.requeued + tally.dead_letters + tally.vanished:
-                self._fruitless[name] = now  # say, the dead-letter stream can't be written
+            if tally.requeued + tally.dead_letters + tally.vanished:
+                fruitless.pop(name, None)
+            else:  # say, the dead-letter stream can't be written
+                pause = min(pause, self._recovery.reconciliation_interval)
+                fruitless[name] = (now + pause, 2 * pause)
+        self._fruitless = fruitless
 
     async def _remove_dead_consumers(self) -> None:
         """Removes consumers from the group that own nothing and have not been seen for long."""
@@ -532,7 +571,8 @@ class Recoverer:
         calls = [([self._names.lbs], [self._names.group, name]) for name in names]
         for name, reply in zip(names, await run(self._link, REMOVE_CONSUMER, calls), strict=True):
             if reply == 1:
-                self._logger.info("removed consumer %s, not seen for an hour", name.decode())
+                shown = name.decode(errors="replace")
+                self._logger.info("removed consumer %s, not seen for an hour", shown)
 
     # --- the steps ----------------------------------------------------------------------------
 

@@ -33,6 +33,12 @@ def make(url="redis://localhost", service="svc", **options):
 NUMBERS = ["1", None, True, math.nan, math.inf, -1, 0, 10**400]
 
 
+class Telling:
+    """A recorder that wants to know one thing."""
+
+    def terminated(self, reason: str) -> None: ...
+
+
 @pytest.mark.parametrize(
     ("option", "good", "bad", "bound"),
     [
@@ -46,7 +52,7 @@ NUMBERS = ["1", None, True, math.nan, math.inf, -1, 0, 10**400]
         ("recovery", [], [None, {}], "a RecoveryConfig"),
         ("cluster_mode", [ClusterMode.SINGLE_SHARD], [None, "oss"], "a ClusterMode"),
         ("logger", [None, logging.getLogger("x")], ["x", print], "a logging.Logger"),
-        ("recorder", [None, object()], [], ""),
+        ("recorder", [None, Telling()], [object(), 42, Telling], "methods of Recorder"),
         ("consumer_id", ["c", "ä", "a b"], ["", 5, b"c", "\ud800"], "a name"),
     ],
 )
