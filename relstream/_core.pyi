@@ -157,6 +157,7 @@ class Plan:
         group: bytes,
         *,
         counting: bool,
+        locks: bool,
         most: int,
         size: int,
     ) -> list[bytes]: ...

@@ -162,13 +162,17 @@ class PutBack:
         raise_first(copies)
         return outcomes
 
-    async def put_planned(self, plan: Plan, *, counting: bool) -> list[int]:
-        """The same for what the plan says shall be put back; `counting`: with one more retry."""
-        if not self._topology.single:
+    async def put_planned(self, plan: Plan, *, counting: bool, looked: bool) -> list[int]:
+        """The same for what the plan says shall be put back; `counting`: with one more retry.
+
+        `looked`: their locks were seen free just now, with nothing awaited since.
+        """
+        single = self._topology.single
+        if not single and not looked:
             return await self._put_apart(plan.returning(counting))
         calls = plan.calls(
             PUT_BACK.digest, self._names.lbs, self._names.group,
-            counting=counting, most=SCRIPT_KEYS, size=SCRIPT_BYTES,
+            counting=counting, locks=single, most=SCRIPT_KEYS, size=SCRIPT_BYTES,
         )  # fmt: skip
         return await self._put(calls, lambda: plan.returning(counting))
 
@@ -330,7 +334,7 @@ class Recoverer:
             plan = plan_for(Ids(some), await read_entries(self._link, self._names, some))
             if plan.gone:
                 await discard(self._link, self._names, plan.gone)
-            await self._put_back.put_planned(plan, counting=False)
+            await self._put_back.put_planned(plan, counting=False, looked=False)
 
     # --- leading ------------------------------------------------------------------------------
 
@@ -628,13 +632,13 @@ class Recoverer:
         tally.alive += alive
         if alive and self._recorder is not None:
             self._recorder.alive_skip(alive)
-        await self._bury(letters, MAX_RETRIES, tally)
-        outcomes = await self._put_back.put_planned(plan, counting=True)
+        outcomes = await self._put_back.put_planned(plan, counting=True, looked=True)
         tally.requeued = outcomes.count(PUT)
         tally.alive += outcomes.count(ALIVE)
         if self._recorder is not None:
             for name, outcome in zip(plan.names(), outcomes, strict=True):
                 self._recorder.requeue(name, outcome == PUT)
+        await self._bury(letters, MAX_RETRIES, tally)
         return tally
 
     async def _bury(self, letters: Sequence[Letter], reason: bytes, tally: Tally) -> None:

@@ -345,12 +345,12 @@ cdef class Plan:
 
     def calls(
         self, bytes digest not None, bytes stream not None, bytes group not None, *,
-        bint counting, Py_ssize_t most, Py_ssize_t size,
+        bint counting, bint locks, Py_ssize_t most, Py_ssize_t size,
     ):
         """The calls of the script that puts back what is to be put back, packed.
 
         Of at most so many entries each, and about so many bytes. All entries of a call have the same
-        number of fields, as the script wants it.
+        number of fields, as the script wants it. `locks`: with the keys of their locks.
         """
         cdef list calls = []
         cdef bytes head = b"$7\r\nEVALSHA\r\n$%d\r\n%b\r\n" % (len(digest), digest)
@@ -372,36 +372,38 @@ cdef class Plan:
                     if _pairs_put(planned, counting) != pairs:
                         break
                     n += 1
-                    keys += planned.key_size
+                    if locks:
+                        keys += planned.key_size
                     held += self._put_size(planned, counting)
                 j += 1
-            middle = b"$%d\r\n%d\r\n$%d\r\n%b\r\n" % (len(b"%d" % (n + 1)), n + 1, len(stream), stream)
+            named = n + 1 if locks else 1
+            middle = b"$%d\r\n%d\r\n$%d\r\n%b\r\n" % (len(b"%d" % named), named, len(stream), stream)
             behind = b"$%d\r\n%b\r\n$%d\r\n%d\r\n" % (
                 len(group), group, len(b"%d" % (2 * pairs)), 2 * pairs
             )
-            first = b"*%d\r\n%b%b" % (6 + n + n * (1 + 2 * pairs), head, middle)
+            first = b"*%d\r\n%b%b" % (5 + named + n * (1 + 2 * pairs), head, middle)
             call = PyBytes_FromStringAndSize(NULL, len(first) + keys + len(behind) + held)
             at = PyBytes_AS_STRING(call)
             at = _append(at, first)
-            j = i
-            i = self._write_keys(&at, i, n)
+            if locks:
+                self._write_keys(&at, i, n)
             at = _append(at, behind)
-            while j < i:
-                if self._at[j].verdict == _FREE:
-                    at = self._write_put(at, &self._at[j], counting)
-                j += 1
+            while n:
+                if self._at[i].verdict == _FREE:
+                    at = self._write_put(at, &self._at[i], counting)
+                    n -= 1
+                i += 1
             calls.append(call)
         return calls
 
-    cdef Py_ssize_t _write_keys(self, char** at, Py_ssize_t i, Py_ssize_t n) noexcept:
-        """Writes the keys of the next n locks; where the entries behind them begin."""
+    cdef void _write_keys(self, char** at, Py_ssize_t i, Py_ssize_t n) noexcept:
+        """Writes the keys of the next n locks."""
         while n:
             if self._at[i].verdict == _FREE:
                 memcpy(at[0], self._keys + self._at[i].key, self._at[i].key_size)
                 at[0] += self._at[i].key_size
                 n -= 1
             i += 1
-        return i
 
     cdef Py_ssize_t _put_size(self, Planned* planned, bint counting):
         """How many bytes `_write_put` writes."""

@@ -72,7 +72,7 @@ def recovering() -> None:
     plan = Plan(ids, [batch], b"lbs-input", b"<SEP>", b"_retry_count", orjson.loads)
     plan.lock_keys(), plan.names(), plan.ids(), plan.mget()
     plan.judge([None] * len(plan), 2)
-    plan.calls(b"sha", b"lbs", b"group", counting=True, most=20, size=1000)
+    plan.calls(b"sha", b"lbs", b"group", counting=True, locks=True, most=20, size=1000)
     plan.returning(True)
     with suppress(ValueError):
         Ids([b"1-0", b"x"])

@@ -36,8 +36,17 @@ def plan(ids: list[bytes], *batches: Batch, loads: Any = orjson.loads) -> Plan:
 
 
 def calls(one: Plan, *, counting: bool, most: int = 100, size: int = 1 << 20) -> list[list[bytes]]:
-    packed = one.calls(b"sha", b"lbs", b"group", counting=counting, most=most, size=size)
-    return [decoded(call, OBJECT) for call in packed]
+    with_locks, without = (
+        [
+            decoded(call, OBJECT)
+            for call in one.calls(
+                b"sha", b"lbs", b"group", counting=counting, locks=locks, most=most, size=size
+            )
+        ]
+        for locks in (True, False)
+    )
+    assert without == [[*call[:2], b"1", call[3], *call[3 + int(call[2]) :]] for call in with_locks]
+    return with_locks
 
 
 def put(call: list[bytes]) -> list[tuple[bytes, list[bytes], bytes]]:

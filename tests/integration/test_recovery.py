@@ -178,9 +178,9 @@ async def test_the_recorder_hears_of_recovery(consumer, service, redis_url, scri
     put = client._partitions[0].recoverer._put_back.put_planned
     entry_id = got[0].payload.id_in_lbs
 
-    async def put_late(plan, *, counting):
+    async def put_late(plan, **how):
         service.redis.xack(service.lbs, service.group, entry_id)
-        return await put(plan, counting=counting)
+        return await put(plan, **how)
 
     client._partitions[0].recoverer._put_back.put_planned = put_late
     service.redis.delete(f"{got[0].payload.data_stream_name}{SEPARATOR}{entry_id}")
