@@ -212,8 +212,17 @@ class Finisher:
                     await self._unlock(entries)
                     raise_first(await deleting)
                 else:
-                    raise_first(await self._link.pipeline(delete, 1))
-                    await self._unlock(entries)
+                    # Sent in this order, too, and not awaited in between either: what has been
+                    # acknowledged is nobody's any more, locked or not, deleted or not.
+                    deleted, unlocked = await asyncio.gather(
+                        self._link.pipeline(delete, 1),
+                        self._unlock(entries),
+                        return_exceptions=True,
+                    )
+                    for outcome in (deleted, unlocked):
+                        if isinstance(outcome, BaseException):
+                            raise outcome
+                    raise_first(deleted)
             except RelstreamError:
                 for entry in entries:
                     entry.acked = True

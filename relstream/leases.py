@@ -22,6 +22,7 @@ from relstream._core import (
     discard,
     enter,
     entry_ids,
+    first_error,
     forget,
     grant,
     lock_keys,
@@ -156,7 +157,7 @@ class Locks:
 
     def _forbidden(self, replies: list[Any]) -> bool:
         """Whether the user may not run scripts: then two commands a lock do, not atomically."""
-        for reply in replies:
+        for reply in replies if first_error(replies) is not None else ():
             if isinstance(reply, ReplyError) and reply.code == "NOPERM":
                 if reply.about_keys:
                     return True  # one of these locks: for once, one by one

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from relstream._core import ITEM, Template, pack
+from relstream._core import ITEM, Template, first_error, pack
 from relstream.errors import ReplyError
 
 if TYPE_CHECKING:
@@ -159,6 +159,8 @@ async def run_each(
     """Runs a script once for each key, wherever that is; else as `run`."""
     command = Template(b"EVALSHA", script.digest, 1, ITEM, *args)
     replies = await topology.each(command.pack, keys)
+    if first_error(replies) is None:
+        return replies
     unknown = [
         place
         for place, reply in enumerate(replies)
