@@ -88,8 +88,8 @@ class DeadLetters:
         """Announces dead letters (all of them unless `ids` are given) anew, their retries at 0.
 
         Returns how many. Each is added to the load balancer stream before it is deleted here: when
-        this is interrupted, one may be announced twice and none is lost. What comes in meanwhile is
-        left for the next time.
+        this is interrupted, one may be announced twice (and owned by two) and none is lost. What
+        comes in meanwhile is left for the next time.
         """
         replayed = 0
         async for batch in self._chosen(ids):

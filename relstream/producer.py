@@ -62,6 +62,7 @@ class Producer:
         Raises:
             InvalidOption: the name is empty, or `info` no dict that JSON can express.
             ConnectionLost: the connection broke; whether the stream was announced is not known.
+                Announced twice it may be owned by two consumers.
             ConnectionFailed, ServerError: it was not announced.
             ClientClosed: the producer is closed.
         """
