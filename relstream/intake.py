@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from relstream._core import STREAMS, Batch, Entry, announcements, pack
+from relstream._core import STREAMS, Batch, Entry, announcements, entry_ids, pack
 from relstream.errors import ProtocolError, RelstreamError, ReplyError
 from relstream.lbs import INPUT_FIELD, SEPARATOR, UNPARSEABLE, Names
 from relstream.net.connection import Backoff, explained_by_failover
@@ -91,7 +91,10 @@ class Intake:
         *,
         notifications: Notifications,
         room: Room,
-        take: Callable[[list[Entry], float], Awaitable[tuple[list[Entry], ReplyError | None]]],
+        take: Callable[
+            [list[Entry], float], Awaitable[tuple[list[Entry], list[Entry], ReplyError | None]]
+        ],
+        refused: Callable[[bytes], Awaitable[bool]],
         strays: Callable[[], Awaitable[list[bytes]]],
         hand_back: Callable[[list[bytes]], Awaitable[None]],
         retry: RetryConfig,
@@ -107,6 +110,7 @@ class Intake:
         self._notifications = notifications
         self._room = room
         self._take_leases = take
+        self._still_refused = refused
         self._find_strays = strays
         self._hand_back = hand_back
         self._retry = retry
@@ -119,8 +123,8 @@ class Intake:
         self._largest = max(1, min(LARGEST_READ, notifications.room // 2))
         self._count = min(FIRST_READ, self._largest)
         self._taking: deque[asyncio.Task[None]] = deque()
-        # Locks that a server refuses for now (OOM) are no failure to read, and are asked for again.
-        self._refused = False
+        # A lock that the server has refused for now (OOM): no failure to read, but a pause.
+        self._refused: bytes | None = None
         self._refusals = Backoff(retry.initial_delay, min(retry.max_delay, 2.0))
         self._stopping = False
         self._blocked: RedisProtocol | None = None
@@ -211,14 +215,21 @@ class Intake:
     async def _step(self) -> None:
         fresh = not self._reading.alive
         protocol = await self._reading.get()
-        if self._refused:
+        pausing = self._refused
+        if pausing is not None:
             await asyncio.sleep(self._refusals.failed())
-        if fresh or self._refused:
-            # The reply to a read may have been lost with the connection, or with an earlier life;
-            # or locks were refused. What is pending for us already comes before anything new.
+        if fresh or pausing is not None:
+            # The reply to a read may have been lost with the connection, or locks were refused.
+            # What is pending for us already comes before anything new.
             await self._settle()
-            self._refused = False
             self._strays = await self._find_strays()
+        if pausing is not None:
+            if await self._still_refused(pausing):
+                # Left pending, it would look like a dead owner's, and retries would be counted.
+                strays, self._strays = self._strays, []
+                await self._hand_back(strays)
+                return
+            self._refused = None
         self._notifications.room_made.clear()
         if self._stopping:  # it was set by this, perhaps, before it was cleared
             return
@@ -298,7 +309,7 @@ class Intake:
                     await self._bury(batch, bad)
             refusal = None
             if entries:
-                new, refusal = await self._take_leases(entries, asked_at)
+                new, refused, refusal = await self._take_leases(entries, asked_at)
                 self._notifications.added(new)
             if gone:
                 await discard(self._link, self._names, gone)
@@ -307,7 +318,8 @@ class Intake:
             elif refusal.transient:
                 if not self._refusals.failures:
                     self._logger.warning("locks are refused for now, trying again: %s", refusal)
-                self._refused = True
+                self._refused = refused[0].lock_key
+                await self._hand_back(entry_ids(refused))
             else:
                 self._logger.error("locks were refused, their entries stay pending: %s", refusal)
         finally:

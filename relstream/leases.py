@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -81,6 +82,7 @@ class Locks:
         self._logger = logger
         self._scripts_forbidden = False
         self._set = Template(b"SET", ITEM, self._value, b"NX", b"PX", ttl_ms)
+        self._probe = Template(b"SET", ITEM, self._value, b"XX", b"PX", ttl_ms)
         self._get = Template(b"GET", ITEM)
         self._extend = Template(b"PEXPIRE", ITEM, ttl_ms)
         self._delete = Template(b"DEL", ITEM)
@@ -92,6 +94,11 @@ class Locks:
     async def acquire(self, keys: list[bytes]) -> list[Any]:
         """For each lock b"OK", None (it is held) or a `ReplyError`."""
         return await self._topology.each(self._set.pack, keys)
+
+    async def refused(self, key: bytes) -> bool:
+        """Whether the server can still not take locks for now: tries one that nobody can have."""
+        (reply,) = await self._topology.each(self._probe.pack, [key + b"?"])
+        return isinstance(reply, ReplyError) and reply.transient
 
     async def held(self, keys: list[bytes]) -> list[bool]:
         """Which of these locks are ours."""
@@ -485,6 +492,7 @@ class Leases:
         self._doubtful_after = recovered_after * DOUBTFUL_AFTER
         self._on_drop = on_drop
         self._recorder = recorder
+        self._born = math.inf
         self._owned: dict[str, Entry] = {}
         self.get: Callable[[Any], Entry | None] = self._owned.get
         """The entry by which a stream of this name is owned; None when it is not."""
@@ -498,11 +506,11 @@ class Leases:
 
     async def take(
         self, entries: list[Entry], asked_at: float
-    ) -> tuple[list[Entry], ReplyError | None]:
-        """Locks entries just read; those that bring a new stream are returned.
+    ) -> tuple[list[Entry], list[Entry], ReplyError | None]:
+        """Locks entries just read; returns those that bring a new stream.
 
-        An entry whose lock somebody holds stays pending, and so do all that the server refused: the
-        error that is returned is the last of these refusals. `asked_at` is when the read was sent
+        An entry whose lock somebody holds stays pending, and so do those that the server refused,
+        which are returned with the last of these refusals. `asked_at` is when the read was sent
         (loop time): if that is long ago, others may have recovered the entries in the meantime.
         """
         start = time.perf_counter()
@@ -517,7 +525,11 @@ class Leases:
             took = time.perf_counter() - start
             for entry, reply in zip(entries, replies, strict=True):
                 self._recorder.lock_acquisition(entry.data_stream_name, reply == b"OK", took)
-        return new, refusal
+        refused: list[Entry] = []
+        if refusal is not None:
+            pairs = zip(entries, replies, strict=True)
+            refused = [entry for entry, reply in pairs if isinstance(reply, ReplyError)]
+        return new, refused, refusal
 
     async def _confirmed(
         self, entries: list[Entry], keys: list[bytes], replies: list[Any]
@@ -566,17 +578,22 @@ class Leases:
             return None
         return entry
 
-    async def audit(self, min_idle: float) -> tuple[list[Entry], list[bytes]]:
+    async def audit(self, min_idle: float) -> tuple[list[Entry], list[bytes], list[bytes]]:
         """Compares what is owned with what is pending for this consumer (XPENDING, by pages).
 
         Returns first entries of streams that are lost, and ids pending for this consumer, for at
-        least `min_idle` seconds, which it does not own.
+        least `min_idle` seconds, which it does not own: those it has read itself, and those that
+        were delivered under its name before the first audit, which comes before the first read.
         """
+        now = time.monotonic()
+        self._born = min(self._born, now)
+        lived = round((now - self._born) * 1000)
         entries = list(self._owned.values())
         entries += [entry for head in entries if head.again for entry in head.again]
         audit = Audit(entries)
         lost: dict[Entry, None] = {}
         strays: list[bytes] = []
+        former: list[bytes] = []
         start: bytes = b"-"
         more = True
         while more:
@@ -586,7 +603,10 @@ class Leases:
             )  # fmt: skip
             more = len(page) == WINDOW
             missing, found = audit.page(page, round(min_idle * 1000), not more)
-            strays += found
+            if found:
+                older = set(page.idle(lived))
+                strays += [entry_id for entry_id in found if entry_id not in older]
+                former += [entry_id for entry_id in found if entry_id in older]
             for entry in missing:
                 head = self._owned.get(entry.data_stream_name)
                 if head is None or head in lost or head.finishing:
@@ -595,7 +615,7 @@ class Leases:
                     lost[head] = None
             if more:
                 start = b"(" + page[-1][0]
-        return list(lost), strays
+        return list(lost), strays, former
 
 
 def locks_of(head: Entry) -> list[bytes]:

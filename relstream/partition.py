@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from relstream.notifications import Notifications
     from relstream.recorder import SafeRecorder
 
+# Seconds between audits shortly after the start, while a former life's locks live.
+SOON = 0.5
+
 
 class Partition:
     """Reads one load balancer stream, owns what it announces, finishes and recovers it."""
@@ -45,6 +48,7 @@ class Partition:
         logger: logging.Logger,
     ) -> None:
         self.names = names
+        self._former = False
         self._heartbeat = heartbeat
         self._notifications = notifications
         self._logger = logger
@@ -90,8 +94,9 @@ class Partition:
             notifications=notifications,
             room=room,
             take=self.leases.take,
+            refused=locks.refused,
             strays=self.audit,
-            hand_back=self.recoverer.hand_back,
+            hand_back=self._hand_back,
             retry=retry,
             patience=patience,
             recovery=recovery,
@@ -159,15 +164,25 @@ class Partition:
             self._logger.warning("lost %d streams: %s", len(names), shown)
 
     async def audit(self, min_idle: float = 0.0) -> list[bytes]:
-        """Tells of what is lost; returns ids pending for us that we do not own."""
-        lost, strays = await self.leases.audit(min_idle)
+        """Tells of what is lost; returns ids of what we have read and do not own.
+
+        What was delivered under our name before we lived is put back where nobody holds its lock:
+        whoever bore the name may only be frozen, and must not share an id, and so a lock, with us.
+        """
+        lost, strays, former = await self.leases.audit(min_idle)
         self.lose([(head, [head, *head.again] if head.again else []) for head in lost])
+        self._former = bool(former)
+        await self._hand_back(former)
         return strays
 
     async def audit_for_ever(self) -> None:
         """Compares, every heartbeat, what is owned with what the server says is pending for us."""
+        loop = asyncio.get_running_loop()
+        settled = loop.time() + 3 * self._heartbeat
         while True:
-            await asyncio.sleep(self._heartbeat)
+            # The locks of a former life expire one of these moments.
+            soon = self._former and loop.time() < settled
+            await asyncio.sleep(min(SOON, self._heartbeat) if soon else self._heartbeat)
             try:
                 # Younger ones may be on their way to us.
                 strays = await self.audit(self._heartbeat)
@@ -176,3 +191,10 @@ class Partition:
                 continue
             if strays:
                 self.intake.adopt(strays)
+
+    async def _hand_back(self, ids: list[bytes]) -> None:
+        """Puts back what nobody has locked; where that fails it stays pending until an audit."""
+        try:
+            await self.recoverer.hand_back(ids)
+        except RelstreamError as error:
+            self._logger.debug("%d entries could not be put back yet: %s", len(ids), error)

@@ -166,3 +166,42 @@ async def test_thousands_frozen_are_told_in_time(start, service):
     assert Counter(zombie.lost) == Counter(heir.added) == Counter(f"s{i}" for i in range(3000))
     assert zombie.owns() == Counter()
     assert heir.lost == []
+
+
+async def test_a_frozen_one_and_its_successor_of_the_same_name_share_no_id(start, service):
+    old = await start("c1").ready()
+    streams = [f"s{i}" for i in range(COUNT)]
+    for name in streams:
+        service.announce(name)
+    await old.heard("stream_added", COUNT)
+    old_ids = {line["id"] for line in old.said("stream_added")}
+    old.freeze()
+    await eventually(lambda: not service.locks())
+    new = await start("c1", auto_claim=False).ready()
+    told = await new.heard("stream_added", COUNT)
+    assert sorted(new.added) == sorted(streams)
+    assert old_ids.isdisjoint(line["id"] for line in told)
+    assert all(b"_retry_count" not in fields for _, fields in service.redis.xrange(service.lbs))
+    old.tell("done s0")  # too late: it reads this as soon as it runs again
+    old.thaw()
+    await old.heard("stream_disowned", COUNT)
+    old.tell("done s1")
+    assert {line["error"] for line in await old.heard("done", 2)} == {"StreamNotOwned"}
+    assert Counter(old.lost) == Counter(streams)
+    assert new.lost == []
+    for name in streams:
+        new.tell(f"done {name}")
+    assert {line["error"] for line in await new.heard("done", COUNT)} == {None}
+    await eventually(lambda: not service.entries() and not service.locks())
+
+
+async def test_a_successor_started_at_once_resumes_when_the_locks_expire(start, service):
+    old = await start("c1", heartbeat_interval=2.0).ready()
+    for i in range(COUNT):
+        service.announce(f"s{i}")
+    await old.heard("stream_added", COUNT)
+    old.kill()
+    new = await start("c1", heartbeat_interval=2.0, auto_claim=False).ready()
+    # The scan would come after `min_idle_time`, 30 s, alone.
+    await new.heard("stream_added", COUNT, timeout=15.0)
+    assert all(b"_retry_count" not in fields for _, fields in service.redis.xrange(service.lbs))

@@ -409,3 +409,28 @@ async def test_out_of_memory_while_many_die(start, service, redis_url):
     await eventually(lambda: heir.owns() == Counter(f"s{i}" for i in range(50)))
     await asyncio.sleep(1.5)
     assert heir.owns() == Counter(f"s{i}" for i in range(50))
+
+
+@pytest.mark.slow
+async def test_out_of_memory_for_long_makes_no_dead_letters(consumer, service, listen):
+    """Out of memory entries can be read, but not locked: that is no death of an owner."""
+    ears = [listen(await consumer(f"c{i}").init()) for i in range(2)]
+    await eventually(lambda: service.reads("c0") and service.reads("c1"))
+    with service.redis.pipeline(transaction=True) as pipe:
+        for i in range(10):
+            pipe.xadd(service.lbs, {"lbs-input": f'{{"DataStreamName":"s{i}","Info":null}}'})
+        pipe.config_set("maxmemory", 1)
+        pipe.execute()
+    try:
+        # Far more than `max_retries` times as long as a lock lives.
+        for _ in range(15):
+            await asyncio.sleep(1.0)
+            left = service.redis.xrange(service.lbs)
+            assert len(left) == 10
+            assert all(b"_retry_count" not in fields for _, fields in left)
+    finally:
+        service.redis.config_set("maxmemory", 0)
+    everything = Counter(f"s{i}" for i in range(10))
+    await eventually(lambda: ears[0].owns + ears[1].owns == everything)
+    assert not service.redis.exists(service.dlq)
+    assert all(b"_retry_count" not in fields for _, fields in service.redis.xrange(service.lbs))

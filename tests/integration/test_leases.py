@@ -199,9 +199,14 @@ async def test_streams_that_could_not_be_locked_for_lack_of_memory_come_later(co
     client = consumer(heartbeat_interval=QUICK, auto_claim=False)
     service.redis.xgroup_create(service.lbs, service.group, "0")
     service.redis.config_set("maxmemory", 1)
+    announced = set(service.entries())
     notes = await client.init()
-    await eventually(lambda: len(service.pending()) == 30)
+    # Each was read and put back, so that nobody takes it for a dead owner's; nothing more is read.
+    await eventually(lambda: announced.isdisjoint(service.entries()) and not service.pending())
+    put_back = service.entries()
     await nothing_comes(notes, 0.5)
+    assert service.entries() == put_back
+    assert len(put_back) == 30
     service.redis.config_set("maxmemory", 0)
     assert sorted(names(await take(notes, 30))) == sorted(f"s{i}" for i in range(30))
     await eventually(lambda: len(service.locks()) == 30)
@@ -294,3 +299,23 @@ async def test_each_announcement_of_an_owned_stream_tells_which_one_is_meant(con
     (told,) = await take(notes, 1)
     await client.done_stream(told.payload)
     await eventually(lambda: not service.entries() and not service.locks())
+
+
+async def test_a_finish_that_failed_leaves_one_ownership_though_it_was_announced_again(
+    consumer, service
+):
+    client = consumer()
+    notes = await client.init()
+    service.announce("s1")
+    (told,) = await take(notes, 1)
+    owned = client._partitions[0].leases
+    head = owned.get("s1")
+    head.finishing = True  # as `done_stream` says; then it is announced, and taken, again ...
+    service.announce("s1")
+    await eventually(lambda: owned.get("s1") is not head)
+    head.finishing = False
+    owned.keep(head)  # ... and Redis refuses to finish it
+    await nothing_comes(notes, 0.1)  # it was told of, and is owned as before
+    await client.done_stream(told.payload)
+    assert (service.entries(), service.pending(), service.locks()) == ([], [], {})
+    await nothing_comes(notes, 0.1)

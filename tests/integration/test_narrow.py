@@ -38,7 +38,7 @@ async def test_a_lock_taken_again_is_given_back_if_the_entry_went_meanwhile(
 ):
     async def blind(*args):
         """Leaves it to the renewal to find out."""
-        return [], []
+        return [], [], []
 
     monkeypatch.setattr(Leases, "audit", blind)
     entry_id = service.announce("s1")
@@ -211,9 +211,9 @@ async def test_the_audit_leaves_alone_what_may_be_on_its_way(consumer, service, 
     async def audit_just_after_a_read(self, min_idle):
         if not found:
             service.redis.xclaim(service.lbs, service.group, "c1", 0, [entry_id])
-        lost, strays = await audit(self, min_idle)
+        lost, strays, former = await audit(self, min_idle)
         found.append(strays)
-        return lost, strays
+        return lost, strays, former
 
     monkeypatch.setattr(Leases, "audit", audit_just_after_a_read)
     assert names(await take(notes, 1)) == ["s1"]
