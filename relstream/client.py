@@ -351,6 +351,7 @@ class StreamClient:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*(part.close() for part in self._partitions))
             await self._close_links()
         if failure is not None:
             self._logger.warning(
@@ -386,6 +387,7 @@ class StreamClient:
                 ending.append((part.finisher.done if worked_on else part.finisher.release)(head))
         outcomes = await asyncio.gather(*ending, return_exceptions=True)
         await part.finisher.idle()  # what the application has asked for before
+        await part.settle()
         # Read by this consumer but not owned: a reply that got lost, a lock that was refused.
         await part.recoverer.hand_back(await part.audit())
         if recovery is not None:

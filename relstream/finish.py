@@ -7,11 +7,11 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
-from relstream._core import ITEM, Endings, Entry, Template, entry_ids, lock_keys, pack
+from relstream._core import ITEM, Endings, Entry, Ids, Template, entry_ids, lock_keys, pack
 from relstream.errors import ClientClosed, RelstreamError, ReplyError, StreamNotOwned
 from relstream.leases import pending_for
 from relstream.net.connection import Backoff, explained_by_failover, raise_first
-from relstream.recovery import PUT, PutBack, read_entries
+from relstream.recovery import PUT, Entries, PutBack
 
 if TYPE_CHECKING:
     from relstream.config import RetryConfig
@@ -56,7 +56,11 @@ class Finisher:
         self._retry = retry
         self._patience = patience
         self._on_lost = on_lost
-        self._put = PutBack(topology, names, recorder, logger).put
+        putting = self._putting = PutBack(topology, names, recorder, logger)
+        self._put = putting.put
+        self.settle = putting.settle
+        self.close = putting.close
+        self._stored = Entries(self._link, names)
         self._recorder = recorder
         self._logger = logger
         self._ack = Template(b"XACK", names.lbs, names.group, ITEM)
@@ -267,15 +271,20 @@ class Finisher:
 
     async def _put_back(self, entries: list[Entry]) -> set[Entry]:
         """Puts entries back as they are; returns those that were still pending."""
-        batches = await read_entries(self._link, self._names, entry_ids(entries))
-        there = [
-            (entry, batch.pairs(0) or [])
-            for entry, batch in zip(entries, batches, strict=True)
-            if len(batch)
-        ]
-        # Without their locks: these are ours.
-        outcomes = await self._put([(entry.id, pairs, None) for entry, pairs in there])
-        return {entry for (entry, _), how in zip(there, outcomes, strict=True) if how == PUT}
+        returned: set[Entry] = set()
+        by_id = {entry.id: entry for entry in entries}
+        async for part, batches in self._stored.read(Ids(entry_ids(entries))):
+            there = [
+                (by_id[entry_id], batch.pairs(0) or [])
+                for entry_id, batch in zip(part, batches, strict=True)
+                if len(batch)
+            ]
+            # Without their locks: these are ours.
+            outcomes = await self._put([(entry.id, pairs, None) for entry, pairs in there])
+            returned.update(
+                entry for (entry, _), how in zip(there, outcomes, strict=True) if how == PUT
+            )
+        return returned
 
     async def _unlock(self, entries: list[Entry]) -> None:
         missed = await self._locks.release(lock_keys(entries))

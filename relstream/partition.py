@@ -175,6 +175,16 @@ class Partition:
         await self._hand_back(former)
         return strays
 
+    async def settle(self) -> None:
+        """Waits until nothing is acknowledged that is not yet added again."""
+        await self.finisher.settle()
+        await self.recoverer.settle()
+
+    async def close(self) -> None:
+        """Gives that up; for after all else has ended."""
+        await self.finisher.close()
+        await self.recoverer.close()
+
     async def audit_for_ever(self) -> None:
         """Compares, every heartbeat, what is owned with what the server says is pending for us."""
         loop = asyncio.get_running_loop()

@@ -12,7 +12,7 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import orjson
@@ -30,7 +30,14 @@ from relstream._core import (
     pack,
     parse_id,
 )
-from relstream.errors import AlreadyClaimed, RelstreamError, ReplyError
+from relstream.errors import (
+    AlreadyClaimed,
+    ConnectionFailed,
+    ConnectionLost,
+    ProtocolError,
+    RelstreamError,
+    ReplyError,
+)
 from relstream.lbs import (
     DLQ_REASON_FIELD,
     INPUT_FIELD,
@@ -60,6 +67,12 @@ if TYPE_CHECKING:
 
 # A call of the script that puts back carries about this much at most.
 SCRIPT_BYTES = 1 << 20
+# Entries are read in portions of about so many bytes, and at most so many of them.
+READ_BYTES = 1 << 20
+LARGEST_READ = 1000
+# Seconds after which something that failed between two steps is tried again, at first and at most.
+DOUBT = 0.1
+ADD_AGAIN = 2.0
 # Pages that are recovered while the next one is read.
 PAGES_AHEAD = 4
 # Seconds for which leadership lasts when it is not renewed, and between two looks of the leader.
@@ -86,6 +99,57 @@ async def read_entries(link: KeyLink, names: Names, ids: Iterable[bytes]) -> lis
     return raise_first(await link.pipeline(ask.pack(ids), len(ids), decode=ENTRIES))
 
 
+class Entries:
+    """Reads entries of the LBS in portions that fit into memory, whatever size they have."""
+
+    def __init__(self, link: KeyLink, names: Names) -> None:
+        self._link = link
+        self._names = names
+        self._count = 1  # entries a portion, by the size of what came so far
+
+    async def read(
+        self, ids: Ids, page_size: int | None = None
+    ) -> AsyncIterator[tuple[Ids, list[Batch]]]:
+        """Portions of the ids, with their entries. `page_size`: they all come from one such page.
+
+        Then they are mostly nearly one range.
+        """
+        start = 0
+        while start < len(ids):
+            count = self._count
+            part = ids
+            if count < len(ids) - start or start:
+                part = Ids([ids[i] for i in range(start, min(start + count, len(ids)))])
+            try:
+                if page_size is None or 4 * len(ids) < page_size:
+                    batches = await read_entries(self._link, self._names, part)
+                else:
+                    batches = await self._range(part)
+            except (ConnectionFailed, ProtocolError):
+                self._count = 1  # it may have been too large a reply
+                raise
+            start += len(part)
+            came = sum(map(len, batches))
+            fitting = max(1, came * READ_BYTES // max(1, sum(batch.nbytes for batch in batches)))
+            # A small portion tells little of many, unless its entries are large.
+            if came:
+                self._count = min(fitting, max(self._count, 4 * came), LARGEST_READ)
+            yield part, batches
+
+    async def _range(self, ids: Ids) -> list[Batch]:
+        batches: list[Batch] = []
+        start: bytes | None = ids[0]
+        last, size = ids[-1], len(ids)
+        while start is not None:
+            batch: Batch = await self._link.execute(
+                b"XRANGE", self._names.lbs, start, last, b"COUNT", size, decode=ENTRIES
+            )
+            batches.append(batch)
+            done = len(batch) < size or batch.id(-1) == last
+            start = None if done else b"(" + batch.id(-1)
+        return batches
+
+
 def plan_for(ids: Ids, batches: list[Batch]) -> Plan:
     """What there is to do about pending entries, `batches` being where they are."""
     return Plan(ids, batches, INPUT_FIELD, SEPARATOR, RETRY_FIELD, orjson.loads)
@@ -96,7 +160,8 @@ class PutBack:
 
     One atomic step an entry (the script). Where scripts are forbidden XACK comes first, then XADD
     and XDEL for those that were won by it, and a crash between the two would lose them: such gaps
-    are counted. So it is for an entry with more fields than a script can pass on.
+    are counted. As long as we live they are added, whatever happens to server and connection. So it
+    is for an entry with more fields than a script can pass on.
     """
 
     def __init__(
@@ -112,6 +177,9 @@ class PutBack:
         self._recorder = recorder
         self._logger = logger
         self._scripts_forbidden = False
+        # Between their two steps, and those among them that something keeps from the second.
+        self._moving: set[asyncio.Task[list[int]]] = set()
+        self._stuck: set[asyncio.Task[Any]] = set()
 
     async def put(self, entries: Sequence[Returning]) -> list[int]:
         """For each entry PUT, LOST (it was not pending) or ALIVE (locked).
@@ -188,20 +256,26 @@ class PutBack:
     ) -> list[int]:
         outcomes: list[int] = []
         if not self._scripts_forbidden:
-            for reply in await run_packed(self._link, PUT_BACK, calls):
+            for call, reply in zip(
+                calls, await run_packed(self._link, PUT_BACK, calls), strict=True
+            ):
                 if not isinstance(reply, ReplyError):
                     outcomes += reply
-                elif reply.code == "NOPERM":
-                    if not self._scripts_forbidden:
-                        self._logger.warning(
-                            "scripts are forbidden (%s): entries are put back in two steps; grant "
-                            "+evalsha, +script|load and +mget to make that one atomic step",
-                            reply,
-                        )
-                    self._scripts_forbidden = True
-                    break
-                else:
+                elif reply.code != "NOPERM":
                     raise reply
+                elif reply.about_keys:  # one of these locks: for once, in two steps
+                    keys = int(call[:200].split(b"\r\n")[6])
+                    if keys == 1:
+                        raise reply
+                    outcomes += [NOT_BY_SCRIPT] * (keys - 1)
+                else:
+                    self._scripts_forbidden = True
+                    self._logger.warning(
+                        "scripts are forbidden (%s): entries are put back in two steps; grant "
+                        "+evalsha, +script|load and +mget to make that one atomic step",
+                        reply,
+                    )
+                    break
         if self._scripts_forbidden or NOT_BY_SCRIPT in outcomes:
             told = entries()
             outcomes += [NOT_BY_SCRIPT] * (len(told) - len(outcomes))
@@ -228,32 +302,164 @@ class PutBack:
         return [pack(b"EVALSHA", PUT_BACK.digest, len(keys), *keys, *args) for keys, args in calls]
 
     async def _taken(self, entries: Sequence[Returning]) -> set[bytes]:
-        """The locks among those of the entries that somebody holds."""
+        """The locks among those of the entries that somebody holds, or that we may not read."""
         locks = [lock for _, _, lock in entries if lock is not None]
         held = await self._topology.each(Template(b"GET", ITEM).pack, locks)
-        return {key for key, value in zip(locks, raise_first(held), strict=True) if value}
+        for value in held:
+            if isinstance(value, ReplyError) and value.transient:
+                raise value
+        return {key for key, value in zip(locks, held, strict=True) if value is not None}
 
     async def _in_two_steps(self, entries: Sequence[Returning]) -> list[int]:
+        while self._stuck:
+            await asyncio.wait(self._stuck)  # what was won before comes first
         taken = await self._taken(entries)
         free = [entry for entry in entries if entry[2] not in taken]
+        if any(pairs for _, pairs, _ in free):
+            await self._check_adding()
+        # Whoever stops waiting does not stop it between its two steps.
+        moving = asyncio.ensure_future(self._move(free))
+        self._moving.add(moving)
+        moving.add_done_callback(self._moving.discard)
+        moving.add_done_callback(self._stuck.discard)
+        counts = iter(await asyncio.shield(moving))
+        return [ALIVE if lock in taken else next(counts) for _, _, lock in entries]
+
+    async def _check_adding(self) -> None:
+        """Raises what the server would answer now to any XADD (OOM, READONLY, MISCONF, …).
+
+        The id is one that no entry can have, which is found out after all of that.
+        """
+        (reply,) = await self._link.pipeline(pack(b"XADD", self._names.lbs, b"0-0", b"f", b"v"), 1)
+        if isinstance(reply, ReplyError) and reply.code != "ERR":
+            raise reply
+
+    async def _move(self, entries: list[Returning]) -> list[int]:
+        """Acknowledges entries, then adds those anew that were won by it, however long it takes."""
+        left = {entry_id: pairs for entry_id, pairs, _ in entries}
+        ids = list(left)
         ack = Template(b"XACK", self._names.lbs, self._names.group, ITEM)
-        acked = await self._link.pipeline(ack.pack([entry[0] for entry in free]), len(free))
+        broken: RelstreamError | None = None
         start = time.perf_counter()
-        adding = []
         gaps = 0
-        for (entry_id, pairs, _), count in zip(free, acked, strict=True):
-            if count == 1:
-                if pairs:
-                    adding.append(pack(b"XADD", self._names.lbs, b"*", *pairs))
-                    gaps += 1
-                adding.append(pack(b"XDEL", self._names.lbs, entry_id))
-        added = await self._link.pipeline(b"".join(adding), len(adding))
-        if self._recorder is not None and gaps:
-            self._recorder.ack_add_gap(gaps, time.perf_counter() - start)
+        try:
+            try:
+                acked = await self._link.pipeline(ack.pack(ids), len(ids))
+            except (ConnectionLost, ProtocolError) as error:
+                broken = error
+                acked = await self._acked(entries, error)
+            except RelstreamError:
+                left.clear()
+                raise
+            left = {i: left[i] for i, count in zip(ids, acked, strict=True) if count == 1}
+            gaps = sum(1 for pairs in left.values() if pairs)
+            await self._add(left)
+        finally:
+            if self._recorder is not None and gaps:
+                self._recorder.ack_add_gap(gaps, time.perf_counter() - start)
+            if left:
+                self._logger.error(
+                    "given up: %d entries %s acknowledged and not added again; what is still in "
+                    "%r has to be announced anew: %s",
+                    len(left), "were" if gaps else "may have been", self._names.lbs.decode(),
+                    ", ".join(f"{i.decode()} {_shown(pairs)}" for i, pairs in left.items()),
+                )  # fmt: skip
+        if broken is not None:
+            raise broken
         raise_first(acked)
-        raise_first(added)
-        counts = iter(acked)
-        return [ALIVE if lock in taken else int(next(counts)) for _, _, lock in entries]
+        return acked
+
+    async def _acked(self, entries: list[Returning], error: RelstreamError) -> list[int]:
+        """Whether our XACK was carried out, whose answer got lost: 1 or 0 for each entry.
+
+        It was if an entry is there and not pending, as whoever else takes one away deletes it, too.
+        Its owner may be about to: it is given some time, and as long as it has the lock.
+        """
+        ask = Template(b"XPENDING", self._names.lbs, self._names.group, ITEM, ITEM, 1)
+        self._trouble(len(entries), error)
+        backoff = Backoff(DOUBT, ADD_AGAIN)
+        doubtful = list(entries)
+        ours: set[bytes] = set()
+        while doubtful:
+            await asyncio.sleep(DOUBT + backoff.failed())
+            ids = [entry_id for entry_id, _, _ in doubtful]
+            try:
+                pages = raise_first(
+                    await self._link.pipeline(ask.pack(ids), len(ids), decode=PENDING)
+                )
+                there = await self._there(
+                    [i for i, page in zip(ids, pages, strict=True) if not len(page)]
+                )
+                doubtful = [entry for entry in doubtful if entry[0] in there]
+                taken = await self._taken(doubtful)
+            except RelstreamError as another:
+                self._logger.debug("still not known: %s", another)
+                continue
+            ours.update(entry_id for entry_id, _, lock in doubtful if lock not in taken)
+            doubtful = [entry for entry in doubtful if entry[0] not in ours]
+        return [int(entry_id in ours) for entry_id, _, _ in entries]
+
+    async def _there(self, ids: list[bytes]) -> set[bytes]:
+        """Those of the ids whose entries are in the stream."""
+        there: set[bytes] = set()
+        async for _, batches in Entries(self._link, self._names).read(Ids(ids)):
+            there.update(entry_id for batch in batches for entry_id in batch.ids())
+        return there
+
+    async def _add(self, left: dict[bytes, list[bytes]]) -> None:
+        """Adds entries that are acknowledged, deletes the old ones, and takes them out of `left`.
+
+        Goes on until it has worked, as nobody else knows of them. If the answer to an XADD is lost,
+        its entry is added again: twice, perhaps, rather than not at all.
+        """
+        backoff = Backoff(DOUBT, ADD_AGAIN)
+        added: list[bytes] = []
+        while left or added:
+            try:
+                ids = [entry_id for entry_id, pairs in left.items() if pairs]
+                packed = [pack(b"XADD", self._names.lbs, b"*", *left[i]) for i in ids]
+                replies = await self._link.pipeline(b"".join(packed), len(packed))
+                refused = {
+                    i for i, r in zip(ids, replies, strict=True) if isinstance(r, ReplyError)
+                }
+                for entry_id in left.keys() - refused:
+                    del left[entry_id]
+                    added.append(entry_id)
+                if added:
+                    await self._link.execute(b"XDEL", self._names.lbs, *added)
+                    added.clear()
+                raise_first(replies)
+            except RelstreamError as error:
+                if not left and isinstance(error, ReplyError):
+                    raise
+                self._trouble(len(left), error)
+                await asyncio.sleep(backoff.failed())
+
+    def _trouble(self, count: int, error: RelstreamError) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        if task not in self._stuck:
+            self._stuck.add(task)
+            self._logger.warning(
+                "%d entries are being put back in two steps, and the second one is tried until it "
+                "works: %s", count, error,
+            )  # fmt: skip
+
+    async def settle(self) -> None:
+        """Waits until nothing is between its two steps."""
+        while self._moving:
+            await asyncio.wait(self._moving)
+
+    async def close(self) -> None:
+        """Gives up what is between its two steps still, and logs what is lost by that."""
+        for moving in self._moving:
+            moving.cancel()
+        await asyncio.gather(*self._moving, return_exceptions=True)
+
+
+def _shown(pairs: list[bytes]) -> str:
+    """An announcement, for a person to read."""
+    return repr(dict(zip(pairs[::2], pairs[1::2], strict=True)).get(INPUT_FIELD, b"")[:100])
 
 
 async def discard(link: KeyLink, names: Names, ids: Sequence[bytes]) -> None:
@@ -302,6 +508,9 @@ class Recoverer:
         self._recorder = recorder
         self._logger = logger
         self._put_back = PutBack(topology, names, recorder, logger)
+        self._entries = Entries(self._link, names)
+        self.settle = self._put_back.settle
+        self.close = self._put_back.close
         self._expired: dict[bytes, None] = {}
         self._leading = False
         self._known: dict[bytes, bytes] = {}  # sampled entries: id, lock
@@ -329,9 +538,8 @@ class Recoverer:
     async def hand_back(self, ids: list[bytes]) -> None:
         """Puts entries back that nobody has locked, without counting a retry."""
         ids = sorted(ids, key=_id_order)
-        for start in range(0, len(ids), self._recovery.batch_size):
-            some = ids[start : start + self._recovery.batch_size]
-            plan = plan_for(Ids(some), await read_entries(self._link, self._names, some))
+        async for part, batches in self._entries.read(Ids(ids)):
+            plan = plan_for(part, batches)
             if plan.gone:
                 await discard(self._link, self._names, plan.gone)
             await self._put_back.put_planned(plan, counting=False, looked=False)
@@ -502,8 +710,13 @@ class Recoverer:
                 task.cancel()
             await asyncio.gather(*pages, return_exceptions=True)
 
-    async def _recover_page(self, ids: Ids, page_size: int) -> Tally:
-        return await self._recover(ids, await self._entries_of(ids, page_size))
+    async def _recover_page(self, ids: Ids, page_size: int | None = None) -> Tally:
+        tally = Tally()
+        async for part, batches in self._entries.read(ids, page_size):
+            tally += await self._recover(part, batches)
+        if tally.alive and self._recorder is not None:
+            self._recorder.alive_skip(tally.alive)
+        return tally
 
     # --- deaths are looked for ----------------------------------------------------------------
 
@@ -533,8 +746,9 @@ class Recoverer:
         known = self._known
         unknown = [entry_id for _, entry_id in samples if entry_id not in known]
         unknown.sort(key=_id_order)
-        plan = plan_for(Ids(unknown), await read_entries(self._link, self._names, unknown))
-        known.update(zip(plan.ids(), plan.lock_keys(), strict=True))
+        async for part, batches in self._entries.read(Ids(unknown)):
+            plan = plan_for(part, batches)
+            known.update(zip(plan.ids(), plan.lock_keys(), strict=True))
         self._known = {entry_id: known[entry_id] for _, entry_id in samples if entry_id in known}
         keys = list(self._known.values())
         values = await self._values(pack(b"MGET", *keys), lambda: keys) if keys else []
@@ -582,23 +796,7 @@ class Recoverer:
 
     async def _recover_ids(self, ids: list[bytes]) -> Tally:
         """Looks at these entries, in the order of ids, however long they were idle."""
-        return await self._recover(Ids(ids), await read_entries(self._link, self._names, ids))
-
-    async def _entries_of(self, ids: Ids, page_size: int) -> list[Batch]:
-        """The entries of ids that all come from one page. Mostly that is nearly one range."""
-        if 4 * len(ids) < page_size:
-            return await read_entries(self._link, self._names, ids)
-        batches: list[Batch] = []
-        start: bytes | None = ids[0]
-        size = self._recovery.batch_size
-        while start is not None:
-            batch: Batch = await self._link.execute(
-                b"XRANGE", self._names.lbs, start, ids[-1], b"COUNT", size, decode=ENTRIES
-            )
-            batches.append(batch)
-            done = len(batch) < size or batch.id(-1) == ids[-1]
-            start = None if done else b"(" + batch.id(-1)
-        return batches
+        return await self._recover_page(Ids(ids))
 
     async def _values(self, mget: bytes, keys: Callable[[], list[bytes]]) -> list[bytes | None]:
         """Who holds these locks: asked by one MGET, packed, or by one GET for each key."""
@@ -630,8 +828,6 @@ class Recoverer:
         values = await self._values(plan.mget(), plan.lock_keys)
         alive, letters = plan.judge(values, self._recovery.max_retries)
         tally.alive += alive
-        if alive and self._recorder is not None:
-            self._recorder.alive_skip(alive)
         outcomes = await self._put_back.put_planned(plan, counting=True, looked=True)
         tally.requeued = outcomes.count(PUT)
         tally.alive += outcomes.count(ALIVE)
