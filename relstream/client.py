@@ -162,6 +162,7 @@ class StreamClient:
         # A blocked read has its connection to itself.
         self._reads = [deployment.open(f"{self._consumer}:read", guide) for _ in names]
         self._recovering = deployment.open(f"{self._consumer}:recover", guide)
+        self._leading = deployment.open(f"{self._consumer}:lead", guide)
 
         def events_of(master: Endpoint) -> ExpiryEvents:
             role = f"{self._consumer}:events"
@@ -197,6 +198,7 @@ class StreamClient:
                 commands=self._commands,
                 reading=reads.link(its_names.lbs),
                 recovering=self._recovering,
+                leading=self._leading,
                 locks=locks,
                 keeper=self._keeper,
                 notifications=self._notifications,
@@ -400,6 +402,7 @@ class StreamClient:
         await asyncio.gather(
             self._events.close(),
             self._recovering.close(),
+            self._leading.close(),
             *(reads.close() for reads in self._reads),
             self._commands.close(),
         )

@@ -491,6 +491,7 @@ class Recoverer:
         names: Names,
         consumer: str,
         *,
+        leading: Topology,
         heartbeat: float,
         recovery: RecoveryConfig,
         auto_claim: bool,
@@ -499,7 +500,7 @@ class Recoverer:
     ) -> None:
         self._topology = topology
         self._link = topology.link(names.lbs)
-        self._leader = topology.link(names.leader)
+        self._leader = leading.link(names.leader)  # not kept waiting by what is being recovered
         self._names = names
         self._consumer = consumer.encode()
         self._ttl_ms = round(heartbeat * 1000)

@@ -93,6 +93,7 @@ async def _relstream(job: Job, counted: str) -> AsyncIterator[Walk]:
             servers,
             Names.of(job.service),
             "bench",
+            leading=servers,
             heartbeat=2.0,
             recovery=RecoveryConfig(),
             auto_claim=False,
