@@ -24,17 +24,21 @@ from helpers import (
 )
 
 from relstream import (
+    AuthenticationFailed,
     ClusterMode,
     ClusterNotSettled,
     ConfigConflict,
+    ConnectionFailed,
     DeadLetters,
     KeyspaceSetupFailed,
     LBSInfo,
+    PermissionDenied,
     Producer,
     RecoveryConfig,
     StreamClient,
     StreamNotOwned,
 )
+from relstream.server import TLSFiles
 from relstream.servers import Cluster, Node
 
 HEARTBEAT = 0.5
@@ -397,3 +401,46 @@ async def test_reset_topology_wants_a_settled_cluster(cluster, consumer):
     await asyncio.to_thread(cluster.wait_ok)
     await client.reset_topology()
     assert one_subscription_a_master(cluster)
+
+
+# --- users and TLS --------------------------------------------------------------------------------
+
+
+async def test_rights_that_a_cluster_asks_for(cluster, service, consumer):
+    def allow(*commands: str) -> None:
+        for node in cluster.nodes:
+            node.call("ACL", "SETUSER", "joe", "reset", "on", ">pw", "~*", "&*", *commands)
+
+    url = url_of(cluster).replace("//", "//joe:pw@")
+    allow("+@all", "-cluster|slots")
+    with pytest.raises(PermissionDenied, match=r"grant \+cluster\|slots"):
+        await consumer(redis=url).init()
+    with pytest.raises(AuthenticationFailed, match="did not accept") as caught:
+        await consumer(redis=url.replace("pw@", "hunter2@")).init()
+    assert "hunter2" not in str(caught.value)
+    allow("+@all")
+    notes = await consumer("c2", redis=url).init()
+    service.announce("s1")
+    assert names(await take(notes, 1)) == ["s1"]
+
+
+@pytest.mark.slow
+async def test_tls_and_a_password(make: Callable[..., Cluster], tls: TLSFiles):
+    made = make(Cluster, tls=tls, password="secret")
+    host, port = made.nodes[0].address
+    ready = redis.asyncio.RedisCluster(
+        host=host, port=port, password="secret", ssl=True, ssl_ca_certs=str(tls.ca)
+    )
+    url = f"rediss+cluster://:secret@{host}:{port}?ssl_ca_certs={tls.ca}"
+    for source in (url, ready):
+        client = StreamClient(source, "svc", consumer_id="c1")
+        async with client as notes, Producer(source, "svc") as producer:
+            await producer.announce_many([(f"s{i}", None) for i in range(30)])
+            owned = names(await take(notes, 30))
+            assert one_subscription_a_master(made)
+            await asyncio.gather(*(client.done_stream(name) for name in owned))
+    await ready.aclose()
+    with pytest.raises(AuthenticationFailed, match="asks for a password"):
+        await StreamClient(url.replace(":secret@", ""), "svc", consumer_id="c1").init()
+    with pytest.raises(ConnectionFailed, match="certificate was not accepted"):
+        await StreamClient(url.partition("?")[0], "svc", consumer_id="c1").init()
