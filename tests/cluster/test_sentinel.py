@@ -175,7 +175,7 @@ async def test_a_new_master_is_followed(service, consumer, sentinels, how):
     elif how == "kill":
         await asyncio.to_thread(former.start)
     await asyncio.to_thread(sentinels.wait_ok, 40)
-    assert engine_connections(former.client) == []
+    await eventually(lambda: engine_connections(former.client) == [])
     assert list(subscriptions(promoted).values()) == [1]
 
 
