@@ -195,8 +195,8 @@ async def connect(
             raise ConnectionFailed(f"can't connect to {endpoint}: {problem}")
         opening.result()
     except BaseException:
+        protocol.abort()  # first: whoever is cancelled may be cancelled again while it waits
         await _cancel(opening)
-        protocol.abort()
         raise
     return protocol
 
