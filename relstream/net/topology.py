@@ -664,8 +664,7 @@ class ClusterTopology:
             if not isinstance(reply, ReplyError):
                 continue
             if reply.code == "ASK":
-                both = pack(b"ASKING") + alone(place)
-                reply = (await self._send(self._target(reply), both, 2, decode))[1]
+                reply = await self._ask_at(self._target(reply), alone(place), decode)
                 replies[place] = reply
             if isinstance(reply, ReplyError):
                 if reply.code == "MOVED":
@@ -679,6 +678,21 @@ class ClusterTopology:
             if attempt and self.slots.owners == before:
                 await asyncio.sleep(PAUSE * attempt)
         return moved
+
+    async def _ask_at(self, node: Endpoint, command: bytes, decode: int) -> Any:
+        """Carries a command to where its key has moved already, ahead of its slot."""
+        link = self.to(node)
+        timeout = link.endpoint.timeout
+        try:
+            protocol = await link.get()
+            # Two requests, as what decodes the one reply can't read the other; nothing in between.
+            asking = protocol.send(pack(b"ASKING"), timeout=timeout)
+            (reply,) = await protocol.send(command, decode=decode, timeout=timeout)
+            await asking
+        except ConnectionFailed:
+            self.slots.doubt()
+            raise
+        return reply
 
     def _target(self, redirect: ReplyError) -> Endpoint:
         """Where MOVED and ASK point: `MOVED 3999 127.0.0.1:6381`."""
