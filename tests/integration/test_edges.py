@@ -86,9 +86,8 @@ async def test_what_a_former_life_held_beyond_the_limit_goes_to_others(consumer,
         service.announce(f"s{i}")
     service.redis.xgroup_create(service.lbs, service.group, "0")
     service.redis.xreadgroup(service.group, "c1", {service.lbs: ">"}, count=30)
-    first = await consumer("c1", max_streams=5, auto_claim=False).init()
-    second = await consumer("c2", auto_claim=False).init()
-    got = names(await take(first, 5)) + names(await take(second, 25))
+    got = names(await take(await consumer("c1", max_streams=5, auto_claim=False).init(), 5))
+    got += names(await take(await consumer("c2", auto_claim=False).init(), 25))
     assert sorted(got) == sorted(f"s{i}" for i in range(30))
     assert all(b"_retry_count" not in fields for _, fields in service.redis.xrange(service.lbs))
 
