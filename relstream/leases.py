@@ -585,9 +585,9 @@ class Leases:
         least `min_idle` seconds, which it does not own: those it has read itself, and those that
         were delivered under its name before the first audit, which comes before the first read.
         """
-        now = time.monotonic()
-        self._born = min(self._born, now)
-        lived = round((now - self._born) * 1000)
+        first = self._born == math.inf
+        if first:
+            self._born = time.monotonic()
         entries = list(self._owned.values())
         entries += [entry for head in entries if head.again for entry in head.again]
         audit = Audit(entries)
@@ -604,6 +604,8 @@ class Leases:
             more = len(page) == WINDOW
             missing, found = audit.page(page, round(min_idle * 1000), not more)
             if found:
+                # Counted from here to the reply, so that what we have read is always younger.
+                lived = 0 if first else math.ceil((time.monotonic() - self._born) * 1000) + 1
                 older = set(page.idle(lived))
                 strays += [entry_id for entry_id in found if entry_id not in older]
                 former += [entry_id for entry_id in found if entry_id in older]

@@ -470,3 +470,18 @@ async def test_locks_that_are_no_strings(consumer, service):
     await nothing_comes(notes, 0.7)
     await client.done_stream("good")
     assert service.pending("c1") == ["5-0"]
+
+
+@pytest.mark.only("single", reason="makes one server answer late")
+async def test_late_answers_make_nothing_a_former_lifes(consumer, service):
+    """What a consumer has read itself stays its own, though the server says it idled for longer."""
+    service.redis.rpush(f"odd{SEPARATOR}5-0", "x")
+    service.redis.xadd(service.lbs, {"lbs-input": json.dumps({"DataStreamName": "odd"})}, "5-0")
+    client = consumer("c1", heartbeat_interval=QUICK, auto_claim=False)
+    notes = await client.init()
+    await eventually(lambda: service.pending("c1") == ["5-0"])
+    for _ in range(4):
+        await nothing_comes(notes, QUICK / 2)
+        service.redis.client_pause(400)
+        await nothing_comes(notes, QUICK)
+    assert service.pending("c1") == ["5-0"]
