@@ -390,6 +390,7 @@ class StreamClient:
         outcomes = await asyncio.gather(*ending, return_exceptions=True)
         await part.finisher.idle()  # what the application has asked for before
         await part.settle()
+        await part.finisher.tidy()
         # Read by this consumer but not owned: a reply that got lost, a lock that was refused.
         await part.recoverer.hand_back(await part.audit())
         if recovery is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,7 @@ from relstream.errors import ClientClosed, RelstreamError, ReplyError, StreamNot
 from relstream.leases import pending_for
 from relstream.net.connection import Backoff, explained_by_failover, raise_first
 from relstream.recovery import PUT, Entries, PutBack
+from relstream.scripts import FINISH, run
 
 if TYPE_CHECKING:
     from relstream.config import RetryConfig
@@ -26,6 +29,17 @@ if TYPE_CHECKING:
 # works on one, the next is being prepared.
 BATCH = 100
 BATCHES = 4
+# Milliseconds for which a call of the script whose answer got lost can be sent again.
+RECEIPT_MS = 600_000
+
+
+class _Call:
+    """What tries to end the same batch share."""
+
+    def __init__(self, receipt: bytes) -> None:
+        self.receipt = receipt
+        self.token = secrets.token_hex(8).encode() + b":"
+        self.again = False
 
 
 class Finisher:
@@ -60,6 +74,10 @@ class Finisher:
         self._put = putting.put
         self.settle = putting.settle
         self.close = putting.close
+        # One for each batch under way, and those that are on the server.
+        self._receipts = [names.receipt(consumer, number) for number in range(BATCHES)]
+        self._written: set[bytes] = set()
+        self._in_steps = False
         self._stored = Entries(self._link, names)
         self._recorder = recorder
         self._logger = logger
@@ -94,6 +112,12 @@ class Finisher:
                 await asyncio.sleep(0)
             else:
                 return
+
+    async def tidy(self) -> None:
+        """Removes what only calls that are sent again would need; for when it is `idle`."""
+        if self._written:
+            with contextlib.suppress(RelstreamError):  # they expire
+                await self._link.execute(b"DEL", *self._written)
 
     async def run(self) -> None:
         """Serves `done`, `release` and `abandon` until cancelled."""
@@ -131,7 +155,7 @@ class Finisher:
 
     async def _persist(
         self,
-        end: Callable[[Endings, list[Entry], bool], Awaitable[None]],
+        end: Callable[[Endings, list[Entry], _Call], Awaitable[None]],
         endings: Endings,
     ) -> None:
         """Tries until it works, as often as `retry` allows. Trying again is safe."""
@@ -139,19 +163,18 @@ class Finisher:
         entries = endings.entries()
         locks = lock_keys(entries)
         owned = end != self._hand_back_others
-        tried = False
+        call = _Call(self._receipts.pop())
         try:
             while True:
                 # Not renewed meanwhile, so that a lock just released does not look lost.
                 self._keeper.drop(locks)
                 try:
-                    if end == self._finish and not tried and len(entries) > len(endings):
+                    if end == self._finish and not call.again and len(entries) > len(endings):
                         await self._keep_whole(endings)
                         entries = endings.entries()
                         locks = lock_keys(entries)
-                    again, tried = tried, True
                     if entries:
-                        await end(endings, entries, again)
+                        await end(endings, entries, call)
                     return
                 except RelstreamError as error:
                     if owned:
@@ -162,6 +185,7 @@ class Finisher:
                         self._give_up(endings, error, owned)
                         return
                     self._logger.warning("ending ownership failed, trying again: %s", error)
+                    call.again = True
                 await asyncio.sleep(backoff.failed())
         except asyncio.CancelledError:
             _fail(endings.futures, _closed())
@@ -171,6 +195,8 @@ class Finisher:
                 self._keeper.add(locks)
             self._give_up(endings, RelstreamError(f"a mistake of ours: {error!r}"), owned)
             raise
+        finally:
+            self._receipts.append(call.receipt)
 
     def _give_up(self, endings: Endings, error: RelstreamError, owned: bool) -> None:
         """What could not be ended is owned as before; what was lost stays lost."""
@@ -196,7 +222,47 @@ class Finisher:
         for head in self._refuse(endings, lost):
             self.abandon(head, _all(head))
 
-    async def _finish(self, endings: Endings, entries: list[Entry], again: bool) -> None:
+    async def _finish(self, endings: Endings, entries: list[Entry], call: _Call) -> None:
+        lost: set[Entry] | None = None
+        if self._single and not self._in_steps and len(entries) == len(endings):
+            lost = await self._finish_at_once(entries, call)
+        if lost is None:
+            lost = await self._finish_in_steps(entries, call.again)
+        self._settle(endings, lost)
+
+    async def _finish_at_once(self, entries: list[Entry], call: _Call) -> set[Entry] | None:
+        """Finishes by the script; returns entries that were lost, None where it is forbidden."""
+        self._written.add(call.receipt)
+        keys = [self._names.lbs, call.receipt, *lock_keys(entries)]
+        args = [self._names.group, self._consumer.encode(), call.token, b"%d" % RECEIPT_MS]
+        (reply,) = await run(self._link, FINISH, [(keys, args + entry_ids(entries))])
+        if isinstance(reply, ReplyError):
+            if reply.code != "NOPERM":
+                raise reply
+            if not reply.about_keys:
+                self._in_steps = True  # who releases locks says so
+            elif isinstance(
+                (await self._link.pipeline(pack(b"GET", call.receipt), 1))[0], ReplyError
+            ):
+                self._in_steps = True
+                self._logger.warning(
+                    "the key %r is forbidden: streams are finished in three steps; grant "
+                    "~%s-finished-* to make that one atomic step",
+                    call.receipt.decode(errors="replace"), self._names.lbs.decode(),
+                )  # fmt: skip
+            # Else one of these locks is, and it is in steps for once.
+            return None
+        others = [int(place) for place in reply[len(call.token) :].split()]
+        lost = {entries[-place - 1] for place in others if place < 0}
+        if self._recorder is not None:
+            missing = {entries[abs(place) - 1] for place in others}
+            for entry in entries:
+                if entry not in lost:
+                    self._recorder.lock_release(entry.data_stream_name, entry not in missing)
+        return lost
+
+    async def _finish_in_steps(self, entries: list[Entry], again: bool) -> set[Entry]:
+        """XACK first, then XDEL and the release for what was ours; returns what was lost."""
         asked = [entry for entry in entries if not entry.acked] if again else entries
         ids = entry_ids(asked)
         acked = raise_first(await self._link.pipeline(self._ack.pack(ids), len(ids)))
@@ -205,33 +271,21 @@ class Finisher:
             lost = await self._lost(asked, acked, again)
             entries = [entry for entry in entries if entry not in lost]
         if entries:
-            try:
-                if again or lost:
-                    ids = entry_ids(entries)
-                delete = pack(b"XDEL", self._names.lbs, *ids)
-                if self._single:
-                    # Over one connection in this order: nothing need be awaited in between.
-                    protocol = await self._link.get()
-                    deleting = protocol.send(delete, timeout=self._link.endpoint.timeout)
-                    await self._unlock(entries)
-                    raise_first(await deleting)
-                else:
-                    # Sent in this order, too, and not awaited in between either: what has been
-                    # acknowledged is nobody's any more, locked or not, deleted or not.
-                    deleted, unlocked = await asyncio.gather(
-                        self._link.pipeline(delete, 1),
-                        self._unlock(entries),
-                        return_exceptions=True,
-                    )
-                    for outcome in (deleted, unlocked):
-                        if isinstance(outcome, BaseException):
-                            raise outcome
-                    raise_first(deleted)
-            except RelstreamError:
-                for entry in entries:
-                    entry.acked = True
-                raise
-        self._settle(endings, lost)
+            if again or lost:
+                ids = entry_ids(entries)
+            # Sent in this order, and not awaited in between: what has been acknowledged is nobody's
+            # any more, locked or not, deleted or not.
+            outcomes = await asyncio.gather(
+                self._link.execute(b"XDEL", self._names.lbs, *ids),
+                self._unlock(entries),
+                return_exceptions=True,
+            )
+            for outcome in outcomes:
+                if isinstance(outcome, BaseException):
+                    for entry in entries:
+                        entry.acked = True
+                    raise outcome
+        return lost
 
     async def _lost(self, entries: list[Entry], acked: list[int], again: bool) -> set[Entry]:
         """Those of `entries` that were not pending, and that we did not acknowledge before.
@@ -249,14 +303,14 @@ class Finisher:
                     lost.remove(entry)
         return lost
 
-    async def _hand_over(self, endings: Endings, entries: list[Entry], again: bool) -> None:
+    async def _hand_over(self, endings: Endings, entries: list[Entry], call: _Call) -> None:
         ours = await self._put_back(entries)
         # What an earlier try has put back is not pending any more.
-        lost = set() if again else {entry for entry in entries if entry not in ours}
+        lost = set() if call.again else {entry for entry in entries if entry not in ours}
         await self._unlock([entry for entry in entries if entry not in lost])
         self._settle(endings, lost)
 
-    async def _hand_back_others(self, endings: Endings, entries: list[Entry], again: bool) -> None:
+    async def _hand_back_others(self, endings: Endings, entries: list[Entry], call: _Call) -> None:
         others = [entry for head in endings.heads for entry in self._others[head]]
         if others:
             keys = lock_keys(others)

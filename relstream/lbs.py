@@ -37,6 +37,10 @@ class Names:
     leader: bytes
     """Held by the consumer that recovers for all."""
 
+    def receipt(self, consumer: str, number: int) -> bytes:
+        """What came of a consumer's last call of this number, should the answer get lost."""
+        return b"%s-finished-%s/%d" % (self.lbs, consumer.encode(), number)
+
     @classmethod
     def all_of(
         cls, service_name: str, dlq_stream: str | None = None, partitions: int = 1
