@@ -16,10 +16,10 @@ from collections import defaultdict
 
 from relstream._core import ENTRIES, ITEM, Template, pack
 from relstream.bench.measure import announce, info_number
-from relstream.finish import BATCH
+from relstream.finish import BATCH, RECEIPT_MS
 from relstream.lbs import SEPARATOR
 from relstream.net.connection import Link, endpoint_of
-from relstream.scripts import RELEASE, SCRIPT_KEYS
+from relstream.scripts import FINISH
 from relstream.server import Server
 
 N = 100_000
@@ -68,16 +68,25 @@ async def work(link: Link, service: str) -> dict[str, list[bytes]]:
         return [command] * (N // count)
 
     lock = Template(b"SET", ITEM, b"c", b"NX", b"PX", 600_000)
-    ack = Template(b"XACK", stream, b"assign", ITEM)
     return {
         f"read: XREADGROUP by {READ}": read("read", READ),
         f"assign: XREADGROUP by {INTAKE}": read("assign", INTAKE),
         "assign: SET NX PX": [lock.pack(part) for part in parts(locks, INTAKE)],
-        "done: XACK": [ack.pack(part) for part in parts(ids, BATCH)],
-        f"done: XDEL by {BATCH}": [pack(b"XDEL", stream, *part) for part in parts(ids, BATCH)],
-        f"done: release script by {SCRIPT_KEYS}": [
-            pack(b"EVALSHA", RELEASE.digest, len(part), *part, b"c")
-            for part in parts(locks, SCRIPT_KEYS)
+        f"done: script by {BATCH}": [
+            pack(
+                b"EVALSHA",
+                FINISH.digest,
+                len(some) + 2,
+                stream,
+                f"{stream}-finished",
+                *some,
+                b"assign",
+                b"c",
+                some[0],
+                RECEIPT_MS,
+                *their_ids,
+            )
+            for some, their_ids in zip(parts(locks, BATCH), parts(ids, BATCH), strict=True)
         ],
     }
 
@@ -91,7 +100,7 @@ async def main() -> None:
             info = await link.execute("INFO", "cpu")
             return info_number(info, b"used_cpu_user") + info_number(info, b"used_cpu_sys")
 
-        await link.execute("SCRIPT", "LOAD", RELEASE.source)
+        await link.execute("SCRIPT", "LOAD", FINISH.source)
         for number in range(ROUNDS):
             await announce(server.url, f"limit{number}", N)
             for what, pieces in (await work(link, f"limit{number}")).items():

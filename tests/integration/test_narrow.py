@@ -23,6 +23,7 @@ from wire import Proxy
 
 from relstream import ConnectionLost, RetryConfig, StreamNotOwned, intake, keyspace, leases
 from relstream.leases import Leases, Locks
+from relstream.scripts import FINISH
 
 PATIENT = RetryConfig(max_retries=-1, initial_delay=0.02, max_delay=0.2)
 
@@ -71,6 +72,7 @@ async def test_what_an_earlier_try_acknowledged_is_finished_though_the_lock_expi
     notes = await client.init()
     entry_id = service.announce("s1")
     await take(notes, 1)
+    service.redis.script_load(FINISH.source)
     proxy.mute()
     finishing = asyncio.create_task(client.done_stream("s1"))
     await eventually(lambda: not service.pending())
