@@ -106,7 +106,10 @@ def endpoint_of(source: str | redis.asyncio.Redis) -> Endpoint:
         pool = source.connection_pool
     else:
         raise InvalidOption(
-            "redis", type(source), "a URL (redis://, rediss://, unix://) or a redis.asyncio client"
+            "redis",
+            type(source),
+            "a URL (redis://, rediss://, unix://, redis+cluster:// or redis+sentinel://), "
+            "or a redis.asyncio client",
         )
     try:
         parsed: AbstractConnection = cast("Any", pool).make_connection()
@@ -143,7 +146,10 @@ def without_secrets(url: str) -> str:
 
 def _pool_of_url(url: str) -> redis.asyncio.ConnectionPool:
     def wrong(why: str) -> InvalidOption:
-        expected = "redis://[[user]:password@]host[:port][/db], rediss://… or unix:///path[?db=n]"
+        expected = (
+            "redis://[[user]:password@]host[:port][/db], rediss://…, unix:///path[?db=n], "
+            "redis+cluster://host:port,… or redis+sentinel://host:port,…/name"
+        )
         return InvalidOption("redis", without_secrets(url), f"{expected} ({why})")
 
     try:

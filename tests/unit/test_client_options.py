@@ -114,7 +114,10 @@ def test_consumer_name_of_the_environment_that_is_no_text(monkeypatch):
     ],
 )
 def test_urls(url):
-    with pytest.raises(InvalidOption, match=r"^redis=.*: expected .*redis://.*unix://") as caught:
+    with pytest.raises(
+        InvalidOption,
+        match=r"^redis=.*: expected .*redis://.*unix://.*redis\+cluster://.*redis\+sentinel://",
+    ) as caught:
         make(url)
     if isinstance(url, str):
         assert repr(url) in str(caught.value)
