@@ -7,9 +7,19 @@ import contextlib
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from relstream._core import ITEM, Endings, Entry, Ids, Template, entry_ids, lock_keys, pack
+from relstream._core import (
+    ITEM,
+    Endings,
+    Entry,
+    Ids,
+    Template,
+    entry_ids,
+    key_slot,
+    lock_keys,
+    pack,
+)
 from relstream.errors import ClientClosed, RelstreamError, ReplyError, StreamNotOwned
 from relstream.leases import pending_for
 from relstream.net.connection import Backoff, explained_by_failover, raise_first
@@ -77,7 +87,9 @@ class Finisher:
         # One for each batch under way, and those that are on the server.
         self._receipts = [names.receipt(consumer, number) for number in range(BATCHES)]
         self._written: set[bytes] = set()
-        self._in_steps = False
+        # Where scripts or receipts are forbidden, or a receipt would be on another server.
+        slots = {key_slot(key) for key in (names.lbs, *self._receipts)}
+        self._in_steps = not topology.single and len(slots) > 1
         self._stored = Entries(self._link, names)
         self._recorder = recorder
         self._logger = logger
@@ -224,42 +236,62 @@ class Finisher:
 
     async def _finish(self, endings: Endings, entries: list[Entry], call: _Call) -> None:
         lost: set[Entry] | None = None
-        if self._single and not self._in_steps and len(entries) == len(endings):
+        if not self._in_steps and len(entries) == len(endings):
             lost = await self._finish_at_once(entries, call)
         if lost is None:
             lost = await self._finish_in_steps(entries, call.again)
         self._settle(endings, lost)
 
     async def _finish_at_once(self, entries: list[Entry], call: _Call) -> set[Entry] | None:
-        """Finishes by the script; returns entries that were lost, None where it is forbidden."""
+        """Finishes by the script; returns entries that were lost, None where it can't be.
+
+        A cluster has the locks elsewhere: they are looked at meanwhile, and deleted then. What
+        was acknowledged is delivered to nobody, so nobody can have taken its lock in between.
+        """
         self._written.add(call.receipt)
-        keys = [self._names.lbs, call.receipt, *lock_keys(entries)]
+        locks = lock_keys(entries)
+        held = [True] * len(locks)
+        keys = [self._names.lbs, call.receipt, *(locks if self._single else ())]
         args = [self._names.group, self._consumer.encode(), call.token, b"%d" % RECEIPT_MS]
-        (reply,) = await run(self._link, FINISH, [(keys, args + entry_ids(entries))])
+        finishing = run(self._link, FINISH, [(keys, args + entry_ids(entries))])
+        if self._single:
+            (reply,) = await finishing
+        else:
+            (reply,), held = await _together(finishing, self._locks.held(locks))
         if isinstance(reply, ReplyError):
+            if reply.code == "TRYAGAIN" and not call.again:
+                return None  # its slot moves: receipt and stream are in different places
             if reply.code != "NOPERM":
                 raise reply
-            if not reply.about_keys:
-                self._in_steps = True  # who releases locks says so
-            elif isinstance(
-                (await self._link.pipeline(pack(b"GET", call.receipt), 1))[0], ReplyError
-            ):
-                self._in_steps = True
-                self._logger.warning(
-                    "the key %r is forbidden: streams are finished in three steps; grant "
-                    "~%s-finished-* to make that one atomic step",
-                    call.receipt.decode(errors="replace"), self._names.lbs.decode(),
-                )  # fmt: skip
-            # Else one of these locks is, and it is in steps for once.
+            await self._forbidden(reply, call.receipt)
             return None
-        others = [int(place) for place in reply[len(call.token) :].split()]
-        lost = {entries[-place - 1] for place in others if place < 0}
+        lost: set[Entry] = set()
+        for place in map(int, reply[len(call.token) :].split()):
+            held[abs(place) - 1] = False
+            if place < 0:
+                lost.add(entries[-place - 1])
+        if not self._single:
+            await self._locks.delete([lock for lock, ours in zip(locks, held, strict=True) if ours])
         if self._recorder is not None:
-            missing = {entries[abs(place) - 1] for place in others}
-            for entry in entries:
+            for entry, ours in zip(entries, held, strict=True):
                 if entry not in lost:
-                    self._recorder.lock_release(entry.data_stream_name, entry not in missing)
+                    self._recorder.lock_release(entry.data_stream_name, ours)
         return lost
+
+    async def _forbidden(self, refusal: ReplyError, receipt: bytes) -> None:
+        """Whether it is for good that the script must not be run, or for one of these locks."""
+        if not refusal.about_keys:
+            self._in_steps = True  # who releases locks says so
+            return
+        (reply,) = await self._link.pipeline(pack(b"GET", receipt), 1)
+        if isinstance(reply, ReplyError) and reply.code == "NOPERM":
+            self._in_steps = True
+            rule = receipt[: receipt.index(b"-finished-")] + b"-finished-*"
+            self._logger.warning(
+                "the key %r is forbidden: streams are finished in three steps; grant ~%s to make "
+                "that one atomic step",
+                receipt.decode(errors="replace"), rule.decode(),
+            )  # fmt: skip
 
     async def _finish_in_steps(self, entries: list[Entry], again: bool) -> set[Entry]:
         """XACK first, then XDEL and the release for what was ours; returns what was lost."""
@@ -275,16 +307,14 @@ class Finisher:
                 ids = entry_ids(entries)
             # Sent in this order, and not awaited in between: what has been acknowledged is nobody's
             # any more, locked or not, deleted or not.
-            outcomes = await asyncio.gather(
-                self._link.execute(b"XDEL", self._names.lbs, *ids),
-                self._unlock(entries),
-                return_exceptions=True,
-            )
-            for outcome in outcomes:
-                if isinstance(outcome, BaseException):
-                    for entry in entries:
-                        entry.acked = True
-                    raise outcome
+            try:
+                await _together(
+                    self._link.execute(b"XDEL", self._names.lbs, *ids), self._unlock(entries)
+                )
+            except RelstreamError:
+                for entry in entries:
+                    entry.acked = True
+                raise
         return lost
 
     async def _lost(self, entries: list[Entry], acked: list[int], again: bool) -> set[Entry]:
@@ -377,6 +407,15 @@ class Finisher:
 def _all(head: Entry) -> list[Entry]:
     """All entries by which a stream is owned."""
     return [head, *(head.again or ())]
+
+
+async def _together(*awaitables: Awaitable[Any]) -> list[Any]:
+    """What they return, or the first error, once all have ended."""
+    outcomes = await asyncio.gather(*awaitables, return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return outcomes
 
 
 def _observe(future: Future) -> None:

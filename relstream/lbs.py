@@ -38,8 +38,12 @@ class Names:
     """Held by the consumer that recovers for all."""
 
     def receipt(self, consumer: str, number: int) -> bytes:
-        """What came of a consumer's last call of this number, should the answer get lost."""
-        return b"%s-finished-%s/%d" % (self.lbs, consumer.encode(), number)
+        """What came of a consumer's last call of this number, should the answer get lost.
+
+        In the slot of `lbs`, but for names with stray braces.
+        """
+        tagged = self.lbs if b"{" in self.lbs else b"{%s}" % self.lbs
+        return b"%s-finished-%s/%d" % (tagged, consumer.encode(), number)
 
     @classmethod
     def all_of(

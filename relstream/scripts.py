@@ -72,11 +72,12 @@ local value = redis.call('MGET', KEYS[1])[1]
 return value == ARGV[1] and redis.call('DEL', KEYS[1]) or value and -1 or 0
 """)
 
-# KEYS: the load balancer stream, a receipt, the lock of each entry; ARGV: group, consumer, a token,
-# ms for which the receipt is kept, the entries' ids. XACK, XDEL and the release, all in one step.
-# An entry whose lock is ours is ours; another one only if it was pending until now. Returns the
-# token, then the places whose locks were not ours: negative where the entry was lost, too. The
-# receipt keeps that for a call that is sent again, as its answer got lost. About 6 us a stream.
+# KEYS: the load balancer stream, a receipt, then, where one server has all, the lock of each entry;
+# ARGV: group, consumer, a token, ms for which the receipt is kept, the entries' ids. XACK, XDEL and
+# the release, all in one step. An entry whose lock is ours is ours; another one only if it was
+# pending until now. Returns the token, then the places whose given locks were not ours: negative
+# where the entry was lost. The receipt keeps that for a call that is sent again, as its answer got
+# lost. About 6 us a stream.
 FINISH = Script("""\
 local call, unpack, stream, group, token = redis.call, unpack, KEYS[1], ARGV[1], ARGV[3]
 local values = call('MGET', unpack(KEYS, 2))
@@ -84,21 +85,24 @@ if values[1] and string.sub(values[1], 1, #token) == token then
   return values[1]
 end
 local ids, locks, others = {}, {}, {}
-for i = 2, #values do
-  if values[i] == ARGV[2] then
-    ids[#ids + 1] = ARGV[i + 3]
-    locks[#locks + 1] = KEYS[i + 1]
+for i = 1, #ARGV - 4 do
+  if values[i + 1] == ARGV[2] then
+    ids[#ids + 1] = ARGV[i + 4]
+    locks[#locks + 1] = KEYS[i + 2]
   end
 end
 if #ids > 0 then
   call('XACK', stream, group, unpack(ids))
 end
-for i = 2, #values do
-  if values[i] ~= ARGV[2] then
-    local won = call('XACK', stream, group, ARGV[i + 3]) == 1
-    others[#others + 1] = won and i - 1 or 1 - i
-    if won then
-      ids[#ids + 1] = ARGV[i + 3]
+for i = 1, #ARGV - 4 do
+  if values[i + 1] ~= ARGV[2] then
+    if call('XACK', stream, group, ARGV[i + 4]) == 0 then
+      others[#others + 1] = -i
+    else
+      ids[#ids + 1] = ARGV[i + 4]
+      if #KEYS > 2 then
+        others[#others + 1] = i
+      end
     end
   end
 end

@@ -71,11 +71,11 @@ async def test_an_answer_that_gets_lost_is_given_again(consumer, service, monkey
 async def test_nothing_is_left_of_receipts(consumer, service, monkeypatch):
     client, _, _ = await _owning(consumer, service, monkeypatch, 300)
     await asyncio.gather(*[client.done_stream(f"s{i}") for i in range(300)])
-    receipts = [*service.redis.scan_iter(match="svc-input-finished-*")]
+    receipts = [*service.redis.scan_iter(match="{svc-input}-finished-*")]
     assert 1 <= len(receipts) <= 4
     assert all(0 < service.redis.pttl(key) <= 600_000 for key in receipts)
     await client.aclose()
-    assert not [*service.redis.scan_iter(match="svc-input-finished-*")]
+    assert not [*service.redis.scan_iter(match="{svc-input}-finished-*")]
 
 
 async def test_what_was_lost_can_be_told_out_of_memory(consumer, service, monkeypatch):
@@ -117,6 +117,6 @@ async def test_where_one_step_is_forbidden_three_do(
         await client.done_stream("s2")
     said = [text for text in caplog.messages if " steps" in text or "scripts are forbidden" in text]
     assert len(said) == 1
-    assert ("~svc-input-finished-*" in said[0]) == (denied[0] == "resetkeys")
+    assert ("~{svc-input}-finished-*" in said[0]) == (denied[0] == "resetkeys")
     await client.done_stream("s3")
-    assert [*service.redis.scan_iter(match="svc-input-finished-*")] == []
+    assert [*service.redis.scan_iter(match="{svc-input}-finished-*")] == []
