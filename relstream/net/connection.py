@@ -477,6 +477,20 @@ class Link:
                 protocol.abort(ConnectionLost(f"{self.endpoint} is no master any more"))
         return received
 
+    def send(
+        self, packed: bytes, replies: int, *, decode: int = OBJECT, timeout: float | None = None
+    ) -> asyncio.Future[list[Any]] | None:
+        """Sends at once, and returns the future of what `pipeline` would, which costs no task.
+
+        None where something has to be waited for: a connection, or the server to read on.
+        """
+        protocol = self._protocol
+        if protocol is None or not protocol.alive or not protocol.has_room or self._master:
+            return None
+        return protocol.send(
+            packed, replies, decode=decode, timeout=timeout or self.endpoint.timeout
+        )
+
     async def load(self, source: str) -> Any:
         """Makes a script known to the server (SCRIPT LOAD); returns the reply."""
         return (await self.pipeline(pack(b"SCRIPT", b"LOAD", source), 1))[0]

@@ -120,6 +120,11 @@ class RedisProtocol(asyncio.BufferedProtocol):
         elif len(self._out) == 1:
             self._loop.call_soon(self._flush)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether `drain` has nothing to wait for."""
+        return self._writable is None
+
     async def drain(self) -> None:
         """Waits while the server is slower in reading than we are in writing.
 

@@ -559,20 +559,13 @@ class ClusterTopology:
     async def each(
         self, packed: Callable[[list[bytes]], bytes], keys: list[bytes], decode: int = OBJECT
     ) -> list[Any]:
-        async def send(owner: Endpoint | None, places: list[int]) -> list[Any]:
-            some = [keys[place] for place in places]
-            try:
-                return await self._send(owner, packed(some), len(some), decode)
-            except ConnectionFailed as error:
-                # What others answered counts: it is for the caller to try these again.
-                return [ReplyError(f"MASTERDOWN {error}") for _ in some]
-
         return await self._carry(
             len(keys),
             lambda places: by_owner(keys, places, self.slots.owners),
-            send,
+            lambda places: packed([keys[place] for place in places]),
             lambda place: packed([keys[place]]),
             decode,
+            apart=True,
         )
 
     def apart(self, keys: list[bytes]) -> Mapping[object, list[bytes]]:
@@ -585,42 +578,62 @@ class ClusterTopology:
         """Sends commands that all belong to one slot, in this order."""
         parts: list[bytes] = []
 
-        async def send(owner: Endpoint | None, places: list[int]) -> list[Any]:
-            some = packed if len(places) == replies else b"".join(map(parts.__getitem__, places))
-            return await self._send(owner, some, len(places), decode, timeout)
+        def some(places: list[int]) -> bytes:
+            if len(places) == replies:
+                return packed
+            return b"".join(map(parts.__getitem__, places))
 
         def alone(place: int) -> bytes:
             parts[:] = parts or commands(packed)
             return parts[place]
 
         return await self._carry(
-            replies, lambda places: [(self.slots.owners[slot], places)], send, alone, decode
+            replies,
+            lambda places: [(self.slots.owners[slot], places)],
+            some,
+            alone,
+            decode,
+            timeout,
         )
 
     async def _carry(
         self,
         count: int,
         by_master: Callable[[list[int]], list[tuple[Endpoint | None, list[int]]]],
-        send: Callable[[Endpoint | None, list[int]], Awaitable[list[Any]]],
+        packed: Callable[[list[int]], bytes],
         alone: Callable[[int], bytes],
         decode: int,
+        timeout: float | None = None,
+        *,
+        apart: bool = False,
     ) -> list[Any]:
         """Sends commands, known by their places, to the masters of today; follows redirects.
 
         A command that was redirected has not been carried out, so none is ever carried out twice.
+        `apart`: what other masters answer counts though one can't be reached.
         """
         replies: list[Any] = [None] * count
         places = list(range(count))
         for attempt in range(REDIRECTS):
             await self.prepare()
             groups = by_master(places)
-            if len(groups) == 1:
-                parts = [await send(*groups[0])]
-            else:
-                parts = await asyncio.gather(*(send(*group) for group in groups))
+            under_way: list[asyncio.Future[list[Any]]] = []
             errors = False
-            for (_, some), part in zip(groups, parts, strict=True):
-                errors = scatter(replies, some, part) or errors
+            try:
+                for owner, some in groups:
+                    under_way.append(self._start(owner, packed(some), len(some), decode, timeout))
+                for (_, some), replied in zip(groups, under_way, strict=True):
+                    try:
+                        part = await replied
+                    except ConnectionFailed as error:
+                        self.slots.doubt()
+                        if not apart:
+                            raise
+                        part = [ReplyError(f"MASTERDOWN {error}") for _ in some]
+                    errors = scatter(replies, some, part) or errors
+            finally:
+                for replied in under_way:
+                    replied.cancel()
             if not errors:
                 break
             places = await self._redirected(replies, places, alone, decode, attempt)
@@ -628,22 +641,27 @@ class ClusterTopology:
                 break
         return replies
 
-    async def _send(
+    def _start(
         self,
         owner: Endpoint | None,
         packed: bytes,
         replies: int,
         decode: int,
         timeout: float | None = None,
-    ) -> list[Any]:
+    ) -> asyncio.Future[list[Any]]:
+        """Sends commands; without a task if the connection is open and has room."""
         if owner is None:
             self.slots.doubt()
-            return [ReplyError("CLUSTERDOWN Hash slot not served") for _ in range(replies)]
-        try:
-            return await self.to(owner).pipeline(packed, replies, decode=decode, timeout=timeout)
-        except ConnectionFailed:
-            self.slots.doubt()
-            raise
+            unserved: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+            unserved.set_result(
+                [ReplyError("CLUSTERDOWN Hash slot not served") for _ in range(replies)]
+            )
+            return unserved
+        link = self.to(owner)
+        sent = link.send(packed, replies, decode=decode, timeout=timeout)
+        if sent is not None:
+            return sent
+        return asyncio.ensure_future(link.pipeline(packed, replies, decode=decode, timeout=timeout))
 
     async def _redirected(
         self,
@@ -704,9 +722,11 @@ class ClusterTopology:
         await self.prepare()
         command = pack(b"SCRIPT", b"LOAD", source)
         parts = await asyncio.gather(
-            *(self._send(master, command, 1, OBJECT) for master in self.slots.masters),
+            *(self._start(master, command, 1, OBJECT) for master in self.slots.masters),
             return_exceptions=True,
         )
+        if any(isinstance(part, ConnectionFailed) for part in parts):
+            self.slots.doubt()
         replies = [part[0] for part in parts if not isinstance(part, BaseException)]
         good = [reply for reply in replies if not isinstance(reply, ReplyError)]
         if not replies:
