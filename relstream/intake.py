@@ -266,7 +266,8 @@ class Intake:
         self._count = max(1, min(2 * self._count, fitting, self._largest))
         if len(batch) == count:
             # There is more: it is read while these are being locked.
-            self._taking.append(asyncio.ensure_future(self._take(batches, asked_at)))
+            before = self._taking[-1] if self._taking else None
+            self._taking.append(asyncio.ensure_future(self._take(batches, asked_at, before)))
         else:
             await self._settle()
             await self._take(batches, asked_at)
@@ -296,8 +297,13 @@ class Intake:
         batches: list[Batch] = reply
         return batches
 
-    async def _take(self, batches: list[Batch], asked_at: float) -> None:
-        """Locks the entries of these batches, and tells of those that are owned now."""
+    async def _take(
+        self, batches: list[Batch], asked_at: float, before: asyncio.Task[None] | None = None
+    ) -> None:
+        """Locks the entries of these batches, and tells of those that are owned now.
+
+        Not ahead of those read `before`, whose locks may be on a master that takes longer.
+        """
         try:
             entries: list[Entry] = []
             gone: list[bytes] = []
@@ -310,6 +316,8 @@ class Intake:
             refusal = None
             if entries:
                 new, refused, refusal = await self._take_leases(entries, asked_at)
+                if before is not None and not before.done():
+                    await asyncio.wait({before})
                 self._notifications.added(new)
             if gone:
                 await discard(self._link, self._names, gone)

@@ -139,6 +139,28 @@ async def test_owning_and_finishing(cluster, service, consumer):
     assert len(service.entries()) == 100
 
 
+async def test_streams_are_told_in_order_though_one_master_is_slow(cluster, service, consumer):
+    owner = cluster.master_of(service.lbs)
+    slow, quick = (
+        next(tag for tag in map("{{{}}}".format, range(100)) if place(cluster.master_of(tag)))
+        for place in (lambda master: master is not owner, lambda master: master is owner)
+    )
+    notes = await consumer(heartbeat_interval=30.0, queue_size=5000).init()
+    # The first read brings one; the next two bring as many as they may, and are locked together.
+    tags = [quick] + [slow] * 190 + [quick] * 1000
+    wanted = [f"{tag}{i}" for i, tag in enumerate(tags)]
+    late = cluster.master_of(slow)
+    late.pause()
+    try:
+        async with Producer(url_of(cluster), "svc") as producer:
+            await producer.announce_many([(name, None) for name in wanted])
+        await eventually(lambda: len(service.pending("c1")) > 600)
+        await asyncio.sleep(0.2)
+    finally:
+        late.resume()
+    assert names(await take(notes, len(wanted))) == wanted
+
+
 @pytest.mark.parametrize("mode", ClusterMode)
 async def test_a_ready_client_tells_that_it_is_a_cluster(cluster, service, consumer, mode):
     host, port = cluster.nodes[0].address
