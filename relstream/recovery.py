@@ -51,7 +51,7 @@ from relstream.lbs import (
     replace_fields,
     retry_count,
 )
-from relstream.net.connection import Backoff, raise_first
+from relstream.net.connection import Backoff, explained_by_failover, raise_first
 from relstream.notifications import LBSInfo
 from relstream.scripts import PUT_BACK, REMOVE_CONSUMER, SCRIPT_KEYS, run, run_packed
 
@@ -551,10 +551,16 @@ class Recoverer:
         """Tries to lead, and recovers while it does, until cancelled."""
         backoff = Backoff(LEADERSHIP / 4, LEADERSHIP)
         first = True
+        outage = False
         while True:
             pause = jittered(LEADERSHIP / 4, 0.5, random.random())
             try:
-                if await self._try_to_lead():
+                leads = await self._try_to_lead()
+                if outage:
+                    await self._look_whether_it_is_back()
+                    self._be_patient()
+                    outage = False
+                if leads:
                     await self._lead(first)
                     first = False
                     if not self._auto_claim:
@@ -565,7 +571,9 @@ class Recoverer:
                 backoff.reset()
                 await asyncio.sleep(pause)
             except RelstreamError as error:
-                self._be_patient()
+                # Out of memory locks are renewed all the same.
+                out_of_memory = isinstance(error, ReplyError) and error.code == "OOM"
+                outage = outage or (explained_by_failover(error) and not out_of_memory)
                 if not backoff.failures:
                     self._logger.warning("recovery failed, trying again: %s", error)
                 await asyncio.sleep(backoff.failed())
@@ -574,10 +582,13 @@ class Recoverer:
                 self._expired.clear()
 
     async def resign(self) -> None:
-        """Lets another lead at once; for after `run` has ended."""
-        if await self._leader.execute(b"GET", self._names.leader) == self._consumer:
-            await self._leader.execute(b"DEL", self._names.leader)
-            self._logger.info("this consumer recovers for the service no more")
+        """Lets another lead at once, if the server can be told; else leadership just expires."""
+        try:
+            if await self._leader.execute(b"GET", self._names.leader) == self._consumer:
+                await self._leader.execute(b"DEL", self._names.leader)
+                self._logger.info("this consumer recovers for the service no more")
+        except RelstreamError as error:
+            self._logger.debug("leadership could not be given up, and expires: %s", error)
 
     async def _try_to_lead(self) -> bool:
         try:
@@ -599,8 +610,14 @@ class Recoverer:
             return False
         return bool(await self._leader.execute(b"PEXPIRE", self._names.leader, LEADERSHIP_MS))
 
+    async def _look_whether_it_is_back(self) -> None:
+        """Raises unless the load balancer stream can be read; the leader key may be elsewhere."""
+        await self._link.execute(
+            b"XPENDING", self._names.lbs, self._names.group, b"0-0", b"0-0", 1
+        )
+
     def _be_patient(self) -> None:
-        """After an outage the locks of the living are gone, too, until they have renewed them."""
+        """The server is back: the locks of the living are gone, too, until they renew them."""
         self._patient_until = asyncio.get_running_loop().time() + self._ttl_ms / 1000
 
     async def _lead(self, first: bool) -> None:

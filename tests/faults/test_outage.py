@@ -10,7 +10,8 @@ from helpers import ADDED, EXPIRED, Service, eventually, take
 
 from relstream import ConnectionFailed, RecoveryConfig, RetryConfig
 
-TTL = 1.0
+# Shorter than the pauses of who waits for the server to come back.
+TTL = 0.5
 FOR_EVER = RetryConfig(max_retries=-1, max_delay=0.5)
 
 
@@ -38,11 +39,11 @@ async def test_an_outage_is_no_death(consumer, make_server, how):
             await take(each, 100)
         if how == "restart":
             await asyncio.to_thread(server.kill)
-            await asyncio.sleep(2 * TTL)
+            await asyncio.sleep(5 * TTL)
             await asyncio.to_thread(server.restart)
         else:
             server.pause()
-            await asyncio.sleep(2 * TTL)
+            await asyncio.sleep(5 * TTL)
             server.resume()
         with redis.Redis.from_url(server.url) as admin:
             service = Service(admin)
