@@ -376,7 +376,11 @@ class Cluster:
         source.call("CLUSTER", "SETSLOT", slot, "MIGRATING", self.id_of(target))
 
     def finish_move(self, slot: int, source: Node, target: Node) -> None:
-        """Move the slot's keys and tell all masters. Return before their replicas know."""
+        """Move the slot's keys and tell all masters. Return before their replicas know.
+
+        But not before the masters know each other's epochs: news of the slot's last move that
+        overtakes its next one can leave it with two masters that point at each other.
+        """
         auth = () if self._password is None else ("AUTH", self._password)
         while keys := source.call("CLUSTER", "GETKEYSINSLOT", slot, 100):
             source.call("MIGRATE", *target.address, "", 0, 5000, *auth, "KEYS", *keys)
@@ -388,6 +392,16 @@ class Cluster:
             except redis.ResponseError as error:  # the source, just become a replica
                 if "only with masters" not in str(error):
                     raise
+        _wait(self._epochs_unknown, START_TIMEOUT)
+
+    def _epochs_unknown(self) -> str:
+        masters = self.masters()
+        views = [_view(master) for master in masters]
+        ids = [self.id_of(master) for master in masters]
+        told = [[view[i].epoch for i in ids if i in view] for view in views]
+        if len(set(told[0])) < len(ids) or any(epochs != told[0] for epochs in told):
+            return f"the masters have not agreed on their epochs: {told}"
+        return ""
 
     def restore(self) -> None:
         """The original layout, all nodes living, and no data.
