@@ -19,7 +19,6 @@ from relstream.recovery import PUT, PutBack, discard, read_entries
 
 if TYPE_CHECKING:
     from relstream.config import RecoveryConfig, RetryConfig
-    from relstream.net.protocol import RedisProtocol
     from relstream.net.topology import KeyLink, Topology
     from relstream.notifications import Notifications
     from relstream.recorder import SafeRecorder
@@ -104,6 +103,7 @@ class Intake:
         logger: logging.Logger,
     ) -> None:
         self._reading = reading
+        self._topology = topology
         self._link = topology.link(names.lbs)
         self._names = names
         self._consumer = consumer
@@ -127,7 +127,7 @@ class Intake:
         self._refused: bytes | None = None
         self._refusals = Backoff(retry.initial_delay, min(retry.max_delay, 2.0))
         self._stopping = False
-        self._blocked: RedisProtocol | None = None
+        self._blocked = False
         self._strays: list[bytes] = []
         self._dlq_failed = False
 
@@ -142,9 +142,12 @@ class Intake:
         """Lets `run` return once the server has answered the read under way."""
         self._stopping = True
         self._notifications.room_made.set()
-        while self._blocked is not None:
+        while self._blocked:
             try:
-                await self._link.execute(b"CLIENT", b"UNBLOCK", self._blocked.client_id)
+                # Where it waits, which need not be where it was sent first.
+                for server, protocol in self._reading.waiting:
+                    link = self._topology.to(server)
+                    await link.execute(b"CLIENT", b"UNBLOCK", protocol.client_id)
             except RelstreamError:  # not allowed, or no connection: the read ends by itself
                 await asyncio.sleep(BLOCK)
             await asyncio.sleep(0.01)
@@ -214,7 +217,7 @@ class Intake:
 
     async def _step(self) -> None:
         fresh = not self._reading.alive
-        protocol = await self._reading.get()
+        await self._reading.get()
         pausing = self._refused
         if pausing is not None:
             await asyncio.sleep(self._refusals.failed())
@@ -255,7 +258,7 @@ class Intake:
         batches: list[Batch] = []
         self._room.set_aside(count)
         try:
-            batches = await self._read(protocol, count)
+            batches = await self._read(count)
         finally:
             self._room.give_back(count - sum(map(len, batches)))
         if not batches:
@@ -279,17 +282,17 @@ class Intake:
         while self._taking:
             await self._taking.popleft()
 
-    async def _read(self, protocol: RedisProtocol, count: int) -> list[Batch]:
+    async def _read(self, count: int) -> list[Batch]:
         command = pack(
             b"XREADGROUP", b"GROUP", self._names.group, self._consumer, b"COUNT", count,
             b"BLOCK", round(BLOCK * 1000), b"STREAMS", self._names.lbs, b">",
         )  # fmt: skip
         timeout = BLOCK + self._reading.endpoint.timeout
-        self._blocked = protocol
+        self._blocked = True
         try:
             (reply,) = await self._reading.pipeline(command, 1, decode=STREAMS, timeout=timeout)
         finally:
-            self._blocked = None
+            self._blocked = False
         if isinstance(reply, ReplyError):
             if reply.code == "UNBLOCKED":
                 return []

@@ -389,6 +389,14 @@ class Link:
         """Whether the connection is open as far as anybody knows."""
         return self._protocol is not None and self._protocol.alive
 
+    @property
+    def waiting(self) -> list[tuple[Endpoint, RedisProtocol]]:
+        """The connection and its server, if replies are outstanding."""
+        protocol = self._protocol
+        if protocol is None or not protocol.alive or not protocol.busy:
+            return []
+        return [(self.endpoint, protocol)]
+
     async def get(self) -> RedisProtocol:
         """The living connection; opens one if need be, and raises as `connect` does.
 

@@ -121,6 +121,11 @@ class RedisProtocol(asyncio.BufferedProtocol):
             self._loop.call_soon(self._flush)
 
     @property
+    def busy(self) -> bool:
+        """Whether replies are outstanding."""
+        return bool(self._waiting)
+
+    @property
     def has_room(self) -> bool:
         """Whether `drain` has nothing to wait for."""
         return self._writable is None

@@ -246,6 +246,8 @@ class KeyLink(Protocol):
     def endpoint(self) -> Endpoint: ...
     @property
     def alive(self) -> bool: ...
+    @property
+    def waiting(self) -> list[tuple[Endpoint, RedisProtocol]]: ...
     async def get(self) -> RedisProtocol: ...
     async def pipeline(
         self, packed: bytes, replies: int, *, decode: int = OBJECT, timeout: float | None = None
@@ -264,6 +266,9 @@ class Topology(Protocol):
 
     def link(self, key: bytes) -> KeyLink:
         """For commands on this key."""
+
+    def to(self, node: Endpoint) -> Link:
+        """For commands to a server, whatever keys it has."""
 
     async def each(
         self, packed: Callable[[list[bytes]], bytes], keys: list[bytes], decode: int = OBJECT
@@ -349,6 +354,9 @@ class SingleTopology:
         self.close = link.close
 
     def link(self, key: bytes) -> Link:
+        return self._link
+
+    def to(self, node: Endpoint) -> Link:
         return self._link
 
     async def each(
@@ -535,7 +543,6 @@ class ClusterTopology:
         return found
 
     def to(self, node: Endpoint) -> Link:
-        """The link to a node, whatever it is."""
         link = self._links.get(node)
         if link is None:
             if self._closed:
@@ -543,6 +550,14 @@ class ClusterTopology:
             named = replace(self.endpoint, host=node.host, port=node.port, path=None)
             link = self._links[node] = Link(named)
         return link
+
+    def waiting(self) -> list[tuple[Endpoint, RedisProtocol]]:
+        """Connections on which replies are outstanding, and to which nodes."""
+        return [
+            (node, protocol)
+            for node, link in self._links.items()
+            for _, protocol in link.waiting
+        ]
 
     async def prepare(self) -> None:
         """Looks at the slots, if need be; leaves nodes that are no masters any more."""
@@ -752,6 +767,11 @@ class _ClusterLink:
     def alive(self) -> bool:
         owner = self._cluster.slots.owners[self._slot]
         return owner is not None and self._cluster.to(owner).alive
+
+    @property
+    def waiting(self) -> list[tuple[Endpoint, RedisProtocol]]:
+        """Connections of this topology on which replies are outstanding, wherever it was sent."""
+        return self._cluster.waiting()
 
     async def get(self) -> RedisProtocol:
         await self._cluster.prepare()

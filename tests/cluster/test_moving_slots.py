@@ -121,6 +121,9 @@ async def test_a_blocked_read_follows_its_slot(cluster, service, consumer, monke
         await asyncio.to_thread(service.announce, f"s{i}")
         assert names(await take(notes, 1)) == [f"s{i}"]
         await client.done_stream(f"s{i}")
+    # Nor does closing wait for it: the read is ended where it waits now.
+    await asyncio.wait_for(client.aclose(), 5)
+    assert service.pending() == []
 
 
 @pytest.mark.slow
