@@ -26,10 +26,11 @@ from relstream.errors import (
     ConsumerIdMissing,
     InvalidOption,
     RelstreamError,
+    ReplyError,
     StreamNotOwned,
 )
 from relstream.intake import Room
-from relstream.keyspace import ClusterEvents, ExpiryEvents
+from relstream.keyspace import NEEDED, SETTING, ClusterEvents, ExpiryEvents
 from relstream.lbs import Names, partition_of, split_lock_key
 from relstream.leases import Keeper, Locks
 from relstream.net.topology import NamedMaster, SlotTable, deployment_of
@@ -156,12 +157,17 @@ class StreamClient:
         self._opened = False
         self._ready = False
         self._terminated = False
+        self._warned_of_config = False
         self._closing: asyncio.Task[RelstreamError | None] | None = None
         guide = self._guide = deployment.guide()
-        self._commands = deployment.open(f"{self._consumer}:command", guide)
+        # One master that hangs must not keep locks of the others waiting until they have expired.
+        quick = (
+            deployment.patient(max(self._heartbeat / 2, 0.5)) if deployment.nodes else deployment
+        )
+        self._commands = quick.open(f"{self._consumer}:command", guide)
         # A blocked read has its connection to itself.
         self._reads = [deployment.open(f"{self._consumer}:read", guide) for _ in names]
-        self._recovering = deployment.open(f"{self._consumer}:recover", guide)
+        self._recovering = quick.open(f"{self._consumer}:recover", guide)
         self._leading = deployment.open(f"{self._consumer}:lead", guide)
 
         def events_of(master: Endpoint) -> ExpiryEvents:
@@ -170,6 +176,7 @@ class StreamClient:
                 lambda on_push: replace(deployment, endpoint=master).link(role, on_push, guide),
                 force_config_override=force_config_override,
                 on_expired=self._expired,
+                on_forbidden=self._config_forbidden,
                 recorder=self._recorder,
                 logger=self._logger,
             )
@@ -524,6 +531,17 @@ class StreamClient:
                 lost.setdefault(self._part(parts[0]), []).append(key)
         for part, its_keys in lost.items():
             part.locks_lost(its_keys)
+
+    def _config_forbidden(self, refusal: ReplyError) -> None:
+        """Said once, however many masters there are, and however often they are set up."""
+        if self._warned_of_config:
+            return
+        self._warned_of_config = True
+        self._logger.warning(
+            "the server does not let us see to expiry events (%s): unless %s contains %s, "
+            "STREAM_EXPIRED is not told, and dead consumers are found a little later",
+            refusal, SETTING.decode(), NEEDED,
+        )  # fmt: skip
 
     def _expired(self, payload: LBSInfo) -> None:
         self._part(payload.data_stream_name).recoverer.expired(payload)

@@ -257,7 +257,7 @@ class Finisher:
         if self._single:
             (reply,) = await finishing
         else:
-            (reply,), held = await _together(finishing, self._locks.held(locks))
+            (reply,), held = await _together(finishing, self._locks.held(locks, known=True))
         if isinstance(reply, ReplyError):
             if reply.code == "TRYAGAIN" and not call.again:
                 return None  # its slot moves: receipt and stream are in different places
@@ -271,7 +271,10 @@ class Finisher:
             if place < 0:
                 lost.add(entries[-place - 1])
         if not self._single:
-            await self._locks.delete([lock for lock, ours in zip(locks, held, strict=True) if ours])
+            with contextlib.suppress(RelstreamError):  # finished it is, and the lock expires
+                await self._locks.delete(
+                    [lock for lock, ours in zip(locks, held, strict=True) if ours]
+                )
         if self._recorder is not None:
             for entry, ours in zip(entries, held, strict=True):
                 if entry not in lost:
@@ -371,7 +374,15 @@ class Finisher:
         return returned
 
     async def _unlock(self, entries: list[Entry]) -> None:
-        missed = await self._locks.release(lock_keys(entries))
+        locks = lock_keys(entries)
+        try:
+            missed = await self._locks.release(locks)
+        except RelstreamError as error:
+            if self._single:
+                raise
+            # One master that can't be reached keeps nothing from being finished or handed over.
+            self._logger.debug("some locks could not be released, and expire: %s", error)
+            missed = locks
         if self._recorder is not None:
             missing = set(missed)
             for entry in entries:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from relstream._core import jittered, pack
 from relstream.errors import (
+    ClientClosed,
     ConfigConflict,
     ConnectionLost,
     KeyspaceSetupFailed,
@@ -57,19 +58,20 @@ class ExpiryEvents:
         *,
         force_config_override: bool,
         on_expired: Callable[[LBSInfo], None],
+        on_forbidden: Callable[[ReplyError], None],
         recorder: SafeRecorder | None,
         logger: logging.Logger,
     ) -> None:
         self._link = link(self._on_push)
         self._force = force_config_override
         self._on_expired = on_expired
+        self._on_forbidden = on_forbidden
         self._recorder = recorder
         self._logger = logger
         self._prefix = b"__keyspace@%d__:" % self._link.endpoint.db
         self._pattern = self._prefix + b"*" + SEPARATOR + b"*"
         self._subscribed: asyncio.Future[None] | None = None
         self._ponged = asyncio.Event()
-        self._config_forbidden = False
         # The connection with the subscription, and who is making one.
         self._protocol: RedisProtocol | None = None
         self._setting_up = asyncio.Lock()
@@ -149,13 +151,7 @@ class ExpiryEvents:
         """Managed services have no CONFIG: then events come if they were switched on there."""
         if reply.transient:
             raise reply
-        if not self._config_forbidden:
-            self._config_forbidden = True
-            self._logger.warning(
-                "the server does not let us see to expiry events (%s): unless %s contains %s, "
-                "STREAM_EXPIRED is not told, and dead consumers are found a little later",
-                reply, SETTING.decode(), NEEDED,
-            )  # fmt: skip
+        self._on_forbidden(reply)
 
     async def _subscribe(self, protocol: RedisProtocol) -> None:
         loop = asyncio.get_running_loop()
@@ -231,6 +227,7 @@ class ClusterEvents:
         self._tasks: dict[Endpoint, asyncio.Task[None]] = {}
         self._following = asyncio.Lock()
         self._resetting: asyncio.Task[None] | None = None
+        self._next: asyncio.Task[None] | None = None
 
     async def set_up(self) -> None:
         """Switches events on and subscribes, on every master; what fails is tried again later.
@@ -312,15 +309,26 @@ class ClusterEvents:
                     self._events[master] = self._events_of(master)
 
     async def reset(self) -> None:
-        """Subscribes anew on the masters of today; callers that come meanwhile share the outcome.
+        """Subscribes anew on the masters of today; callers that come meanwhile share the next time.
 
         Raises `ClusterNotSettled`, having changed nothing, while the nodes do not agree.
         """
         if self._resetting is None or self._resetting.done():
-            self._resetting = asyncio.ensure_future(self._reset())
-        await asyncio.shield(self._resetting)
+            resetting = self._resetting = asyncio.ensure_future(self._reset(None))
+        elif self._next is None or self._next.done():
+            # What is under way may have passed by already what this caller knows of.
+            resetting = self._next = asyncio.ensure_future(self._reset(self._resetting))
+        else:
+            resetting = self._next
+        await asyncio.wait({resetting})  # whoever stops waiting does not stop the others'
+        if resetting.cancelled():
+            raise ClientClosed("the client was closed while its subscriptions were made anew")
+        resetting.result()
 
-    async def _reset(self) -> None:
+    async def _reset(self, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await asyncio.wait({before})
+            self._resetting, self._next = self._next, None
         await self._slots.settle()
         await self._follow()
         await self._set_up_all(anew=True)
@@ -328,7 +336,8 @@ class ClusterEvents:
 
     async def close(self) -> None:
         """Ends all subscriptions and their connections."""
-        if self._resetting is not None:
-            self._resetting.cancel()
-            await asyncio.gather(self._resetting, return_exceptions=True)
+        resets = [task for task in (self._resetting, self._next) if task is not None]
+        for task in resets:
+            task.cancel()
+        await asyncio.gather(*resets, return_exceptions=True)
         await asyncio.gather(*(events.close() for events in self._events.values()))

@@ -62,10 +62,13 @@ class Names:
             raise InvalidOption(
                 "service_name", service_name, "a name without { when there are several partitions"
             )
-        return tuple(
+        every = tuple(
             replace(names, lbs=names.lbs + tag, leader=names.leader + tag)
             for tag in _hash_tags(partitions)
         )
+        for its_names in every:
+            its_names._check_dlq(dlq_stream)
+        return every
 
     @classmethod
     def of(cls, service_name: str, dlq_stream: str | None = None) -> Names:
@@ -77,23 +80,33 @@ class Names:
             raise InvalidOption("service_name", service_name, f"a name without {separator}")
         name = service_name.encode()
         dlq = dlq_stream.encode() if dlq_stream else name + b"-input-dlq"
-        if dlq == name + b"-input":
-            raise InvalidOption("recovery.dlq_stream", dlq_stream, "another key than the LBS")
-        return cls(
+        names = cls(
             lbs=name + b"-input",
             group=name + b"-group",
             dlq=dlq,
             leader=name + b"-input-reconciler",
         )
+        names._check_dlq(dlq_stream)
+        return names
+
+    def _check_dlq(self, given: str | None) -> None:
+        if self.dlq in (self.lbs, self.leader):
+            raise InvalidOption("recovery.dlq_stream", given, "a key that serves nothing else")
 
 
 def _hash_tags(partitions: int) -> list[bytes]:
-    """The smallest numbers, as hash tags, that fall into each of so many ranges of slots."""
+    """For each of so many ranges of slots the smallest number whose slot is in its middle.
+
+    As a hash tag, and no further from the very middle than a 128th of the range: the slots are then
+    far enough from each other to be apart on any number of masters that is no smaller.
+    """
     tags: dict[int, bytes] = {}
     number = 0
     while len(tags) < partitions:
         tag = b"{%d}" % number
-        tags.setdefault(key_slot(tag) * partitions // 16384, tag)
+        place, offset = divmod(key_slot(tag) * partitions, 16384)
+        if abs(offset - 8192) <= 16384 // 128:
+            tags.setdefault(place, tag)
         number += 1
     return [tags[place] for place in range(partitions)]
 

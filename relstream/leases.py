@@ -31,6 +31,7 @@ from relstream._core import (
 from relstream.errors import RelstreamError, ReplyError
 from relstream.lbs import SEPARATOR, Names, partition_of, split_lock_key
 from relstream.net.connection import Backoff, raise_first
+from relstream.net.topology import NamedMaster
 from relstream.scripts import (
     RELEASE,
     RELEASE_ONE,
@@ -100,9 +101,11 @@ class Locks:
         (reply,) = await self._topology.each(self._probe.pack, [key + b"?"])
         return isinstance(reply, ReplyError) and reply.transient
 
-    async def held(self, keys: list[bytes]) -> list[bool]:
-        """Which of these locks are ours."""
-        values = await self._each(self._get, keys)
+    async def held(self, keys: list[bytes], *, known: bool = False) -> list[bool]:
+        """Which of these locks are ours; `known`: and are on masters that can be asked."""
+        values = await self._topology.each(self._get.pack, keys)
+        if not known:
+            raise_first(values)
         return [value == self._value for value in values]
 
     async def renew(self, keys: list[bytes]) -> tuple[list[bytes], list[bytes]]:
@@ -282,17 +285,22 @@ class Keeper:
     # --- on its own loop -----------------------------------------------------------------------
 
     async def _main(self) -> None:
-        topology = self._deployment.open(f"{self._consumer}:renew")
-        renewing = asyncio.ensure_future(self._renew_for_ever(topology))
-        stopped = asyncio.ensure_future(self._stopping.wait())
+        guide = self._deployment.guide()
+        topology = self._deployment.open(f"{self._consumer}:renew", guide)
+        tasks = [
+            asyncio.ensure_future(self._stopping.wait()),
+            asyncio.ensure_future(self._renew_for_ever(topology)),
+        ]
+        if isinstance(guide, NamedMaster):  # a master that was replaced may go on for long
+            tasks.append(asyncio.ensure_future(guide.run()))
         try:
-            await asyncio.wait({renewing, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            if renewing.done():
-                renewing.result()
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
         finally:
-            for task in (renewing, stopped):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(renewing, stopped, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             await self._end_rounds()
             await topology.close()
 

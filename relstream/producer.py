@@ -91,8 +91,14 @@ class Producer:
         groups: list[list[bytes]] = [[] for _ in self._links]
         for number, value in zip(numbers, values, strict=True):
             groups[number].append(value)
-        announced = await asyncio.gather(*map(self._announce, range(len(groups)), groups))
-        ids = [iter(its_ids) for its_ids in announced]
+        announced = await asyncio.gather(
+            *map(self._announce, range(len(groups)), groups), return_exceptions=True
+        )
+        ids = []
+        for outcome in announced:  # all have ended: nothing is announced after an error is raised
+            if isinstance(outcome, BaseException):
+                raise outcome
+            ids.append(iter(outcome))
         return [next(ids[number]) for number in numbers]
 
     async def _announce(self, partition: int, values: list[bytes]) -> list[str]:

@@ -150,6 +150,14 @@ class Entries:
         return batches
 
 
+def raise_if_all(replies: list[Any]) -> list[Any]:
+    """`replies` about locks; raises if no master could be asked for now, as in an outage."""
+    refusals = [reply for reply in replies if isinstance(reply, ReplyError) and reply.transient]
+    if refusals and len(refusals) == len(replies):
+        raise refusals[0]
+    return replies
+
+
 def plan_for(ids: Ids, batches: list[Batch]) -> Plan:
     """What there is to do about pending entries, `batches` being where they are."""
     return Plan(ids, batches, INPUT_FIELD, SEPARATOR, RETRY_FIELD, orjson.loads)
@@ -304,10 +312,7 @@ class PutBack:
     async def _taken(self, entries: Sequence[Returning]) -> set[bytes]:
         """The locks among those of the entries that somebody holds, or that we may not read."""
         locks = [lock for _, _, lock in entries if lock is not None]
-        held = await self._topology.each(Template(b"GET", ITEM).pack, locks)
-        for value in held:
-            if isinstance(value, ReplyError) and value.transient:
-                raise value
+        held = raise_if_all(await self._topology.each(Template(b"GET", ITEM).pack, locks))
         return {key for key, value in zip(locks, held, strict=True) if value is not None}
 
     async def _in_two_steps(self, entries: Sequence[Returning]) -> list[int]:
@@ -612,9 +617,7 @@ class Recoverer:
 
     async def _look_whether_it_is_back(self) -> None:
         """Raises unless the load balancer stream can be read; the leader key may be elsewhere."""
-        await self._link.execute(
-            b"XPENDING", self._names.lbs, self._names.group, b"0-0", b"0-0", 1
-        )
+        await self._link.execute(b"XPENDING", self._names.lbs, self._names.group, b"0-0", b"0-0", 1)
 
     def _be_patient(self) -> None:
         """The server is back: the locks of the living are gone, too, until they renew them."""
@@ -825,10 +828,7 @@ class Recoverer:
             if values.code != "NOPERM":
                 raise values
             self._mget_forbidden = True
-        replies = await self._topology.each(Template(b"GET", ITEM).pack, keys())
-        for reply in replies:
-            if isinstance(reply, ReplyError) and reply.transient:
-                raise reply
+        replies = raise_if_all(await self._topology.each(Template(b"GET", ITEM).pack, keys()))
         # Something that can't be read holds the lock: leave it alone, and go on with the others.
         return [str(r).encode() if isinstance(r, ReplyError) else r for r in replies]
 

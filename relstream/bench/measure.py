@@ -185,7 +185,7 @@ class Window:
 async def _masters(servers: Topology) -> list[KeyLink]:
     if not isinstance(servers, ClusterTopology):
         return [servers.link(b"")]
-    await servers.prepare()
+    await servers.slots.fresh()
     return [servers.to(master) for master in servers.slots.masters]
 
 

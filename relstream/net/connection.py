@@ -354,6 +354,7 @@ class MovingMaster(Protocol):
     """Knows where a master is that may be replaced."""
 
     def join(self, link: Link) -> None: ...
+    async def glance(self) -> None: ...
     async def locate(self) -> tuple[str, int]: ...
     def found(self, address: tuple[str, int]) -> None: ...
 
@@ -393,7 +394,7 @@ class Link:
     def waiting(self) -> list[tuple[Endpoint, RedisProtocol]]:
         """The connection and its server, if replies are outstanding."""
         protocol = self._protocol
-        if protocol is None or not protocol.alive or not protocol.busy:
+        if protocol is None or not protocol.alive or protocol.last is None:
             return []
         return [(self.endpoint, protocol)]
 
@@ -472,6 +473,8 @@ class Link:
         """
         if not replies:
             return []
+        if self._master is not None and self.alive:
+            await self._master.glance()
         protocol = self._protocol
         if protocol is None or not protocol.alive:
             protocol = await self.get()

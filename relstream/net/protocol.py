@@ -121,9 +121,9 @@ class RedisProtocol(asyncio.BufferedProtocol):
             self._loop.call_soon(self._flush)
 
     @property
-    def busy(self) -> bool:
-        """Whether replies are outstanding."""
-        return bool(self._waiting)
+    def last(self) -> Replies | None:
+        """What the last reply that is outstanding will end; None where none is."""
+        return self._waiting[-1].future if self._waiting else None
 
     @property
     def has_room(self) -> bool:

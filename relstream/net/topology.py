@@ -11,9 +11,12 @@ https://redis.io/docs/latest/develop/reference/sentinel-clients/
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import re
+import time
 import weakref
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
@@ -58,6 +61,10 @@ ASK_TIMEOUT = 1.0
 LOOK_EVERY = 1.5
 # Seconds without an answer until the next one is asked as well.
 ASK_NEXT = 0.2
+# Seconds for which a former master may still answer what it was sent.
+LEAVE_TIMEOUT = 0.5
+# Seconds for which a node without slots is taken for a master after it was seen to import one.
+IMPORTING = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,11 +157,16 @@ async def _first_answer(
         for asked in asking:
             asked.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
+    raise _in_vain(vain, problems)
+
+
+def _in_vain(what: str, problems: list[RelstreamError]) -> RelstreamError:
+    """What to raise when all of several nodes were asked in vain."""
     # A user who is refused by one is known to none.
     for problem in problems:
         if isinstance(problem, (AuthenticationFailed, PermissionDenied)):
-            raise problem
-    raise ConnectionFailed(f"{vain}: {'; '.join(map(str, problems))}")
+            return problem
+    return ConnectionFailed(f"{what}: {'; '.join(map(str, problems))}")
 
 
 # --- what was given ----------------------------------------------------------------------------
@@ -191,7 +203,7 @@ def _of_many_hosts(url: str, scheme: str, kind: str, rest: str) -> Deployment:
     query = "&".join(part for part in query.split("&") if not part.startswith("sentinel_"))
     shown = without_secrets(url)
     name, _, db = path.partition("/")
-    if kind == "cluster" and path.strip("/") not in ("", "0"):
+    if kind == "cluster" and (path.strip("/") not in ("", "0") or re.search(r"(^|&)db=", query)):
         raise InvalidOption("redis", shown, "no database: a cluster has only one")
     if kind == "sentinel" and not name:
         raise InvalidOption("redis", shown, f"{scheme}+sentinel://host:port,host:port/master name")
@@ -200,6 +212,9 @@ def _of_many_hosts(url: str, scheme: str, kind: str, rest: str) -> Deployment:
         return endpoint_of(f"{scheme}://{login}{host}{path}{'?' if settings else ''}{settings}")
 
     every = hosts.split(",")
+    if not all(every) or re.search("@.*,", credentials):
+        wanted = f"{scheme}+{kind}://user:password@host:port,host:port: the password once"
+        raise InvalidOption("redis", shown, wanted)
     if kind == "cluster":
         nodes = tuple(endpoint(host, credentials + at, "", query) for host in every)
         return Deployment(endpoint=nodes[0], nodes=nodes)
@@ -295,18 +310,49 @@ class NamedMaster:
         self._deployment = deployment
         self._links: weakref.WeakSet[Link] = weakref.WeakSet()
         self._address: tuple[str, int] | None = None
+        self._watched = False
+        self._looked = 0.0
 
     def join(self, link: Link) -> None:
         """This one is to leave a master that was replaced."""
         self._links.add(link)
 
     async def locate(self) -> tuple[str, int]:
-        """Where the master is, as the first Sentinel has it that answers."""
-        return await _first_answer(
-            random.sample(self._deployment.sentinels, len(self._deployment.sentinels)),
-            self._ask,
-            "no Sentinel says where the master is",
-        )
+        """Where the master is, as most Sentinels have it that do not keep silent.
+
+        If none can be reached it may be where it was: it is asked itself whether it is the master.
+        """
+        self._looked = time.monotonic()
+        sentinels = self._deployment.sentinels
+        votes: Counter[tuple[str, int]] = Counter()
+        problems: list[RelstreamError] = []
+        asking = {asyncio.ensure_future(self._ask(sentinel)) for sentinel in sentinels}
+        try:
+            while asking and 2 * max(votes.values(), default=0) <= len(sentinels):
+                done, asking = await asyncio.wait(
+                    asking,
+                    timeout=ASK_NEXT if votes else None,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if not done:
+                    break
+                for asked in done:
+                    error = asked.exception()
+                    if error is None:
+                        votes[asked.result()] += 1
+                    elif isinstance(error, RelstreamError):
+                        problems.append(error)
+                    else:
+                        raise error
+        finally:
+            for asked in asking:
+                asked.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+        if votes:
+            return votes.most_common(1)[0][0]
+        if self._address is not None:
+            return self._address
+        raise _in_vain("no Sentinel says where the master is", problems)
 
     async def _ask(self, sentinel: Endpoint) -> tuple[str, int]:
         name = self._deployment.master_name
@@ -330,17 +376,24 @@ class NamedMaster:
 
     async def run(self) -> None:
         """Asks for the master of today every now and then, until cancelled."""
+        self._watched = True
         while True:
             await asyncio.sleep(jittered(LOOK_EVERY, 0.2, random.random()))
-            try:
-                if await self.locate() != self._address:
-                    probe = self._deployment.link("sentinel", guide=self)
-                    try:
-                        await probe.get()
-                    finally:
-                        await probe.close()
-            except RelstreamError:
-                continue  # nobody says so, or it is none yet
+            await self._look()
+
+    async def glance(self) -> None:
+        """Before something is sent: asks for the master of today, unless somebody else does."""
+        if not self._watched and time.monotonic() - self._looked > LOOK_EVERY:
+            await self._look()
+
+    async def _look(self) -> None:
+        with contextlib.suppress(RelstreamError):  # nobody says so, or it is none yet
+            if await self.locate() != self._address:
+                probe = self._deployment.link("sentinel", guide=self)
+                try:
+                    await probe.get()
+                finally:
+                    await probe.close()
 
 
 class SingleTopology:
@@ -385,10 +438,11 @@ class SlotTable:
         self._seeds = deployment.nodes
         self._view = _View()
         self._nodes: dict[tuple[str, int], Endpoint] = {}
+        # Masters to which slots are on their way, and when that was last seen (monotonic time).
+        self._importing: dict[Endpoint, float] = {}
+        self._topologies: weakref.WeakSet[ClusterTopology] = weakref.WeakSet()
         self._refreshing: asyncio.Task[None] | None = None
         self._closed = False
-        self.version = 0
-        """How often it was looked at."""
         self.stale = True
         """Whether something went wrong since."""
         self.noticed = asyncio.Event()
@@ -401,8 +455,20 @@ class SlotTable:
 
     @property
     def masters(self) -> list[Endpoint]:
-        """All masters that serve slots."""
-        return list(self._view.masters)
+        """All masters that serve slots, or soon will."""
+        return [*self._view.masters, *self._importing]
+
+    def join(self, topology: ClusterTopology) -> None:
+        """This one is to leave servers that are no masters any more."""
+        self._topologies.add(topology)
+
+    def imports(self, node: Endpoint) -> None:
+        """A slot is on its way to this node, which may be a master that has none yet."""
+        if node in self._view.masters:
+            return
+        if node not in self._importing:
+            self.noticed.set()
+        self._importing[node] = time.monotonic()
 
     def doubt(self) -> None:
         """Something went wrong that other masters would explain."""
@@ -410,11 +476,18 @@ class SlotTable:
         self.noticed.set()
 
     def _see(self, view: _View) -> None:
-        if view.masters != self._view.masters:
-            self.noticed.set()
+        before = self.masters
         self._view = view
-        self.version += 1
+        self._importing = {
+            node: seen
+            for node, seen in self._importing.items()
+            if node not in view.masters and time.monotonic() - seen < IMPORTING
+        }
         self.stale = False
+        if self.masters != before:
+            self.noticed.set()
+            for topology in list(self._topologies):
+                topology.leave_all_but(self.masters)
 
     async def fresh(self) -> None:
         """Looks at the slots again if there is a reason to."""
@@ -454,7 +527,8 @@ class SlotTable:
         masters = self.masters
         random.shuffle(masters)
         known = ([] if first is None else [first]) + masters + self._view.replicas
-        return list(dict.fromkeys([*known, *map(self._node, self._seeds)]))
+        seeds = random.sample(self._seeds, len(self._seeds))
+        return list(dict.fromkeys([*known, *map(self._node, seeds)]))
 
     def _node(self, at: Endpoint) -> Endpoint:
         return replace(self._common, host=at.host, port=at.port, path=at.path)
@@ -479,6 +553,8 @@ class SlotTable:
             view.owners[start : end + 1] = [owner] * (end + 1 - start)
             view.masters.append(owner)
             view.replicas += [self._address(replica, node) for replica in replicas]
+        if not view.masters:  # one that has left the cluster, or never was in it
+            raise ConnectionFailed(f"{node} knows nobody who serves slots")
         view.masters = list(dict.fromkeys(view.masters))
         view.replicas = list(dict.fromkeys(view.replicas))
         return view
@@ -490,7 +566,7 @@ class SlotTable:
 
     async def settle(self) -> None:
         """Looks at the slots as all nodes see them; raises `ClusterNotSettled` if they differ."""
-        if self.stale and not self.version:
+        if not self._view.masters:
             await self.refresh()
         nodes = [*self.masters, *self._view.replicas]
         answers = await asyncio.gather(*map(self._state, nodes), return_exceptions=True)
@@ -498,6 +574,8 @@ class SlotTable:
         for node, answer in zip(nodes, answers, strict=True):
             if isinstance(answer, ConnectionFailed):
                 continue  # it may be the one that failed: the others have agreed on that
+            if isinstance(answer, ReplyError) and answer.transient:
+                raise ClusterNotSettled(f"{node} says {answer}")
             if isinstance(answer, BaseException):
                 raise answer
             state, view = answer
@@ -530,9 +608,9 @@ class ClusterTopology:
     def __init__(self, endpoint: Endpoint, slots: SlotTable) -> None:
         self.endpoint = endpoint
         self.slots = slots
+        slots.join(self)
         self._links: dict[Endpoint, Link] = {}
         self._keys: dict[bytes, _ClusterLink] = {}
-        self._version = 0
         self._leaving: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -554,20 +632,13 @@ class ClusterTopology:
     def waiting(self) -> list[tuple[Endpoint, RedisProtocol]]:
         """Connections on which replies are outstanding, and to which nodes."""
         return [
-            (node, protocol)
-            for node, link in self._links.items()
-            for _, protocol in link.waiting
+            (node, protocol) for node, link in self._links.items() for _, protocol in link.waiting
         ]
 
-    async def prepare(self) -> None:
-        """Looks at the slots, if need be; leaves nodes that are no masters any more."""
-        await self.slots.fresh()
-        if self._version == self.slots.version:
-            return
-        self._version = self.slots.version
-        masters = set(self.slots.masters)
-        for node in self._links.keys() - masters:
-            task = asyncio.ensure_future(self._links.pop(node).close())
+    def leave_all_but(self, masters: list[Endpoint]) -> None:
+        """Gives up connections to nodes that are no masters any more."""
+        for node in self._links.keys() - set(masters):
+            task = asyncio.ensure_future(_leave(self._links.pop(node)))
             self._leaving.add(task)
             task.add_done_callback(self._leaving.discard)
 
@@ -629,8 +700,8 @@ class ClusterTopology:
         """
         replies: list[Any] = [None] * count
         places = list(range(count))
-        for attempt in range(REDIRECTS):
-            await self.prepare()
+        for attempt in range(REDIRECTS if count else 0):
+            await self.slots.fresh()
             groups = by_master(places)
             under_way: list[asyncio.Future[list[Any]]] = []
             errors = False
@@ -640,7 +711,7 @@ class ClusterTopology:
                 for (_, some), replied in zip(groups, under_way, strict=True):
                     try:
                         part = await replied
-                    except ConnectionFailed as error:
+                    except RelstreamError as error:
                         self.slots.doubt()
                         if not apart:
                             raise
@@ -697,7 +768,9 @@ class ClusterTopology:
             if not isinstance(reply, ReplyError):
                 continue
             if reply.code == "ASK":
-                reply = await self._ask_at(self._target(reply), alone(place), decode)
+                importing = self._target(reply)
+                self.slots.imports(importing)
+                reply = await self._ask_at(importing, alone(place), decode)
                 replies[place] = reply
             if isinstance(reply, ReplyError):
                 if reply.code == "MOVED":
@@ -731,10 +804,11 @@ class ClusterTopology:
         """Where MOVED and ASK point: `MOVED 3999 127.0.0.1:6381`."""
         host, _, port = redirect.message.split(" ")[2].rpartition(":")
         # Without a host: the one that said it; all of them are behind the same name then.
-        return self.slots.at(host or self.slots.masters[0].host, int(port))
+        known = host not in ("", "?")
+        return self.slots.at(host if known else self.slots.masters[0].host, int(port))
 
     async def load(self, source: str) -> Any:
-        await self.prepare()
+        await self.slots.fresh()
         command = pack(b"SCRIPT", b"LOAD", source)
         parts = await asyncio.gather(
             *(self._start(master, command, 1, OBJECT) for master in self.slots.masters),
@@ -752,6 +826,14 @@ class ClusterTopology:
         self._closed = True
         links = list(self._links.values())
         await asyncio.gather(*(link.close() for link in links), *self._leaving, self.slots.close())
+
+
+async def _leave(link: Link) -> None:
+    """Closes it, once what was sent is answered; a server that hangs is not waited for long."""
+    for _, protocol in link.waiting:
+        if protocol.last is not None:
+            await asyncio.wait({protocol.last}, timeout=LEAVE_TIMEOUT)
+    await link.close()
 
 
 class _ClusterLink:
@@ -774,7 +856,7 @@ class _ClusterLink:
         return self._cluster.waiting()
 
     async def get(self) -> RedisProtocol:
-        await self._cluster.prepare()
+        await self._cluster.slots.fresh()
         owner = self._cluster.slots.owners[self._slot]
         if owner is None:
             self._cluster.slots.doubt()

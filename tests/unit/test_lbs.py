@@ -29,11 +29,24 @@ def test_names_that_cannot_be_a_services(service):
         Names.of(service)
 
 
-def test_the_dead_letter_stream_is_another_stream():
-    with pytest.raises(
-        InvalidOption, match=r"^recovery.dlq_stream='s-input': expected another key"
-    ):
-        Names.of("s", "s-input")
+@pytest.mark.parametrize(
+    ("key", "partitions"),
+    [("s-input", 1), ("s-input-reconciler", 1), ("s-input{76}", 3), ("s-input-reconciler{26}", 3)],
+)
+def test_the_dead_letter_stream_is_a_key_of_its_own(key, partitions):
+    with pytest.raises(InvalidOption) as caught:
+        Names.all_of("s", key, partitions)
+    assert str(caught.value) == (
+        f"recovery.dlq_stream={key!r}: expected a key that serves nothing else"
+    )
+
+
+@pytest.mark.parametrize("partitions", range(2, 13))
+def test_partitions_are_on_different_masters(partitions):
+    slots = [key_slot(names.lbs) for names in Names.all_of("s", None, partitions)]
+    for masters in range(partitions, 50):
+        serving = {slot * masters // 16384 for slot in slots}
+        assert len(serving) == partitions
 
 
 @pytest.mark.parametrize(
