@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Coroutine
@@ -51,6 +52,7 @@ __all__ = ["StreamClient"]
 CLOSE_TIMEOUT = 10.0
 # Seconds for which a client waits for a lost master to be replaced, however few retries it has.
 FAILOVER_TIMEOUT = 60.0
+CLOSED_MEANWHILE = "the client was closed while it was being opened"
 
 
 class StreamClient:
@@ -157,6 +159,7 @@ class StreamClient:
         self._opened = False
         self._ready = False
         self._terminated = False
+        self._finishing = False
         self._warned_of_config = False
         self._closing: asyncio.Task[RelstreamError | None] | None = None
         guide = self._guide = deployment.guide()
@@ -241,10 +244,11 @@ class StreamClient:
             KeyspaceSetupFailed: the server refuses the subscription.
             ReplyError: the server says something else, such as LOADING or READONLY.
             ProtocolError: what answers is no Redis.
-            ClientClosed: it was called before.
+            ClientClosed: it was called before, or the client was closed.
         """
         if self._opened:
-            raise ClientClosed("init() was called before: make a new StreamClient")
+            before = "init() was called before" if self._closing is None else "it was closed"
+            raise ClientClosed(f"{before}: make a new StreamClient")
         self._opened = True
         try:
             for part in self._partitions:
@@ -252,8 +256,12 @@ class StreamClient:
                 await check_rights(self._commands, part.names, self._consumer)
                 await part.create_group()
             await self._events.set_up()
-        except BaseException:
+            if self._closing is not None:
+                raise ClientClosed(CLOSED_MEANWHILE)
+        except BaseException as error:
             await self._close_links()
+            if self._closing is not None and isinstance(error, ConnectionFailed):
+                raise ClientClosed(CLOSED_MEANWHILE) from None
             raise
         self._ready = True
         self._start("keeper", self._keeper.run())
@@ -329,9 +337,12 @@ class StreamClient:
         Streams that still wait in the queue are handed over: nobody has worked on them.
 
         Raises, once it is closed, what kept streams from being finished: they will be recovered,
-        and done again.
+        and done again; `ClientClosed` if `aclose` was called before, which has handed them over.
         """
         began = self._closing is None
+        if self._ready and not began and not self._finishing:
+            await self.aclose()
+            raise ClientClosed("aclose() was called before: what was owned was handed over")
         error = await self._close(finish=True)
         if began and error is not None:
             raise error
@@ -339,6 +350,7 @@ class StreamClient:
     async def _close(self, *, finish: bool) -> RelstreamError | None:
         self._opened = True  # from here on it is too late to open it
         if self._closing is None:
+            self._finishing = finish
             self._closing = asyncio.ensure_future(self._shut_down(finish))
             self._closing.set_name("relstream-close")
         # Whoever stops waiting does not stop the closing; it is bounded in time.
@@ -399,7 +411,8 @@ class StreamClient:
         await part.settle()
         await part.finisher.tidy()
         # Read by this consumer but not owned: a reply that got lost, a lock that was refused.
-        await part.recoverer.hand_back(await part.audit())
+        with contextlib.suppress(ReplyError):  # the group is gone, say, and nothing is pending
+            await part.recoverer.hand_back(await part.audit())
         if recovery is not None:
             await part.recoverer.resign()
         for outcome in outcomes:
@@ -435,7 +448,10 @@ class StreamClient:
             ClientClosed: the client is closed, or was before the server had answered.
         """
         part = self._only or self._part(stream)
-        head = part.leases.get(stream)
+        try:
+            head = part.leases.get(stream)
+        except TypeError:  # it can't be looked up
+            head = None
         if head is None or head.finishing or not head.delivered or self._closing is not None:
             head = self._told(stream)
         await part.finisher.done(head)
@@ -495,6 +511,8 @@ class StreamClient:
         """The first entry of an owned stream that the application knows of."""
         self._check_open()
         name = stream.data_stream_name if isinstance(stream, LBSInfo) else stream
+        if not isinstance(name, str):
+            raise InvalidOption("stream", stream, "the name of a data stream, or an LBSInfo")
         head = self._part(stream).leases.get(name)
         if head is None:
             why = "is not owned by this consumer"
@@ -517,7 +535,11 @@ class StreamClient:
         self._recorder.stream_processing_start(entry.data_stream_name)
 
     def _part(self, stream: str | LBSInfo) -> Partition:
+        if len(self._partitions) == 1:
+            return self._partitions[0]
         name = stream.data_stream_name if isinstance(stream, LBSInfo) else stream
+        if not isinstance(name, str):
+            raise InvalidOption("stream", stream, "the name of a data stream, or an LBSInfo")
         return self._partitions[partition_of(name, len(self._partitions))]
 
     def _owned(self) -> int:

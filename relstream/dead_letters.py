@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import orjson
 
 from relstream._core import ENTRIES, Batch, Entry, announcements, pack
-from relstream.errors import ClientClosed
+from relstream.errors import ClientClosed, ReplyError
 from relstream.lbs import (
     DLQ_REASON_FIELD,
     INPUT_FIELD,
@@ -94,7 +94,7 @@ class DeadLetters:
         replayed = 0
         async for batch in self._chosen(ids):
             named = _named(batch)
-            adding: dict[bytes, list[bytes]] = {}
+            adding: dict[bytes, list[tuple[bytes, bytes]]] = {}
             for index in range(len(batch)):
                 pairs = replace_fields(batch.pairs(index) or [], {RETRY_FIELD: b"0"})
                 kept = [
@@ -106,12 +106,20 @@ class DeadLetters:
                 entry = named.get(batch.id(index))
                 name = entry.data_stream_name if entry else ""
                 lbs = self._partitions[partition_of(name, len(self._partitions))].lbs
-                adding.setdefault(lbs, []).append(pack(b"XADD", lbs, b"*", *kept))
-            for lbs, packed in adding.items():
-                link = self._topology.link(lbs)
-                raise_first(await link.pipeline(b"".join(packed), len(packed)))
-            await self._dlq.execute(b"XDEL", self._names.dlq, *batch.ids())
-            replayed += len(batch)
+                command = pack(b"XADD", lbs, b"*", *kept)
+                adding.setdefault(lbs, []).append((batch.id(index), command))
+            for lbs, letters in adding.items():
+                packed = b"".join([command for _, command in letters])
+                replies = await self._topology.link(lbs).pipeline(packed, len(letters))
+                added = [
+                    letter
+                    for (letter, _), reply in zip(letters, replies, strict=True)
+                    if not isinstance(reply, ReplyError)
+                ]
+                if added:
+                    await self._dlq.execute(b"XDEL", self._names.dlq, *added)
+                replayed += len(added)
+                raise_first(replies)
         return replayed
 
     async def purge(self, ids: Iterable[str] | None = None) -> int:

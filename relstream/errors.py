@@ -56,6 +56,8 @@ _WRAPPED = re.compile(r"ERR Error running script .*?@user_script: ?\d+: -([A-Z]+
 _SCRIPT_DENIED = re.compile(
     r"ERR (ACL failure in script|.*The user executing the script can't run )", re.DOTALL
 )
+# A command that was taken away by `rename-command` is as good as forbidden.
+_RENAMED = re.compile(r"ERR unknown command ")
 
 
 class RelstreamError(Exception):
@@ -120,7 +122,7 @@ class ReplyError(ServerError):
         if self.code == "ERR":
             if wrapped := _WRAPPED.match(message):
                 self.code = wrapped[1]
-            elif _SCRIPT_DENIED.match(message):
+            elif _SCRIPT_DENIED.match(message) or _RENAMED.match(message):
                 self.code = "NOPERM"
 
     @property

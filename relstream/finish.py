@@ -337,7 +337,15 @@ class Finisher:
         return lost
 
     async def _hand_over(self, endings: Endings, entries: list[Entry], call: _Call) -> None:
-        ours = await self._put_back(entries)
+        held = await self._locks.held(lock_keys(entries), known=True)
+        doubtful = [entry for entry, locked in zip(entries, held, strict=True) if not locked]
+        theirs: set[Entry] = set()
+        if doubtful:  # pending for somebody else, under the same id even (XCLAIM)?
+            keys = lock_keys(doubtful)
+            ids = entry_ids(doubtful)
+            mine = await pending_for(self._link, self._names, self._consumer, keys, ids)
+            theirs = {entry for entry in doubtful if entry.lock_key not in mine}
+        ours = await self._put_back([entry for entry in entries if entry not in theirs])
         # What an earlier try has put back is not pending any more.
         lost = set() if call.again else {entry for entry in entries if entry not in ours}
         await self._unlock([entry for entry in entries if entry not in lost])

@@ -310,18 +310,21 @@ class Intake:
         try:
             entries: list[Entry] = []
             gone: list[bytes] = []
+            unreadable: list[tuple[Batch, list[tuple[int, str]]]] = []
             for batch in batches:
                 good, bad, deleted = announcements(batch, INPUT_FIELD, SEPARATOR, orjson.loads)
                 entries += good
                 gone += deleted
                 if bad and asked_at > -math.inf:  # else it failed before: the leader sees to it
-                    await self._bury(batch, bad)
+                    unreadable.append((batch, bad))
             refusal = None
             if entries:
                 new, refused, refusal = await self._take_leases(entries, asked_at)
                 if before is not None and not before.done():
                     await asyncio.wait({before})
                 self._notifications.added(new)
+            for batch, bad in unreadable:
+                await self._bury(batch, bad)
             if gone:
                 await discard(self._link, self._names, gone)
             if refusal is None:

@@ -168,13 +168,17 @@ class Partition:
     async def audit(self, min_idle: float = 0.0) -> list[bytes]:
         """Tells of what is lost; returns ids of what we have read and do not own.
 
-        What was delivered under our name before we lived is put back where nobody holds its lock:
-        whoever bore the name may only be frozen, and must not share an id, and so a lock, with us.
+        What was delivered under our name before we lived is recovered where nobody holds its lock,
+        and a retry counted, as it may be what ended that life. It is not ours: whoever bore the
+        name may only be frozen, and must not share an id, and so a lock, with us.
         """
         lost, strays, former = await self.leases.audit(min_idle)
         self.lose([(head, [head, *head.again] if head.again else []) for head in lost])
         self._former = bool(former)
-        await self._hand_back(former)
+        try:
+            await self.recoverer.recover(former)
+        except RelstreamError as error:
+            self._logger.debug("a former life's entries wait for the next audit: %s", error)
         return strays
 
     async def settle(self) -> None:

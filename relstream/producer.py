@@ -78,12 +78,7 @@ class Producer:
         """
         if self._closed:
             raise ClientClosed("the producer is closed: make a new one")
-        try:
-            pairs = [(name, info) for name, info in streams]
-        except (TypeError, ValueError):
-            raise InvalidOption(
-                "streams", streams, "names of data streams with their infos: [(name, info), …]"
-            ) from None
+        pairs = _pairs(streams)
         values = [message(name, info) for name, info in pairs]
         if len(self._links) == 1:
             return await self._announce(0, values)
@@ -124,3 +119,15 @@ class Producer:
         traceback: TracebackType | None,
     ) -> None:
         await self.aclose()
+
+
+def _pairs(
+    streams: Iterable[tuple[str, dict[str, Any] | None]],
+) -> list[tuple[str, dict[str, Any] | None]]:
+    """What is to be announced; what an iterator of the caller's raises is passed on as it is."""
+    pairs = list(streams) if isinstance(streams, Iterable) else [streams]
+    for pair in pairs:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            wanted = "names of data streams with their infos: [(name, info), …]"
+            raise InvalidOption("streams", pair, wanted)
+    return pairs

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections import deque
@@ -85,11 +86,15 @@ LOOK_AGAIN = 0.5
 SAMPLE = 3
 # Expired locks that may wait to be looked at; what comes beyond is found by looking anyway.
 MAX_EXPIRED = 100_000
+# In front of the name of a leader that leaves looking for deaths to others.
+SCANS_ONLY = b"scans only: "
 # Seconds for which a consumer that owns nothing must not have been seen before it is removed.
 REMOVE_AFTER = 3600.0
 REMOVE_EVERY = 60.0
+# Seconds between two looks, while another leads, whether that is so.
+CHECK_LEADER_KEY_EVERY = 10.0
 
-PUT, LOST, ALIVE, NOT_BY_SCRIPT = 1, 0, 2, -1
+PUT, LOST, ALIVE, NOT_BY_SCRIPT, REFUSED = 1, 0, 2, -1, -2
 
 
 async def read_entries(link: KeyLink, names: Names, ids: Iterable[bytes]) -> list[Batch]:
@@ -192,11 +197,17 @@ class PutBack:
     async def put(self, entries: Sequence[Returning]) -> list[int]:
         """For each entry PUT, LOST (it was not pending) or ALIVE (locked).
 
-        One without any fields is only acknowledged and deleted.
+        One without any fields is only acknowledged and deleted. Raises `ReplyError`, once all
+        others are put back, when the server refuses that of some; they stay pending.
         """
-        if not self._topology.single:
-            return await self._put_apart(entries)
-        return await self._put(self._calls(entries), lambda: entries)
+        outcomes: list[int]
+        if self._topology.single:
+            outcomes, refusal = await self._put(self._calls(entries), lambda: entries)
+        else:
+            outcomes, refusal = await self._put_apart(entries)
+        if refusal is not None:
+            raise refusal
+        return outcomes
 
     async def bury(self, letters: Sequence[Returning], max_len: int, reason: bytes) -> list[int]:
         """Moves pending entries to the dead-letter stream; returns what `put` does.
@@ -238,10 +249,13 @@ class PutBack:
         raise_first(copies)
         return outcomes
 
-    async def put_planned(self, plan: Plan, *, counting: bool, looked: bool) -> list[int]:
+    async def put_planned(
+        self, plan: Plan, *, counting: bool, looked: bool
+    ) -> tuple[list[int], ReplyError | None]:
         """The same for what the plan says shall be put back; `counting`: with one more retry.
 
-        `looked`: their locks were seen free just now, with nothing awaited since.
+        `looked`: their locks were seen free just now, with nothing awaited since. What could not be
+        put back is REFUSED, and the reason of one of these is returned as well.
         """
         single = self._topology.single
         if not single and not looked:
@@ -252,23 +266,29 @@ class PutBack:
         )  # fmt: skip
         return await self._put(calls, lambda: plan.returning(counting))
 
-    async def _put_apart(self, entries: Sequence[Returning]) -> list[int]:
+    async def _put_apart(self, entries: Sequence[Returning]) -> tuple[list[int], ReplyError | None]:
         """The locks are on other servers than the script: they are looked at just before it."""
         taken = await self._taken(entries)
         free = [(entry_id, pairs, None) for entry_id, pairs, lock in entries if lock not in taken]
-        outcomes = iter(await self._put(self._calls(free), lambda: free))
-        return [ALIVE if lock in taken else next(outcomes) for _, _, lock in entries]
+        told, refusal = await self._put(self._calls(free), lambda: free)
+        outcomes = iter(told)
+        return [ALIVE if lock in taken else next(outcomes) for _, _, lock in entries], refusal
 
     async def _put(
         self, calls: list[bytes], entries: Callable[[], Sequence[Returning]]
-    ) -> list[int]:
+    ) -> tuple[list[int], ReplyError | None]:
         outcomes: list[int] = []
+        refusal: ReplyError | None = None
         if not self._scripts_forbidden:
             for call, reply in zip(
                 calls, await run_packed(self._link, PUT_BACK, calls), strict=True
             ):
                 if not isinstance(reply, ReplyError):
-                    outcomes += reply
+                    for outcome in reply:
+                        if isinstance(outcome, bytes):
+                            refusal = ReplyError(outcome.decode(errors="replace").removeprefix("-"))
+                            outcome = REFUSED
+                        outcomes.append(outcome)
                 elif reply.code != "NOPERM":
                     raise reply
                 elif reply.about_keys:  # one of these locks: for once, in two steps
@@ -288,10 +308,16 @@ class PutBack:
             told = entries()
             outcomes += [NOT_BY_SCRIPT] * (len(told) - len(outcomes))
             others = [i for i, outcome in enumerate(outcomes) if outcome == NOT_BY_SCRIPT]
-            steps = await self._in_two_steps([told[i] for i in others])
+            try:
+                steps = await self._in_two_steps([told[i] for i in others])
+            except ReplyError as error:
+                if len(others) == len(outcomes):
+                    raise
+                refusal = error
+                steps = [REFUSED] * len(others)
             for i, outcome in zip(others, steps, strict=True):
                 outcomes[i] = outcome
-        return outcomes
+        return outcomes, refusal
 
     def _calls(self, entries: Sequence[Returning]) -> list[bytes]:
         calls: list[tuple[list[bytes], list[Any]]] = []
@@ -476,10 +502,12 @@ async def discard(link: KeyLink, names: Names, ids: Sequence[bytes]) -> None:
 class Tally:
     """What became of the entries that were looked at."""
 
-    __slots__ = ("alive", "dead_letters", "requeued", "vanished")
+    __slots__ = ("alive", "dead_letters", "refusals", "requeued", "vanished")
 
     def __init__(self) -> None:
         self.requeued = self.alive = self.dead_letters = self.vanished = 0
+        self.refusals: list[ReplyError] = []
+        """Why entries stay pending whose turn it was, one a batch."""
 
     def __iadd__(self, other: Tally) -> Tally:
         for name in self.__slots__:
@@ -508,6 +536,8 @@ class Recoverer:
         self._leader = leading.link(names.leader)  # not kept waiting by what is being recovered
         self._names = names
         self._consumer = consumer.encode()
+        # The value of the leader key.
+        self._mark = self._consumer if auto_claim else SCANS_ONLY + self._consumer
         self._ttl_ms = round(heartbeat * 1000)
         self._recovery = recovery
         self._auto_claim = auto_claim
@@ -522,8 +552,14 @@ class Recoverer:
         self._known: dict[bytes, bytes] = {}  # sampled entries: id, lock
         # Consumers looked at in vain: when they are looked at again, and the pause after that.
         self._fruitless: dict[bytes, tuple[float, float]] = {}
+        # What of each is not sampled any more: up to this id nothing can be done about it.
+        self._passed: dict[bytes, bytes] = {}
+        self._held: set[bytes] = set()  # sampled entries whose locks were held at the last look
         self._patient_until = 0.0
-        self._dlq_failed = False
+        self._next_scan = 0.0
+        self._scanned = False
+        self._leader_key_checked = -math.inf
+        self._refused = False
         self._mget_forbidden = False
 
     # --- from outside -------------------------------------------------------------------------
@@ -537,9 +573,15 @@ class Recoverer:
         """Puts one entry back whose lock has expired. See `StreamClient.claim`."""
         entry_id = entry_id_of("lbs_info.id_in_lbs", lbs_info.id_in_lbs)
         tally = await self._recover_ids([entry_id])
+        if tally.refusals:
+            raise tally.refusals[0]
         if not tally.requeued and not tally.dead_letters:
             why = "its lock is held" if tally.alive else "another was first, or it is finished"
             raise AlreadyClaimed(f"{lbs_info.data_stream_name!r} ({lbs_info.id_in_lbs}): {why}")
+
+    async def recover(self, ids: list[bytes]) -> None:
+        """Takes the steps of recovery for these entries, however long they were idle."""
+        await self._recover_ids(sorted(ids, key=_id_order))
 
     async def hand_back(self, ids: list[bytes]) -> None:
         """Puts entries back that nobody has locked, without counting a retry."""
@@ -555,10 +597,8 @@ class Recoverer:
     async def run(self) -> None:
         """Tries to lead, and recovers while it does, until cancelled."""
         backoff = Backoff(LEADERSHIP / 4, LEADERSHIP)
-        first = True
         outage = False
         while True:
-            pause = jittered(LEADERSHIP / 4, 0.5, random.random())
             try:
                 leads = await self._try_to_lead()
                 if outage:
@@ -566,15 +606,11 @@ class Recoverer:
                     self._be_patient()
                     outage = False
                 if leads:
-                    await self._lead(first)
-                    first = False
-                    if not self._auto_claim:
-                        # Others may want to do more than to scan.
-                        await self.resign()
-                        interval = self._recovery.reconciliation_interval
-                        pause = jittered(interval, 0.1, random.random())
+                    await self._lead()
+                else:
+                    await self._check_leader_key()
                 backoff.reset()
-                await asyncio.sleep(pause)
+                await asyncio.sleep(jittered(LEADERSHIP / 4, 0.5, random.random()))
             except RelstreamError as error:
                 # Out of memory locks are renewed all the same.
                 out_of_memory = isinstance(error, ReplyError) and error.code == "OOM"
@@ -586,32 +622,51 @@ class Recoverer:
                 self._leading = False
                 self._expired.clear()
 
+    async def _check_leader_key(self) -> None:
+        """Says so, once, when something else is where leadership is kept: then nobody recovers."""
+        now = asyncio.get_running_loop().time()
+        if now < self._leader_key_checked + CHECK_LEADER_KEY_EVERY:
+            return
+        self._leader_key_checked = now
+        (ttl,) = await self._leader.pipeline(pack(b"PTTL", self._names.leader), 1)
+        if ttl == -1:
+            self._leader_key_checked = math.inf
+            self._logger.error(
+                "nobody recovers for this service: the key %r is in use for something else, or was "
+                "left without a time to live; delete it",
+                self._names.leader.decode(),
+            )
+
     async def resign(self) -> None:
         """Lets another lead at once, if the server can be told; else leadership just expires."""
         try:
-            if await self._leader.execute(b"GET", self._names.leader) == self._consumer:
+            if await self._leader.execute(b"GET", self._names.leader) == self._mark:
                 await self._leader.execute(b"DEL", self._names.leader)
                 self._logger.info("this consumer recovers for the service no more")
         except RelstreamError as error:
             self._logger.debug("leadership could not be given up, and expires: %s", error)
 
     async def _try_to_lead(self) -> bool:
-        try:
-            taken = await self._leader.execute(
-                b"SET", self._names.leader, self._consumer, b"NX", b"PX", LEADERSHIP_MS
-            )
-        except ReplyError as error:
-            if error.code != "OOM":
-                raise
+        take = (b"SET", self._names.leader, self._mark, b"PX", LEADERSHIP_MS)
+        packed = pack(*take, b"NX") + pack(b"GET", self._names.leader)
+        taken, leader = await self._leader.pipeline(packed, 2)
+        if isinstance(leader, ReplyError):
+            raise leader
+        if isinstance(taken, ReplyError):
+            if taken.code != "OOM":
+                raise taken
             # Out of memory nobody can be chosen. Several that recover do no harm, none would.
-            return await self._leader.execute(b"GET", self._names.leader) is None
+            return leader is None
+        if taken is None and self._auto_claim and (leader or b"").startswith(SCANS_ONLY):
+            # Who only scans leads until somebody comes who looks for deaths, too.
+            taken = await self._leader.execute(*take)
         return taken is not None
 
     async def _still_leads(self) -> bool:
         leader = await self._leader.execute(b"GET", self._names.leader)
         if leader is None:
             return await self._try_to_lead()
-        if leader != self._consumer:
+        if leader != self._mark:
             return False
         return bool(await self._leader.execute(b"PEXPIRE", self._names.leader, LEADERSHIP_MS))
 
@@ -623,14 +678,11 @@ class Recoverer:
         """The server is back: the locks of the living are gone, too, until they renew them."""
         self._patient_until = asyncio.get_running_loop().time() + self._ttl_ms / 1000
 
-    async def _lead(self, first: bool) -> None:
-        """Recovers until leadership is lost; what fails in one part ends it, too.
-
-        Without `auto_claim` it is for one scan.
-        """
+    async def _lead(self) -> None:
+        """Recovers until leadership is lost; what fails in one part ends it, too."""
         self._logger.info("this consumer recovers for the service now")
         self._leading = True
-        parts = [self._keep_leading(), self._recover_for_ever(first), self._tidy_for_ever()]
+        parts = [self._keep_leading(), self._recover_for_ever(), self._tidy_for_ever()]
         tasks = [asyncio.ensure_future(part) for part in parts]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -652,12 +704,11 @@ class Recoverer:
                 return
             await asyncio.sleep(LEADERSHIP / 4)
 
-    async def _recover_for_ever(self, first: bool) -> None:
+    async def _recover_for_ever(self) -> None:
         await asyncio.sleep(self._patient_until - asyncio.get_running_loop().time())
-        if not self._auto_claim:
-            await self._scan(first)
-            return
-        parts = [self._scan_for_ever(first), self._look_for_ever()]
+        parts = [self._scan_for_ever()]
+        if self._auto_claim:
+            parts.append(self._look_for_ever())
         tasks = [asyncio.ensure_future(part) for part in parts]
         try:
             await asyncio.gather(*tasks)
@@ -670,7 +721,12 @@ class Recoverer:
         while True:
             expired, self._expired = sorted(self._expired, key=_id_order), {}
             for start in range(0, len(expired), self._recovery.batch_size):
-                await self._recover_ids(expired[start : start + self._recovery.batch_size])
+                try:
+                    await self._recover_ids(expired[start : start + self._recovery.batch_size])
+                except ReplyError as error:  # looks and scans find them
+                    if explained_by_failover(error):
+                        raise
+                    self._complain(len(expired), "recovered", error)
             await self._look()
             await asyncio.sleep(LOOK_EVERY)
 
@@ -679,18 +735,19 @@ class Recoverer:
             await self._remove_dead_consumers()
             await asyncio.sleep(REMOVE_EVERY)
 
-    async def _scan_for_ever(self, first: bool) -> None:
+    async def _scan_for_ever(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
+            # Leadership may have been lost in between, and won again.
+            await asyncio.sleep(self._next_scan - loop.time())
             try:
-                await self._scan(first)
-                first = False
+                await self._scan()
             except ReplyError as error:
                 self._logger.warning("a scan broke off, the next one goes on: %s", error)
-            await asyncio.sleep(
-                jittered(self._recovery.reconciliation_interval, 0.1, random.random())
-            )
+            interval = self._recovery.reconciliation_interval
+            self._next_scan = loop.time() + jittered(interval, 0.1, random.random())
 
-    async def _scan(self, first: bool) -> None:
+    async def _scan(self) -> None:
         start = time.perf_counter()
         success = False
         tally = Tally()
@@ -700,17 +757,20 @@ class Recoverer:
         finally:
             if self._recorder is not None:
                 took = time.perf_counter() - start
-                if first:
+                if not self._scanned:
                     self._recorder.startup_recovery(success, tally.requeued, took)
                 self._recorder.reconciliation_scan(
                     tally.requeued, tally.alive, tally.dead_letters, took
                 )
+            self._scanned = self._scanned or success
 
     async def _walk(self, min_idle_ms: int, tally: Tally, consumer: bytes | None = None) -> None:
         """Looks at all pending entries, or those of one consumer, page by page.
 
-        Several pages are under way at a time, so that the server has always something to do.
+        Several pages are under way at a time, so that the server has always something to do. What
+        the server refuses in one page is raised when all others have been looked at.
         """
+        refusal: ReplyError | None = None
         size = self._recovery.batch_size
         pages: deque[asyncio.Task[Tally]] = deque()
         start: bytes | None = b"-"
@@ -724,12 +784,19 @@ class Recoverer:
                 if len(ids := page.idle(min_idle_ms)):
                     pages.append(asyncio.ensure_future(self._recover_page(ids, len(page))))
                 while len(pages) > (PAGES_AHEAD if start is not None else 0):
-                    tally += await pages[0]
+                    try:
+                        tally += await pages[0]
+                    except ReplyError as error:
+                        if error.code == "NOGROUP" or explained_by_failover(error):
+                            raise
+                        refusal = error
                     pages.popleft()
         finally:
             for task in pages:
                 task.cancel()
             await asyncio.gather(*pages, return_exceptions=True)
+        if refusal is not None:
+            raise refusal
 
     async def _recover_page(self, ids: Ids, page_size: int | None = None) -> Tally:
         tally = Tally()
@@ -755,41 +822,67 @@ class Recoverer:
                 return
             raise
         consumers = [row[b"name"] for row in map(_mapping, rows) if row[b"pending"]]
-        ask = Template(b"XPENDING", self._names.lbs, self._names.group, b"-", b"+", SAMPLE, ITEM)
+        self._passed = {name: self._passed[name] for name in consumers if name in self._passed}
+        asking = [
+            pack(
+                b"XPENDING", self._names.lbs, self._names.group,
+                b"(" + self._passed[name] if name in self._passed else b"-", b"+", SAMPLE, name,
+            )
+            for name in consumers
+        ]  # fmt: skip
         pages: list[PendingPage] = raise_first(
-            await self._link.pipeline(ask.pack(consumers), len(consumers), decode=PENDING)
+            await self._link.pipeline(b"".join(asking), len(asking), decode=PENDING)
         )
-        samples = [
-            (name, entry_id)
+        samples = {
+            # Younger ones may be about to be locked.
+            name: list(page.idle(self._ttl_ms))
             for name, page in zip(consumers, pages, strict=True)
-            for entry_id in page.idle(self._ttl_ms)  # younger ones may be about to be locked
-        ]
+        }
+        for name, page in zip(consumers, pages, strict=True):
+            if not len(page):  # all was passed: it begins anew
+                self._passed.pop(name, None)
         known = self._known
-        unknown = [entry_id for _, entry_id in samples if entry_id not in known]
-        unknown.sort(key=_id_order)
+        sampled = [entry_id for ids in samples.values() for entry_id in ids]
+        unknown = sorted((i for i in sampled if i not in known), key=_id_order)
         async for part, batches in self._entries.read(Ids(unknown)):
             plan = plan_for(part, batches)
             known.update(zip(plan.ids(), plan.lock_keys(), strict=True))
-        self._known = {entry_id: known[entry_id] for _, entry_id in samples if entry_id in known}
-        keys = list(self._known.values())
+        known = self._known = {i: known[i] for i in sampled if i in known}
+        keys = list(known.values())
         values = await self._values(pack(b"MGET", *keys), lambda: keys) if keys else []
-        locks = dict(zip(self._known, values, strict=True))
+        locks = dict(zip(known, values, strict=True))
+        before = self._held
+        self._held = {entry_id for entry_id, value in locks.items() if value is not None}
         # One without a known lock can't be read, or is gone.
-        suspects = {name for name, entry_id in samples if locks.get(entry_id) is None}
+        free = {n: [i for i in ids if locks.get(i) is None] for n, ids in samples.items()}
+        suspects = {name: ids for name, ids in free.items() if ids}
+        self._fruitless = {n: how for n, how in self._fruitless.items() if n in suspects}
+        for name, ids in suspects.items():
+            await self._look_at(name, ids, died=not before.isdisjoint(ids))
+
+    async def _look_at(self, name: bytes, free: list[bytes], *, died: bool) -> None:
+        """Looks at all that is pending for a consumer of which some locks are free.
+
+        Not again and again while nothing can be done about it, as when the dead-letter stream can't
+        be written; but at once when one was held before, and it `died`.
+        """
         now = asyncio.get_running_loop().time()
-        fruitless = {n: again for n, again in self._fruitless.items() if n in suspects}
-        for name in suspects:
-            again_at, pause = fruitless.get(name, (now, LOOK_AGAIN))
-            if now < again_at:
-                continue
+        again_at, pause = self._fruitless.get(name, (now, LOOK_AGAIN))
+        if died or now >= again_at:
             tally = Tally()
-            await self._walk(self._ttl_ms, tally, name)
+            try:
+                await self._walk(self._ttl_ms, tally, name)
+            except ReplyError as error:
+                if error.code == "NOGROUP" or explained_by_failover(error):
+                    raise
+                self._complain(len(free), "recovered", error)
             if tally.requeued + tally.dead_letters + tally.vanished:
-                fruitless.pop(name, None)
-            else:  # say, the dead-letter stream can't be written
-                pause = min(pause, self._recovery.reconciliation_interval)
-                fruitless[name] = (now + pause, 2 * pause)
-        self._fruitless = fruitless
+                self._fruitless.pop(name, None)
+                return
+            pause = min(pause, self._recovery.reconciliation_interval)
+            self._fruitless[name] = (now + pause, 2 * pause)
+        # What is behind them is sampled next: it may be alive, and die.
+        self._passed[name] = free[-1]
 
     async def _remove_dead_consumers(self) -> None:
         """Removes consumers from the group that own nothing and have not been seen for long."""
@@ -827,7 +920,7 @@ class Recoverer:
                 return cast("list[bytes | None]", values)
             if values.code != "NOPERM":
                 raise values
-            self._mget_forbidden = True
+            self._mget_forbidden = not values.about_keys
         replies = raise_if_all(await self._topology.each(Template(b"GET", ITEM).pack, keys()))
         # Something that can't be read holds the lock: leave it alone, and go on with the others.
         return [str(r).encode() if isinstance(r, ReplyError) else r for r in replies]
@@ -846,7 +939,10 @@ class Recoverer:
         values = await self._values(plan.mget(), plan.lock_keys)
         alive, letters = plan.judge(values, self._recovery.max_retries)
         tally.alive += alive
-        outcomes = await self._put_back.put_planned(plan, counting=True, looked=True)
+        outcomes, refusal = await self._put_back.put_planned(plan, counting=True, looked=True)
+        if refusal is not None:
+            tally.refusals.append(refusal)
+            self._complain(len(plan), "put back", refusal)
         tally.requeued = outcomes.count(PUT)
         tally.alive += outcomes.count(ALIVE)
         if self._recorder is not None:
@@ -854,6 +950,14 @@ class Recoverer:
                 self._recorder.requeue(name, outcome == PUT)
         await self._bury(letters, MAX_RETRIES, tally)
         return tally
+
+    def _complain(self, count: int, what: str, error: ReplyError) -> None:
+        """Says, once until it works again, what keeps entries pending."""
+        if not self._refused:
+            self._refused = True
+            self._logger.error(
+                "some of %d entries stay pending, as they can't be %s: %s", count, what, error
+            )
 
     async def _bury(self, letters: Sequence[Letter], reason: bytes, tally: Tally) -> None:
         if not letters:
@@ -863,14 +967,11 @@ class Recoverer:
                 [letter for _, letter in letters], self._recovery.dlq_max_len, reason
             )
         except ReplyError as error:
-            if not self._dlq_failed:
-                self._dlq_failed = True
-                self._logger.error(
-                    "%d entries stay pending, as the dead-letter stream %s can't be written: %s",
-                    len(letters), self._names.dlq.decode(), error,
-                )  # fmt: skip
+            tally.refusals.append(error)
+            where = f"moved to the dead-letter stream {self._names.dlq.decode()}"
+            self._complain(len(letters), where, error)
             return
-        self._dlq_failed = False
+        self._refused = False
         tally.alive += outcomes.count(ALIVE)
         buried = [stream for (stream, _), how in zip(letters, outcomes, strict=True) if how == PUT]
         if not buried:

@@ -74,10 +74,10 @@ return value == ARGV[1] and redis.call('DEL', KEYS[1]) or value and -1 or 0
 
 # KEYS: the load balancer stream, a receipt, then, where one server has all, the lock of each entry;
 # ARGV: group, consumer, a token, ms for which the receipt is kept, the entries' ids. XACK, XDEL and
-# the release, all in one step. An entry whose lock is ours is ours; another one only if it was
-# pending until now. Returns the token, then the places whose given locks were not ours: negative
-# where the entry was lost. The receipt keeps that for a call that is sent again, as its answer got
-# lost. About 6 us a stream.
+# the release, all in one step. An entry whose lock is ours is ours, one whose lock is another's is
+# not; one without, only if it was pending until now. Returns the token, then the places whose given
+# locks were not ours: negative where the entry was lost. The receipt keeps that for a call that is
+# sent again, as its answer got lost. About 6 us a stream.
 FINISH = Script("""\
 local call, unpack, stream, group, token = redis.call, unpack, KEYS[1], ARGV[1], ARGV[3]
 local values = call('MGET', unpack(KEYS, 2))
@@ -96,7 +96,7 @@ if #ids > 0 then
 end
 for i = 1, #ARGV - 4 do
   if values[i + 1] ~= ARGV[2] then
-    if call('XACK', stream, group, ARGV[i + 4]) == 0 then
+    if values[i + 1] or call('XACK', stream, group, ARGV[i + 4]) == 0 then
       others[#others + 1] = -i
     else
       ids[#ids + 1] = ARGV[i + 4]
@@ -120,28 +120,33 @@ return said
 # KEYS: the load balancer stream, then, if they shall be free, the lock of each entry; ARGV: group,
 # how many arguments the fields of each entry are, then for each its id and its fields. An entry is
 # added again only if nobody holds its lock and it was pending until now, all in one step: there is
-# no moment at which a crash could lose it. One without fields is only taken away. Returns for each
-# 1 (put back), 0 (was not pending), 2 (locked) or -1: more fields than Lua can pass on, which it
-# must not find out after the XACK.
+# no moment at which a crash could lose it. What can't be added stays as it was. One without fields
+# is only taken away. Returns for each 1 (put back), 0 (was not pending), 2 (locked), -1 (more
+# fields than Lua can pass on) or the error that adding it met. The first XACK changes nothing: out
+# of memory a script that has written may add, another one not.
 PUT_BACK = Script("""\
 local call, unpack, stream, group, size = redis.call, unpack, KEYS[1], ARGV[1], tonumber(ARGV[2])
 local locks = #KEYS > 1 and call('MGET', unpack(KEYS, 2)) or {}
 local outcome, won = {}, {}
 local n = 0
+call('XACK', stream, group, '0-0')
 for i = 3, #ARGV, size + 1 do
   n = n + 1
   local id = ARGV[i]
+  local added = true
   if locks[n] then
     outcome[n] = 2
   elseif size >= 7000 then
     outcome[n] = -1
   else
-    outcome[n] = call('XACK', stream, group, id)
-    if outcome[n] == 1 then
-      if size > 0 then
-        call('XADD', stream, '*', unpack(ARGV, i + 1, i + size))
-      end
-      won[#won + 1] = id
+    if size > 0 then
+      added = redis.pcall('XADD', stream, '*', unpack(ARGV, i + 1, i + size))
+    end
+    if type(added) == 'table' then
+      outcome[n] = added.err
+    else
+      outcome[n] = call('XACK', stream, group, id)
+      won[#won + 1] = outcome[n] == 1 and id or added ~= true and added or nil
     end
   end
 end

@@ -7,6 +7,7 @@ client, so that they mean here what they mean everywhere else.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import re
 import socket
@@ -121,6 +122,10 @@ def endpoint_of(source: str | redis.asyncio.Redis) -> Endpoint:
     if db < 0:
         raise InvalidOption("redis", shown, "the number of a database, 0 or more")
     settings = pool.connection_kwargs
+    for setting in ("socket_timeout", "socket_connect_timeout"):
+        seconds = settings.get(setting)
+        if seconds is not None and not 0 < seconds < math.inf:
+            raise InvalidOption("redis", shown, f"{setting} above 0 seconds, not {seconds}")
     provider = parsed.credential_provider
     return Endpoint(
         host=parsed.host if isinstance(parsed, Connection) else "",

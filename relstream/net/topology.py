@@ -209,7 +209,10 @@ def _of_many_hosts(url: str, scheme: str, kind: str, rest: str) -> Deployment:
         raise InvalidOption("redis", shown, f"{scheme}+sentinel://host:port,host:port/master name")
 
     def endpoint(host: str, login: str, path: str, settings: str) -> Endpoint:
-        return endpoint_of(f"{scheme}://{login}{host}{path}{'?' if settings else ''}{settings}")
+        try:
+            return endpoint_of(f"{scheme}://{login}{host}{path}{'?' if settings else ''}{settings}")
+        except InvalidOption as error:
+            raise InvalidOption("redis", shown, error.expected) from None
 
     every = hosts.split(",")
     if not all(every) or re.search("@.*,", credentials):

@@ -344,6 +344,7 @@ async def test_what_announces_nothing_becomes_one_dead_letter(consumer, service,
     assert list(letter.items()) == list((fields | added).items())
     assert service.pending() == good
     assert len(service.locks()) == 2
+    await eventually(logged)
     (said,) = logged()
     assert bad.decode() in said
     assert reason in said

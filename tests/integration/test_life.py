@@ -20,6 +20,7 @@ from helpers import (
 )
 
 from relstream import (
+    ClientClosed,
     ConfigConflict,
     ConnectionFailed,
     NotificationType,
@@ -224,9 +225,12 @@ async def test_closing_twice_and_at_once_is_one_closing(consumer, service):
     service.announce("s1")
     client = consumer()
     await take(await client.init(), 1)
-    await asyncio.gather(client.aclose(), client.aclose(), client.done())
+    closing = client.aclose(), client.aclose(), client.done()
+    *outcomes, refused = await asyncio.gather(*closing, return_exceptions=True)
     await client.aclose()
+    assert outcomes == [None, None]
     assert len(service.entries()) == 1
+    assert isinstance(refused, ClientClosed)  # it can't say that all is finished
 
 
 async def test_closing_goes_on_when_nobody_waits_for_it_any_more(consumer, service):

@@ -81,7 +81,9 @@ REFUSALS = [
         (f"ERR ACL failure in script: User u has no permissions to …{NEW}", "NOPERM", False),
         (f"{OLD}Wrong number of args calling Redis command From Lua script", "ERR", False),
         # No data of an application's can make an error look like another one.
-        ("ERR unknown command 'x -OOM y', with args beginning with: ", "ERR", False),
+        ("ERR unknown subcommand 'x -OOM y'. Try XINFO HELP.", "ERR", False),
+        # Taken away by `rename-command`: as good as forbidden.
+        ("ERR unknown command 'EVALSHA', with args beginning with: ", "NOPERM", False),
         ("ERR no such key 'ACL failure in script'", "ERR", False),
         ("ERR", "ERR", False),
         ("", "", False),
