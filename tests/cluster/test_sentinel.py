@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -16,9 +17,11 @@ from helpers import (
     DISOWNED,
     EXPIRED,
     SEPARATOR,
+    Renewals,
     engine_connections,
     eventually,
     names,
+    nothing_comes,
     take,
 )
 
@@ -34,7 +37,7 @@ from relstream import (
     RelstreamError,
     StreamClient,
 )
-from relstream.server import TLSFiles
+from relstream.server import Server, TLSFiles
 from relstream.servers import Node, Sentinels
 
 # No lock expires while a master is replaced.
@@ -133,7 +136,10 @@ async def test_the_database_that_was_asked_for(sentinels, consumer):
 async def test_a_new_master_is_followed(service, consumer, sentinels, how):
     at_once = RecoveryConfig(min_idle_time=0.5, reconciliation_interval=0.5)
     # A master that is silent is not left because of its silence, but because there is another.
-    client = consumer(redis=f"{sentinels.url}?socket_timeout=60", recovery=at_once)
+    # For one heartbeat after an outage nobody is taken for dead.
+    client = consumer(
+        redis=f"{sentinels.url}?socket_timeout=60", recovery=at_once, heartbeat_interval=15.0
+    )
     notes = await client.init()
     async with Producer(sentinels.url, "svc") as producer:
         wanted = announce(service, 60)
@@ -158,7 +164,7 @@ async def test_a_new_master_is_followed(service, consumer, sentinels, how):
         service.redis.xgroup_setid(service.lbs, service.group, "$")
         orphan = service.announce("orphan")
         service.redis.xclaim(service.lbs, service.group, "ghost", 0, [orphan], force=True)
-        assert names(await take(notes, 1)) == ["orphan"]
+        assert names(await take(notes, 1, timeout=30)) == ["orphan"]
         # ... and announcing, which may fail once. A former master that lives takes it, and loses
         # it, until it is told.
         if how == "command":
@@ -176,7 +182,7 @@ async def test_a_new_master_is_followed(service, consumer, sentinels, how):
         await asyncio.to_thread(former.start)
     await asyncio.to_thread(sentinels.wait_ok, 40)
     await eventually(lambda: engine_connections(former.client) == [])
-    assert list(subscriptions(promoted).values()) == [1]
+    await eventually(lambda: list(subscriptions(promoted).values()) == [1])
 
 
 @pytest.mark.slow
@@ -339,3 +345,119 @@ async def test_tls_and_passwords(make: Callable[..., Sentinels], tls: TLSFiles, 
         await consumer("c3", redis=f"rediss+sentinel://{hosts}?{trusts}").init()
     with pytest.raises(ConnectionFailed, match="certificate was not accepted"):
         await consumer("c4", redis=f"rediss+sentinel://:secret@{hosts}").init()
+
+
+# --- a former master that lives on ----------------------------------------------------------------
+
+
+def connections_by_role(node: Server) -> dict[str, str]:
+    """The ids of the engine's connections, by what their names end with."""
+    with redis.Redis.from_url(node.url, decode_responses=True) as admin:
+        return {c["name"].rpartition(":")[2]: c["id"] for c in engine_connections(admin)}
+
+
+@pytest.mark.slow
+async def test_a_graceful_failover_costs_nobody_a_stream(service, consumer, sentinels):
+    """The former master is told seconds later, and serves whoever stays with it until then."""
+    client = consumer(heartbeat_interval=2.0)
+    notes = await client.init()
+    wanted = announce(service, 30)
+    await take(notes, 30)
+    assert service.redis.wait(2, 4000) == 2
+    promoted = await asyncio.to_thread(sentinels.failover)
+    await eventually(lambda: "renew" in connections_by_role(promoted), 5)
+    service.follow()
+    await eventually(lambda: len(service.locks()) == 30, 5)
+    renewals = Renewals(service)
+    await eventually(lambda: renewals.seen() >= 6)
+    await nothing_comes(notes, 0.1)
+    assert [e for _, e in service.redis.xrange(service.lbs) if b"_retry_count" in e] == []
+    await asyncio.gather(*(client.done_stream(name) for name in wanted))
+    assert (service.locks(), service.entries()) == ({}, [])
+
+
+@pytest.mark.slow
+async def test_what_is_announced_after_a_graceful_failover_is_not_lost(service, sentinels):
+    async with Producer(sentinels.url, "svc") as producer:
+        await producer.announce("before")
+        assert service.redis.wait(2, 4000) == 2
+        promoted = await asyncio.to_thread(sentinels.failover)
+        await asyncio.sleep(3)
+        after = await producer.announce("after")
+        assert after in [entry_id for entry_id, _ in promoted.client.xrange(service.lbs)]
+
+
+# --- Sentinels that are wrong, or gone ------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def sentinel_naming(master: Server) -> AsyncIterator[str]:
+    """The address of what answers as a Sentinel does which knows this master only."""
+    port = str(master.port).encode()
+    answer = b"*2\r\n$9\r\n127.0.0.1\r\n$%d\r\n%s\r\n" % (len(port), port)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while said := await reader.read(4096):
+                if b"GET-MASTER-ADDR-BY-NAME" in said:
+                    writer.write(answer)
+                elif b"HELLO" in said:
+                    writer.write(b"-ERR unknown command\r\n")
+                elif b"INFO" in said:
+                    writer.write(b"$20\r\nredis_version:7.0.15\r\n")
+                else:
+                    writer.write(b":1\r\n" if b"ID" in said else b"+OK\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+        await server.wait_closed()
+
+
+@pytest.mark.slow
+async def test_a_sentinel_that_is_behind_is_outvoted(service, consumer, sentinels, make_server):
+    former = make_server()  # cut off, with one Sentinel: both believe that it is the master
+    async with sentinel_naming(former) as stale:
+        hosts = ",".join([stale, *(f"{host}:{port}" for host, port in sentinels.addresses[:2])])
+        url = f"redis+sentinel://{hosts}/{sentinels.service_name}"
+        client = consumer(redis=url)
+        notes = await client.init()
+        async with Producer(url, "svc") as producer:
+            await eventually(lambda: len(connections_by_role(sentinels.nodes[0])) >= 5)
+            opened = connections_by_role(sentinels.nodes[0])
+            for i in range(8):
+                await producer.announce(f"s{i}")
+                assert names(await take(notes, 1)) == [f"s{i}"]
+                await asyncio.sleep(1)
+                now = connections_by_role(sentinels.nodes[0])
+                assert {role: now.get(role) for role in opened} == opened
+                assert connections_by_role(former) == {}
+        await client.done()
+
+
+@pytest.mark.slow
+async def test_without_any_sentinel_the_master_is_where_it_was(service, consumer, sentinels):
+    client = consumer(heartbeat_interval=2.0)
+    notes = await client.init()
+    announce(service, 5)
+    await take(notes, 5)
+    master = sentinels.master()
+    async with Producer(sentinels.url, "svc") as producer:
+        await producer.announce("known")
+        await take(notes, 1)
+        for sentinel in sentinels.sentinels:
+            sentinel.kill()
+        killed = engine_connections(master.client)
+        for connection in killed:
+            master.client.client_kill_filter(_id=connection["id"])
+        await eventually(lambda: list(subscriptions(master).values()) == [1])
+        await producer.announce("later")
+        assert names(await take(notes, 1)) == ["later"]
+    renewals = Renewals(service)
+    await eventually(lambda: renewals.seen() >= 4)
+    await hears(service, notes)
+    await client.done()
+    assert (service.locks(), service.entries()) == ({}, [])

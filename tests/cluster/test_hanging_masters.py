@@ -1,0 +1,169 @@
+"""The contract while a master hangs: connections to it stay, and nothing is answered."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import pytest
+from cluster.observing import ClusterService, EveryMaster, subscriptions
+from helpers import SEPARATOR, Renewals, eventually, names, nothing_comes, take
+
+from relstream import ClientClosed, StreamClient
+from relstream.servers import Cluster, Node
+
+
+def url_of(cluster: Cluster) -> str:
+    return cluster.url.replace("redis://", "redis+cluster://")
+
+
+@pytest.fixture
+def lasting(make: Callable[..., Cluster]) -> Cluster:
+    """A cluster in which nobody replaces a master that hangs, and the others serve on."""
+    return make(
+        Cluster, replicas=0, node_timeout=15.0, config={"cluster-require-full-coverage": "no"}
+    )
+
+
+@pytest.fixture
+def apart(lasting: Cluster) -> Iterator[ClusterService]:
+    """A service in it whose keys, but for locks, are all on one master."""
+
+    def together(name: str) -> bool:
+        keys = (f"{name}-input", f"{name}-input-dlq", f"{name}-input-reconciler")
+        return len({lasting.master_of(key) for key in keys}) == 1
+
+    name = next(name for name in map("svc{}".format, range(1000)) if together(name))
+    with EveryMaster.from_url(lasting.url) as client:
+        yield ClusterService(client, lasting, name)
+
+
+@pytest.fixture
+async def consumer() -> AsyncIterator[Callable[..., StreamClient]]:
+    made: list[StreamClient] = []
+
+    def make(url: str, service: str = "svc", name: str = "c1", **options: Any) -> StreamClient:
+        made.append(StreamClient(url, service, consumer_id=name, **options))
+        return made[-1]
+
+    yield make
+    for client in made:
+        await client.aclose()
+
+
+# --- a master that holds only locks ---------------------------------------------------------------
+
+
+def tag_on(cluster: Cluster, node: Node) -> str:
+    """Locks of streams whose names begin with it are on this master."""
+    tags = map("{{{}}}".format, range(1000))
+    return next(tag for tag in tags if cluster.master_of(tag) is node)
+
+
+def announce(service: ClusterService, *wanted: str) -> dict[str, str]:
+    """All at once, for one read; returns their locks, as long as they are not put back."""
+    pipe = service.lbs_master.client.pipeline(transaction=True)
+    for name in wanted:
+        pipe.xadd(service.lbs, {"lbs-input": f'{{"DataStreamName": "{name}"}}'})
+    ids = pipe.execute()
+    return {name: f"{name}{SEPARATOR}{i}" for name, i in zip(wanted, ids, strict=True)}
+
+
+@pytest.mark.slow
+async def test_a_hanging_master_costs_streams_of_others_nothing(lasting, apart, consumer):
+    """They are delivered, kept and finished while it hangs, together with its own."""
+    victim, *healthy = sorted(lasting.masters(), key=lambda node: node is apart.lbs_master)
+    hangs, *lives = (tag_on(lasting, node) for node in (victim, *healthy))
+    client = consumer(url_of(lasting), apart.lbs.removesuffix("-input"))
+    notes = await client.init()
+    early = announce(apart, *(f"{tag}early{i}" for i in range(20) for tag in (hangs, *lives)))
+    await take(notes, 60)
+    kept = {name: key for name, key in early.items() if not name.startswith(hangs)}
+    renewals = [Renewals(apart, kept.values())]
+    await eventually(lambda: apart.reads("c1"))
+    victim.pause()
+    late = announce(apart, *(f"{tag}late{i}" for i in range(5) for tag in (hangs, *lives)))
+    new = {name: key for name, key in late.items() if not name.startswith(hangs)}
+    assert names(await take(notes, 10, timeout=10)) == list(new)
+    renewals.append(Renewals(apart, new.values()))
+    await eventually(lambda: min([seen.seen() for seen in renewals]) >= 4)
+    assert not any(b"_retry_count" in fields for _, fields in apart.redis.xrange(apart.lbs))
+    # What needs nothing of it but a lock is finished, too, and the lock expires.
+    await asyncio.wait_for(asyncio.gather(*map(client.done_stream, early | new)), 10)
+    await nothing_comes(notes, 0.1)
+    assert len(apart.entries()) == 5
+    victim.resume()
+    assert sorted(names(await take(notes, 5))) == sorted(late.keys() - new.keys())
+    await client.done()
+    assert (apart.entries(), apart.pending()) == ([], [])
+
+
+@pytest.mark.slow
+async def test_a_master_that_is_silent_is_left_for_its_successor(cluster, service, consumer):
+    """Because there is another: its silence alone would be borne for a minute."""
+    client = consumer(f"{url_of(cluster)}?socket_timeout=60", heartbeat_interval=30.0)
+    notes = await client.init()
+    service.announce("before")
+    assert names(await take(notes, 1)) == ["before"]
+    await eventually(lambda: service.reads("c1"))
+    victim = service.lbs_master
+    victim.call("WAIT", 1, 4000)
+    victim.pause()
+    await asyncio.to_thread(cluster.wait_ok, 30)
+    promoted = service.lbs_master
+    assert promoted is not victim
+    promoted.call("XADD", service.lbs, "*", "lbs-input", '{"DataStreamName": "after"}')
+    assert names(await take(notes, 1, timeout=10)) == ["after"]
+    await asyncio.wait_for(client.done_stream("after"), 10)
+    assert len(promoted.call("XRANGE", service.lbs, "-", "+")) == 1
+
+
+# --- reset_topology -------------------------------------------------------------------------------
+
+
+async def test_closing_ends_a_reset_with_an_error_of_ours(cluster, service, consumer):
+    client = consumer(url_of(cluster))
+    await client.init()
+    silent = cluster.replicas()[0]
+    silent.pause()  # not for long enough that others would take it for dead
+    try:
+        resets = [asyncio.ensure_future(client.reset_topology()) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        assert not any(reset.done() for reset in resets)
+        await client.aclose()
+        outcomes = await asyncio.gather(*resets, return_exceptions=True)
+    finally:
+        silent.resume()
+    assert [type(outcome) for outcome in outcomes] == [ClientClosed] * 3
+
+
+def subscribed_at(node: Node) -> list[str]:
+    """The ids of its connections with a subscription."""
+    return [c["id"] for c in node.client.client_list() if int(c["psub"])]
+
+
+@pytest.mark.slow
+async def test_a_reset_asked_for_during_another_is_done_after_it(lasting, consumer):
+    """The one under way may have passed by already what this caller knows of."""
+    client = consumer(url_of(lasting))
+    await client.init()
+    passed, *_, silent = lasting.masters()
+    before = subscribed_at(passed)
+    silent.pause()
+    try:
+        first = asyncio.ensure_future(client.reset_topology())
+        await eventually(lambda: (now := subscribed_at(passed)) and now != before)
+        passed.client.config_set("notify-keyspace-events", "")
+        others = [asyncio.ensure_future(client.reset_topology()) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        assert not first.done()
+        assert not any(other.done() for other in others)
+    finally:
+        silent.resume()
+    await asyncio.gather(*others)
+    assert first.done()
+    setting = passed.client.config_get("notify-keyspace-events")["notify-keyspace-events"]
+    assert set(setting) >= set("Kx")
+    for node in lasting.masters():
+        assert list(subscriptions(node).values()) == [1]
