@@ -82,6 +82,7 @@ async def test_a_hanging_master_costs_streams_of_others_nothing(lasting, apart, 
     kept = {name: key for name, key in early.items() if not name.startswith(hangs)}
     renewals = [Renewals(apart, kept.values())]
     await eventually(lambda: apart.reads("c1"))
+    await eventually(lambda: renewals[0].seen())  # until then the keeper knows but the one seed
     victim.pause()
     late = announce(apart, *(f"{tag}late{i}" for i in range(5) for tag in (hangs, *lives)))
     new = {name: key for name, key in late.items() if not name.startswith(hangs)}
