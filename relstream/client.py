@@ -510,10 +510,8 @@ class StreamClient:
     def _told(self, stream: str | LBSInfo) -> Entry:
         """The first entry of an owned stream that the application knows of."""
         self._check_open()
-        name = stream.data_stream_name if isinstance(stream, LBSInfo) else stream
-        if not isinstance(name, str):
-            raise InvalidOption("stream", stream, "the name of a data stream, or an LBSInfo")
-        head = self._part(stream).leases.get(name)
+        name = _name_of(stream)
+        head = self._part(name).leases.get(name)
         if head is None:
             why = "is not owned by this consumer"
         elif head.finishing:
@@ -535,12 +533,9 @@ class StreamClient:
         self._recorder.stream_processing_start(entry.data_stream_name)
 
     def _part(self, stream: str | LBSInfo) -> Partition:
-        if len(self._partitions) == 1:
-            return self._partitions[0]
-        name = stream.data_stream_name if isinstance(stream, LBSInfo) else stream
-        if not isinstance(name, str):
-            raise InvalidOption("stream", stream, "the name of a data stream, or an LBSInfo")
-        return self._partitions[partition_of(name, len(self._partitions))]
+        if self._only is not None:
+            return self._only
+        return self._partitions[partition_of(_name_of(stream), len(self._partitions))]
 
     def _owned(self) -> int:
         return sum(len(part.leases) for part in self._partitions)
@@ -572,6 +567,13 @@ class StreamClient:
             self._recorder.keyspace_notification_received(payload.data_stream_name)
             if not told:
                 self._recorder.keyspace_notification_dropped()
+
+
+def _name_of(stream: str | LBSInfo) -> str:
+    name = stream.data_stream_name if isinstance(stream, LBSInfo) else stream
+    if not isinstance(name, str):
+        raise InvalidOption("stream", stream, "the name of a data stream, or an LBSInfo")
+    return name
 
 
 def _observe(future: asyncio.Future[None]) -> None:

@@ -227,10 +227,7 @@ class Finisher:
         other, a stream would be nobody's.
         """
         entries = [entry for head in endings.heads if head.again for entry in _all(head)]
-        keys = lock_keys(entries)
-        ids = entry_ids(entries)
-        mine = await pending_for(self._link, self._names, self._consumer, keys, ids)
-        lost = {entry for entry in entries if entry.lock_key not in mine}
+        lost = set(entries) - await self._pending(entries)
         for head in self._refuse(endings, lost):
             self.abandon(head, _all(head))
 
@@ -339,12 +336,7 @@ class Finisher:
     async def _hand_over(self, endings: Endings, entries: list[Entry], call: _Call) -> None:
         held = await self._locks.held(lock_keys(entries), known=True)
         doubtful = [entry for entry, locked in zip(entries, held, strict=True) if not locked]
-        theirs: set[Entry] = set()
-        if doubtful:  # pending for somebody else, under the same id even (XCLAIM)?
-            keys = lock_keys(doubtful)
-            ids = entry_ids(doubtful)
-            mine = await pending_for(self._link, self._names, self._consumer, keys, ids)
-            theirs = {entry for entry in doubtful if entry.lock_key not in mine}
+        theirs = set(doubtful) - await self._pending(doubtful)
         ours = await self._put_back([entry for entry in entries if entry not in theirs])
         # What an earlier try has put back is not pending any more.
         lost = set() if call.again else {entry for entry in entries if entry not in ours}
@@ -354,15 +346,18 @@ class Finisher:
     async def _hand_back_others(self, endings: Endings, entries: list[Entry], call: _Call) -> None:
         others = [entry for head in endings.heads for entry in self._others[head]]
         if others:
-            keys = lock_keys(others)
-            ids = entry_ids(others)
-            # What is pending for somebody else is theirs, under the same id even (XCLAIM).
-            mine = await pending_for(self._link, self._names, self._consumer, keys, ids)
-            await self._put_back([entry for entry in others if entry.lock_key in mine])
+            ours = await self._pending(others)
+            await self._put_back([entry for entry in others if entry in ours])
         await self._unlock(entries)
         for head in endings.heads:
             del self._others[head]
         self._settle(endings, set())
+
+    async def _pending(self, entries: list[Entry]) -> set[Entry]:
+        """Those pending for us: others' are theirs, under the same id even (XCLAIM)."""
+        keys, ids = lock_keys(entries), entry_ids(entries)
+        mine = await pending_for(self._link, self._names, self._consumer, keys, ids)
+        return {entry for entry in entries if entry.lock_key in mine}
 
     async def _put_back(self, entries: list[Entry]) -> set[Entry]:
         """Puts entries back as they are; returns those that were still pending."""
