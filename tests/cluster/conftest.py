@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import trustme
 from cluster.observing import ClusterService, EveryMaster
 from helpers import Service
 
+from relstream import StreamClient
 from relstream.server import Binary, ServerStartFailed, TLSFiles
 from relstream.servers import Cluster, Sentinels
 
@@ -20,6 +21,29 @@ def service(cluster: Cluster) -> Iterator[Service]:
     """The state of service `svc` in the cluster."""
     with EveryMaster.from_url(cluster.url) as client:
         yield ClusterService(client, cluster)
+
+
+@pytest.fixture
+def url(cluster: Cluster) -> str:
+    return cluster.url.replace("redis://", "redis+cluster://")
+
+
+@pytest.fixture
+async def consumer(
+    url: str, request: pytest.FixtureRequest
+) -> AsyncIterator[Callable[..., StreamClient]]:
+    """Makes consumers, by default with the heartbeat interval that the module has."""
+    made: list[StreamClient] = []
+    heartbeat = getattr(request.module, "HEARTBEAT", 2.0)
+
+    def make(name: str = "c1", **options: Any) -> StreamClient:
+        options = {"heartbeat_interval": heartbeat, **options}
+        made.append(StreamClient(options.pop("redis", url), "svc", consumer_id=name, **options))
+        return made[-1]
+
+    yield make
+    for client in made:
+        await client.aclose()
 
 
 @pytest.fixture

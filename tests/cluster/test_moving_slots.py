@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from typing import Any
 
 import pytest
 from helpers import ADDED, EXPIRED, SEPARATOR, eventually, names, take
@@ -15,25 +13,6 @@ from relstream.servers import Cluster, Node
 
 # No lock expires because the machine is slow.
 HEARTBEAT = 30.0
-
-
-@pytest.fixture
-def url(cluster: Cluster) -> str:
-    return cluster.url.replace("redis://", "redis+cluster://")
-
-
-@pytest.fixture
-async def consumer(url: str) -> AsyncIterator[Callable[..., StreamClient]]:
-    made: list[StreamClient] = []
-
-    def make(name: str = "c1", **options: Any) -> StreamClient:
-        options = {"heartbeat_interval": HEARTBEAT, **options}
-        made.append(StreamClient(url, "svc", consumer_id=name, **options))
-        return made[-1]
-
-    yield make
-    for client in made:
-        await client.aclose()
 
 
 def two_masters(cluster: Cluster, key: str) -> tuple[Node, Node]:

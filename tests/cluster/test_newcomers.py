@@ -4,35 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
-from typing import Any
 
 import pytest
 import redis
 from cluster.observing import ClusterService, subscriptions
 from helpers import EXPIRED, SEPARATOR, Renewals, eventually, names, nothing_comes, take
 
-from relstream import AlreadyClaimed, ClusterNotSettled, Producer, StreamClient
+from relstream import AlreadyClaimed, ClusterNotSettled, Producer
 from relstream.servers import Cluster, Node
-
-
-@pytest.fixture
-def url(cluster: Cluster) -> str:
-    return cluster.url.replace("redis://", "redis+cluster://")
-
-
-@pytest.fixture
-async def consumer(url: str) -> AsyncIterator[Callable[..., StreamClient]]:
-    made: list[StreamClient] = []
-
-    def make(name: str = "c1", **options: Any) -> StreamClient:
-        made.append(StreamClient(options.pop("redis", url), "svc", consumer_id=name, **options))
-        return made[-1]
-
-    yield make
-    for client in made:
-        await client.aclose()
-
 
 # --- nothing happens ------------------------------------------------------------------------------
 
