@@ -437,7 +437,7 @@ async def test_rights_that_a_cluster_asks_for(cluster, service, consumer):
             node.call("ACL", "SETUSER", "joe", "reset", "on", ">pw", "~*", "&*", *commands)
 
     url = url_of(cluster).replace("//", "//joe:pw@")
-    allow("+@all", "-cluster|slots")
+    allow("+@all", "-cluster")  # redis 6.2 takes no rights to subcommands away
     with pytest.raises(PermissionDenied, match=r"grant \+cluster\|slots"):
         await consumer(redis=url).init()
     with pytest.raises(AuthenticationFailed, match="did not accept") as caught:
