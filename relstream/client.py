@@ -34,6 +34,7 @@ from relstream.intake import Room
 from relstream.keyspace import NEEDED, SETTING, ClusterEvents, ExpiryEvents
 from relstream.lbs import Names, partition_of, split_lock_key
 from relstream.leases import Keeper, Locks
+from relstream.net.connection import observe
 from relstream.net.topology import NamedMaster, SlotTable, deployment_of
 from relstream.notifications import LBSInfo, Notifications
 from relstream.partition import Partition
@@ -194,6 +195,7 @@ class StreamClient:
             names,
             self._consumer,
             self._heartbeat,
+            guide=guide,
             on_lost=self._locks_lost,
             logger=self._logger,
             recorder=self._recorder,
@@ -319,7 +321,8 @@ class StreamClient:
         for part in self._partitions:
             for head in part.leases.all():
                 if not head.delivered and not head.finishing:
-                    part.finisher.release(head).add_done_callback(_observe)
+                    # What could not be handed over is recovered by others.
+                    part.finisher.release(head).add_done_callback(observe)
 
     async def aclose(self) -> None:
         """Hands all owned streams over, without counting a retry, and closes.
@@ -574,12 +577,6 @@ def _name_of(stream: str | LBSInfo) -> str:
     if not isinstance(name, str):
         raise InvalidOption("stream", stream, "the name of a data stream, or an LBSInfo")
     return name
-
-
-def _observe(future: asyncio.Future[None]) -> None:
-    """What could not be handed over is recovered by others: there is nobody to tell."""
-    if not future.cancelled():
-        future.exception()
 
 
 def _consumer_name(consumer_id: str | None) -> str:

@@ -22,7 +22,7 @@ from relstream._core import (
 )
 from relstream.errors import ClientClosed, RelstreamError, ReplyError, StreamNotOwned
 from relstream.leases import pending_for
-from relstream.net.connection import Backoff, explained_by_failover, raise_first
+from relstream.net.connection import Backoff, explained_by_failover, observe, raise_first
 from relstream.recovery import PUT, Entries, PutBack
 from relstream.scripts import FINISH, run
 
@@ -113,7 +113,7 @@ class Finisher:
         There is nobody to wait for it: what fails here is recovered by others.
         """
         self._others[head] = others
-        self._abandoned.ask(head).add_done_callback(_observe)
+        self._abandoned.ask(head).add_done_callback(observe)
 
     async def idle(self) -> None:
         """Waits until all that was asked for has ended, well or badly."""
@@ -430,11 +430,6 @@ async def _together(*awaitables: Awaitable[Any]) -> list[Any]:
         if isinstance(outcome, BaseException):
             raise outcome
     return outcomes
-
-
-def _observe(future: Future) -> None:
-    if not future.cancelled():
-        future.exception()
 
 
 def _closed() -> ClientClosed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 from collections import deque
@@ -15,7 +16,7 @@ from relstream._core import STREAMS, Batch, Entry, announcements, entry_ids, pac
 from relstream.errors import ProtocolError, RelstreamError, ReplyError
 from relstream.lbs import INPUT_FIELD, SEPARATOR, UNPARSEABLE, Names
 from relstream.net.connection import Backoff, explained_by_failover
-from relstream.recovery import PUT, PutBack, discard, read_entries
+from relstream.recovery import PUT, PutBack, discard
 
 if TYPE_CHECKING:
     from relstream.config import RecoveryConfig, RetryConfig
@@ -30,6 +31,8 @@ BLOCK = 1.0
 FIRST_READ = 100
 LARGEST_READ = 1000
 READ_BYTES = 4 << 20
+# Entries that may wait for locks which are refused for now; with more, little is read.
+MOST_REFUSED = 10_000
 # Bad entries of a batch that are logged one by one.
 TOLD = 5
 
@@ -91,11 +94,11 @@ class Intake:
         notifications: Notifications,
         room: Room,
         take: Callable[
-            [list[Entry], float], Awaitable[tuple[list[Entry], list[Entry], ReplyError | None]]
+            [list[Entry], float], Awaitable[tuple[list[Entry], list[tuple[Entry, ReplyError]]]]
         ],
-        refused: Callable[[bytes], Awaitable[bool]],
-        strays: Callable[[], Awaitable[list[bytes]]],
-        hand_back: Callable[[list[bytes]], Awaitable[None]],
+        audit: Callable[[], Awaitable[None]],
+        hand_back: Callable[[list[bytes]], Awaitable[list[bytes]]],
+        heartbeat: float,
         retry: RetryConfig,
         patience: float,
         recovery: RecoveryConfig,
@@ -110,8 +113,7 @@ class Intake:
         self._notifications = notifications
         self._room = room
         self._take_leases = take
-        self._still_refused = refused
-        self._find_strays = strays
+        self._audit = audit
         self._hand_back = hand_back
         self._retry = retry
         self._patience = patience
@@ -123,20 +125,18 @@ class Intake:
         self._largest = max(1, min(LARGEST_READ, notifications.room // 2))
         self._count = min(FIRST_READ, self._largest)
         self._taking: deque[asyncio.Task[None]] = deque()
-        # A lock that the server has refused for now (OOM): no failure to read, but a pause.
-        self._refused: bytes | None = None
-        self._refusals = Backoff(retry.initial_delay, min(retry.max_delay, 2.0))
+        # Entries whose locks were refused for now (OOM, say, or one master of several hangs). It is
+        # tried again long before others may take them for a dead owner's.
+        self._refused: list[Entry] = []
+        self._again_at = 0.0
+        self._refusals = Backoff(retry.initial_delay, min(retry.max_delay, 2.0, heartbeat / 4))
+        # The server lets nobody lock anything: one by one is read, to see whether that has changed.
+        self._probing = False
         self._stopping = False
         self._blocked = False
-        self._strays: list[bytes] = []
         self._dlq_failed = False
 
     # --- from outside -------------------------------------------------------------------------
-
-    def adopt(self, strays: list[bytes]) -> None:
-        """These entries are pending for this consumer, and it does not know of them."""
-        self._strays = strays
-        self._notifications.room_made.set()
 
     async def stop(self) -> None:
         """Lets `run` return once the server has answered the read under way."""
@@ -163,7 +163,6 @@ class Intake:
                     await self._step()
                     backoff.reset()
                 except RelstreamError as error:
-                    # What could not be locked meanwhile is found among the pending entries.
                     await asyncio.gather(*self._taking, return_exceptions=True)
                     self._taking.clear()
                     await self._repair(error, backoff)
@@ -218,47 +217,38 @@ class Intake:
     async def _step(self) -> None:
         fresh = not self._reading.alive
         await self._reading.get()
-        pausing = self._refused
-        if pausing is not None:
-            await asyncio.sleep(self._refusals.failed())
-        if fresh or pausing is not None:
-            # The reply to a read may have been lost with the connection, or locks were refused.
-            # What is pending for us already comes before anything new.
+        if fresh:
+            # The reply to a read may have been lost with the connection. Those in hand are known.
             await self._settle()
-            self._strays = await self._find_strays()
-        if pausing is not None:
-            if await self._still_refused(pausing):
-                # Left pending, it would look like a dead owner's, and retries would be counted.
-                strays, self._strays = self._strays, []
-                await self._hand_back(strays)
-                return
-            self._refused = None
+            await self._audit()
+        loop = asyncio.get_running_loop()
+        if self._probing:
+            await asyncio.sleep(self._again_at - loop.time())
+        if self._refused and loop.time() >= self._again_at:
+            await self._settle()
+            await self._take_refused()
         self._notifications.room_made.clear()
         if self._stopping:  # it was set by this, perhaps, before it was cleared
             return
         room = self._room.share()
-        if room < self._count and self._taking:
+        wanted = 1 if self._probing else self._count
+        if room < wanted and self._taking:
             await self._taking.popleft()  # rather than reading in small portions
             return
-        if self._strays and self._room.full():
-            strays, self._strays = self._strays, []
-            await self._hand_back(strays)  # others may have room for them
-            return
+        block = BLOCK
+        if self._refused:
+            block = min(block, max(self._again_at - loop.time(), 0.001))
         if room <= 0:
-            await self._notifications.room_made.wait()
+            with contextlib.suppress(asyncio.TimeoutError):
+                made = self._notifications.room_made.wait()
+                await asyncio.wait_for(made, block if self._refused else None)
             return
-        if self._strays:
-            await self._settle()
-            await self._adopt(room)
-            return
-        if self._stopping:
-            return
-        count = min(room, self._count)
-        asked_at = asyncio.get_running_loop().time()
+        count = min(room, wanted)
+        asked_at = loop.time()
         batches: list[Batch] = []
         self._room.set_aside(count)
         try:
-            batches = await self._read(count)
+            batches = await self._read(count, block)
         finally:
             self._room.give_back(count - sum(map(len, batches)))
         if not batches:
@@ -267,7 +257,7 @@ class Intake:
         batch = batches[0]
         fitting = len(batch) * READ_BYTES // max(batch.nbytes, 1)
         self._count = max(1, min(2 * self._count, fitting, self._largest))
-        if len(batch) == count:
+        if len(batch) == count and not self._probing:
             # There is more: it is read while these are being locked.
             before = self._taking[-1] if self._taking else None
             self._taking.append(asyncio.ensure_future(self._take(batches, asked_at, before)))
@@ -282,12 +272,12 @@ class Intake:
         while self._taking:
             await self._taking.popleft()
 
-    async def _read(self, count: int) -> list[Batch]:
+    async def _read(self, count: int, block: float) -> list[Batch]:
         command = pack(
             b"XREADGROUP", b"GROUP", self._names.group, self._consumer, b"COUNT", count,
-            b"BLOCK", round(BLOCK * 1000), b"STREAMS", self._names.lbs, b">",
+            b"BLOCK", math.ceil(block * 1000), b"STREAMS", self._names.lbs, b">",
         )  # fmt: skip
-        timeout = BLOCK + self._reading.endpoint.timeout
+        timeout = block + self._reading.endpoint.timeout
         self._blocked = True
         try:
             (reply,) = await self._reading.pipeline(command, 1, decode=STREAMS, timeout=timeout)
@@ -315,11 +305,10 @@ class Intake:
                 good, bad, deleted = announcements(batch, INPUT_FIELD, SEPARATOR, orjson.loads)
                 entries += good
                 gone += deleted
-                if bad and asked_at > -math.inf:  # else it failed before: the leader sees to it
+                if bad:
                     unreadable.append((batch, bad))
-            refusal = None
             if entries:
-                new, refused, refusal = await self._take_leases(entries, asked_at)
+                new = await self._lock(entries, asked_at)
                 if before is not None and not before.done():
                     await asyncio.wait({before})
                 self._notifications.added(new)
@@ -327,28 +316,51 @@ class Intake:
                 await self._bury(batch, bad)
             if gone:
                 await discard(self._link, self._names, gone)
-            if refusal is None:
-                self._refusals.reset()
-            elif refusal.transient:
-                if not self._refusals.failures:
-                    self._logger.warning("locks are refused for now, trying again: %s", refusal)
-                self._refused = refused[0].lock_key
-                await self._hand_back(entry_ids(refused))
-            else:
-                self._logger.error("locks were refused, their entries stay pending: %s", refusal)
         finally:
             self._room.give_back(sum(map(len, batches)))
 
-    async def _adopt(self, room: int) -> None:
-        """Takes entries that are pending for this consumer already."""
-        now = min(room, self._count)
-        ids, self._strays = self._strays[:now], self._strays[now:]
-        batches = await read_entries(self._link, self._names, ids)
-        gone = [entry_id for entry_id, batch in zip(ids, batches, strict=True) if not len(batch)]
-        if gone:
-            await discard(self._link, self._names, gone)
-        self._room.set_aside(sum(map(len, batches)))
-        await self._take(batches, -math.inf)
+    async def _lock(self, entries: list[Entry], asked_at: float) -> list[Entry]:
+        """Takes locks; returns entries of new streams. What is refused for now is `_refused`."""
+        try:
+            new, refusals = await self._take_leases(entries, asked_at)
+        except RelstreamError:  # the locks may be ours, or not
+            self._refused += entries
+            raise
+        hopeless = next((error for _, error in refusals if not error.transient), None)
+        if hopeless is not None:
+            self._logger.error("locks were refused, their entries stay pending: %s", hopeless)
+        waiting = [entry for entry, error in refusals if error.transient]
+        # Of a master that can't be asked everything stays in hand: others' can be read meanwhile.
+        returning = sum(1 for _, e in refusals if e.transient and e.code != "MASTERDOWN")
+        if waiting:
+            if not self._refusals.failures:
+                self._logger.warning("locks are refused for now, trying again: %s", refusals[-1][1])
+            self._refused += waiting
+            now = asyncio.get_running_loop().time()
+            if now >= self._again_at:
+                self._again_at = now + self._refusals.failed()
+        elif not self._refused:
+            self._refusals.reset()
+        self._probing = returning == len(entries) or len(self._refused) > MOST_REFUSED
+        return new
+
+    async def _take_refused(self) -> None:
+        """Tries once more to lock what was refused; what still is goes back where it came from.
+
+        Left pending, it would look like a dead owner's, and a retry would be counted. It is kept if
+        nobody can tell whether its lock is held, as nobody recovers it then.
+        """
+        room = max(self._room.share(), 0)
+        fitting, self._refused = self._refused[:room], self._refused[room:]
+        if fitting:
+            self._room.set_aside(len(fitting))
+            try:
+                self._notifications.added(await self._lock(fitting, -math.inf))
+            finally:
+                self._room.give_back(len(fitting))
+        if self._refused:
+            stay = set(await self._hand_back(entry_ids(self._refused)))
+            self._refused = [entry for entry in self._refused if entry.id in stay]
 
     async def _bury(self, batch: Batch, bad: list[tuple[int, str]]) -> None:
         """Moves what announces nothing to the dead-letter stream; tells of it once a batch."""

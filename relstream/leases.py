@@ -12,6 +12,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from relstream._core import (
@@ -50,7 +51,7 @@ except ImportError:  # there is none for Windows
     from asyncio import new_event_loop
 
 if TYPE_CHECKING:
-    from relstream.net.topology import Deployment, KeyLink, Topology
+    from relstream.net.topology import Deployment, Guide, KeyLink, Topology
     from relstream.recorder import SafeRecorder
 
 # Locks renewed, and pending entries compared, between two looks at what else there is to do.
@@ -83,7 +84,6 @@ class Locks:
         self._logger = logger
         self._scripts_forbidden = False
         self._set = Template(b"SET", ITEM, self._value, b"NX", b"PX", ttl_ms)
-        self._probe = Template(b"SET", ITEM, self._value, b"XX", b"PX", ttl_ms)
         self._get = Template(b"GET", ITEM)
         self._extend = Template(b"PEXPIRE", ITEM, ttl_ms)
         self._delete = Template(b"DEL", ITEM)
@@ -95,11 +95,6 @@ class Locks:
     async def acquire(self, keys: list[bytes]) -> list[Any]:
         """For each lock b"OK", None (it is held) or a `ReplyError`."""
         return await self._topology.each(self._set.pack, keys)
-
-    async def refused(self, key: bytes) -> bool:
-        """Whether the server can still not take locks for now: tries one that nobody can have."""
-        (reply,) = await self._topology.each(self._probe.pack, [key + b"?"])
-        return isinstance(reply, ReplyError) and reply.transient
 
     async def held(self, keys: list[bytes], *, known: bool = False) -> list[bool]:
         """Which of these locks are ours; `known`: and are on masters that can be asked."""
@@ -205,6 +200,7 @@ class Keeper:
         consumer: str,
         ttl: float,
         *,
+        guide: Guide,
         on_lost: Callable[[list[bytes]], None],
         logger: logging.Logger,
         recorder: SafeRecorder | None,
@@ -212,6 +208,7 @@ class Keeper:
     ) -> None:
         # A server that keeps us waiting for longer than that has let the leases expire.
         self._deployment = deployment.patient(ttl)
+        self._guide = guide
         self._partitions = partitions
         self._consumer = consumer
         self._ttl = ttl
@@ -285,7 +282,7 @@ class Keeper:
     # --- on its own loop -----------------------------------------------------------------------
 
     async def _main(self) -> None:
-        guide = self._deployment.guide()
+        guide = self._deployment.guide(self._guide)
         topology = self._deployment.open(f"{self._consumer}:renew", guide)
         tasks = [
             asyncio.ensure_future(self._stopping.wait()),
@@ -517,12 +514,13 @@ class Leases:
 
     async def take(
         self, entries: list[Entry], asked_at: float
-    ) -> tuple[list[Entry], list[Entry], ReplyError | None]:
+    ) -> tuple[list[Entry], list[tuple[Entry, ReplyError]]]:
         """Locks entries just read; returns those that bring a new stream.
 
         An entry whose lock somebody holds stays pending, and so do those that the server refused,
-        which are returned with the last of these refusals. `asked_at` is when the read was sent
-        (loop time): if that is long ago, others may have recovered the entries in the meantime.
+        which are returned with these refusals. `asked_at` is when the read was sent
+        (loop time): if that is long ago, others may have recovered the entries in the meantime, or
+        we have locked them ourselves, and not heard of it.
         """
         start = time.perf_counter()
         keys = lock_keys(entries)
@@ -536,16 +534,18 @@ class Leases:
             took = time.perf_counter() - start
             for entry, reply in zip(entries, replies, strict=True):
                 self._recorder.lock_acquisition(entry.data_stream_name, reply == b"OK", took)
-        refused: list[Entry] = []
-        if refusal is not None:
-            pairs = zip(entries, replies, strict=True)
-            refused = [entry for entry, reply in pairs if isinstance(reply, ReplyError)]
-        return new, refused, refusal
+        if refusal is None:
+            return new, []
+        pairs = zip(entries, replies, strict=True)
+        return new, [(entry, reply) for entry, reply in pairs if isinstance(reply, ReplyError)]
 
     async def _confirmed(
         self, entries: list[Entry], keys: list[bytes], replies: list[Any]
     ) -> list[Any]:
-        """`replies`, but None for entries that were not pending for us any more once locked."""
+        """`replies`, for what is locked by us and pending for us since."""
+        held = [key for key, reply in zip(keys, replies, strict=True) if reply is None]
+        ours = set(compress(held, await self._locks.held(held, known=True) if held else ()))
+        replies = [b"OK" if key in ours else r for key, r in zip(keys, replies, strict=True)]
         ids = entry_ids(entries)
         still = await pending_for(self._link, self._names, self._consumer, keys, ids)
         late = [

@@ -96,9 +96,9 @@ class Partition:
             notifications=notifications,
             room=room,
             take=self.leases.take,
-            refused=locks.refused,
-            strays=self.audit,
+            audit=self._put_strays_back,
             hand_back=self._hand_back,
+            heartbeat=heartbeat,
             retry=retry,
             patience=patience,
             recovery=recovery,
@@ -201,16 +201,21 @@ class Partition:
             await asyncio.sleep(min(SOON, self._heartbeat) if soon else self._heartbeat)
             try:
                 # Younger ones may be on their way to us.
-                strays = await self.audit(self._heartbeat)
+                await self._put_strays_back(self._heartbeat)
             except RelstreamError as error:
                 self._logger.debug("no audit this time: %s", error)
-                continue
-            if strays:
-                self.intake.adopt(strays)
 
-    async def _hand_back(self, ids: list[bytes]) -> None:
-        """Puts back what nobody has locked; where that fails it stays pending until an audit."""
+    async def _put_strays_back(self, min_idle: float = 0.0) -> None:
+        """What we have read and do not own goes to whoever reads next, under a new id.
+
+        It may be another's who bears our name and was frozen: an id must not be shared with it.
+        """
+        await self._hand_back(await self.audit(min_idle))
+
+    async def _hand_back(self, ids: list[bytes]) -> list[bytes]:
+        """Puts back what nobody has locked; returns what stays pending, until an audit perhaps."""
         try:
-            await self.recoverer.hand_back(ids)
+            return await self.recoverer.hand_back(ids)
         except RelstreamError as error:
             self._logger.debug("%d entries could not be put back yet: %s", len(ids), error)
+            return ids

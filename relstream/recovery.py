@@ -53,7 +53,9 @@ from relstream.lbs import (
     retry_count,
 )
 from relstream.net.connection import Backoff, explained_by_failover, raise_first
+from relstream.net.topology import ClusterTopology
 from relstream.notifications import LBSInfo
+from relstream.outages import Outages
 from relstream.scripts import PUT_BACK, REMOVE_CONSUMER, SCRIPT_KEYS, run, run_packed
 
 if TYPE_CHECKING:
@@ -545,6 +547,9 @@ class Recoverer:
         self._logger = logger
         self._put_back = PutBack(topology, names, recorder, logger)
         self._entries = Entries(self._link, names)
+        self._outages: Outages | None = None
+        if isinstance(topology, ClusterTopology):
+            self._outages = Outages(topology, heartbeat)
         self.settle = self._put_back.settle
         self.close = self._put_back.close
         self._expired: dict[bytes, None] = {}
@@ -583,14 +588,21 @@ class Recoverer:
         """Takes the steps of recovery for these entries, however long they were idle."""
         await self._recover_ids(sorted(ids, key=_id_order))
 
-    async def hand_back(self, ids: list[bytes]) -> None:
-        """Puts entries back that nobody has locked, without counting a retry."""
+    async def hand_back(self, ids: list[bytes]) -> list[bytes]:
+        """Puts entries back that nobody has locked, without counting a retry.
+
+        Returns what stays pending, as its lock is held, or can't be looked at, or for a refusal.
+        """
+        stay: list[bytes] = []
         ids = sorted(ids, key=_id_order)
         async for part, batches in self._entries.read(Ids(ids)):
             plan = plan_for(part, batches)
             if plan.gone:
                 await discard(self._link, self._names, plan.gone)
-            await self._put_back.put_planned(plan, counting=False, looked=False)
+            outcomes, _ = await self._put_back.put_planned(plan, counting=False, looked=False)
+            returned = zip(plan.ids(), outcomes, strict=True)
+            stay += [entry_id for entry_id, outcome in returned if outcome in (ALIVE, REFUSED)]
+        return stay
 
     # --- leading ------------------------------------------------------------------------------
 
@@ -683,6 +695,8 @@ class Recoverer:
         self._logger.info("this consumer recovers for the service now")
         self._leading = True
         parts = [self._keep_leading(), self._recover_for_ever(), self._tidy_for_ever()]
+        if self._outages is not None:
+            parts.append(self._outages.watch())
         tasks = [asyncio.ensure_future(part) for part in parts]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -921,9 +935,21 @@ class Recoverer:
             if values.code != "NOPERM":
                 raise values
             self._mget_forbidden = not values.about_keys
-        replies = raise_if_all(await self._topology.each(Template(b"GET", ITEM).pack, keys()))
+        locks = keys()
+        replies = await self._topology.each(Template(b"GET", ITEM).pack, locks)
+        if self._outages is None:
+            raise_if_all(replies)
         # Something that can't be read holds the lock: leave it alone, and go on with the others.
-        return [str(r).encode() if isinstance(r, ReplyError) else r for r in replies]
+        values = [str(r).encode() if isinstance(r, ReplyError) else r for r in replies]
+        if self._outages is not None:
+            failed = zip(locks, replies, strict=True)
+            self._outages.refused(
+                [key for key, r in failed if isinstance(r, ReplyError) and r.transient]
+            )
+            shadowed = self._outages.shadowed(locks)
+            for place in (i for i, key in enumerate(locks) if key in shadowed):
+                values[place] = values[place] or b"its master was silent"
+        return values
 
     async def _recover(self, ids: Ids, batches: list[Batch]) -> Tally:
         """The steps of recovery, for these entries."""

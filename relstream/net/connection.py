@@ -216,8 +216,13 @@ async def _cancel(task: asyncio.Task[Any]) -> None:
     """Ends a task of ours, and leaves none of its errors unseen."""
     task.cancel()
     await asyncio.wait({task})
-    if not task.cancelled():
-        task.exception()
+    observe(task)
+
+
+def observe(future: asyncio.Future[Any]) -> None:
+    """Leaves no error unseen of what nobody waits for any more; a callback for it."""
+    if not future.cancelled():
+        future.exception()
 
 
 async def _open(protocol: RedisProtocol, endpoint: Endpoint) -> None:
@@ -389,6 +394,8 @@ class Link:
         self._protocol: RedisProtocol | None = None
         self._attempt: _Attempt | None = None
         self._closed = False
+        self.tried = False
+        """Whether it was opened before, or could not be."""
 
     @property
     def alive(self) -> bool:
@@ -403,10 +410,11 @@ class Link:
             return []
         return [(self.endpoint, protocol)]
 
-    async def get(self) -> RedisProtocol:
+    async def get(self, patience: float | None = None) -> RedisProtocol:
         """The living connection; opens one if need be, and raises as `connect` does.
 
-        Raises `ConnectionLost` after `close`.
+        Waits for that `patience` seconds at most, if given; the attempt goes on. Raises
+        `ConnectionLost` after `close`.
         """
         while True:
             protocol = self._protocol
@@ -417,9 +425,11 @@ class Link:
             attempt = self._attempt
             if attempt is None:
                 attempt = self._attempt = _Attempt(asyncio.ensure_future(self._open()))
+                attempt.task.add_done_callback(observe)
             attempt.callers += 1
             try:
-                await asyncio.wait({attempt.task})
+                if not (await asyncio.wait({attempt.task}, timeout=patience))[0]:
+                    raise ConnectionFailed(f"{self.endpoint} does not answer")
             except asyncio.CancelledError:
                 if attempt.callers == 1:  # nobody else waits
                     if attempt is self._attempt:
@@ -448,6 +458,7 @@ class Link:
             self._protocol = protocol
             return protocol
         finally:
+            self.tried = True
             if self._attempt is not None and self._attempt.task is asyncio.current_task():
                 self._attempt = None
 
@@ -468,13 +479,20 @@ class Link:
             raise ConnectionFailed(f"{self.endpoint} is no master yet, or no more")
 
     async def pipeline(
-        self, packed: bytes, replies: int, *, decode: int = OBJECT, timeout: float | None = None
+        self,
+        packed: bytes,
+        replies: int,
+        *,
+        decode: int = OBJECT,
+        timeout: float | None = None,
+        patience: float | None = None,
     ) -> list[Any]:
         """Sends packed commands and returns their replies, errors among them as values.
 
         `timeout` (seconds) is for the last reply, from when the commands are sent: before that, a
-        connection may have to be opened, or what was sent earlier to be read by the server. Raises
-        what `get` and `RedisProtocol.send` raise. Nothing is ever sent twice.
+        connection may have to be opened, for which `patience` is as in `get`, or what was sent
+        earlier to be read by the server. Raises what `get` and `RedisProtocol.send` raise. Nothing
+        is ever sent twice.
         """
         if not replies:
             return []
@@ -482,7 +500,7 @@ class Link:
             await self._master.glance()
         protocol = self._protocol
         if protocol is None or not protocol.alive:
-            protocol = await self.get()
+            protocol = await self.get(patience)
         await protocol.drain()
         received = await protocol.send(
             packed, replies, decode=decode, timeout=timeout or self.endpoint.timeout

@@ -17,7 +17,7 @@ import re
 import time
 import weakref
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
@@ -93,10 +93,14 @@ class Deployment:
         )
         return replace(self, endpoint=bounded)
 
-    def guide(self) -> Guide:
-        """What knows where masters are, for all that is opened on one event loop."""
+    def guide(self, other: Guide = None) -> Guide:
+        """What knows where masters are, for all that is opened on one event loop.
+
+        `other` belongs to another loop: what it has found may be asked, too.
+        """
         if self.nodes:
-            return SlotTable(self)
+            known = other.nodes if isinstance(other, SlotTable) else []
+            return SlotTable(replace(self, nodes=(*self.nodes, *known)))
         return NamedMaster(self) if self.sentinels else None
 
     def open(self, role: str, guide: Guide = None) -> Topology:
@@ -296,7 +300,7 @@ class Topology(Protocol):
         Errors are values among them: of keys whose master can't be reached, a transient one.
         """
 
-    def apart(self, keys: list[bytes]) -> Mapping[object, list[bytes]]:
+    def apart(self, keys: list[bytes]) -> dict[Endpoint | None, list[bytes]]:
         """Keys by the servers that have them, as far as is known."""
 
     async def load(self, source: str) -> Any:
@@ -420,7 +424,7 @@ class SingleTopology:
     ) -> list[Any]:
         return await self._link.pipeline(packed(keys), len(keys), decode=decode)
 
-    def apart(self, keys: list[bytes]) -> Mapping[object, list[bytes]]:
+    def apart(self, keys: list[bytes]) -> dict[Endpoint | None, list[bytes]]:
         return {None: keys} if keys else {}
 
 
@@ -460,6 +464,11 @@ class SlotTable:
     def masters(self) -> list[Endpoint]:
         """All masters that serve slots, or soon will."""
         return [*self._view.masters, *self._importing]
+
+    @property
+    def nodes(self) -> list[Endpoint]:
+        """All nodes that are known: masters, then replicas."""
+        return [*self.masters, *self._view.replicas]
 
     def join(self, topology: ClusterTopology) -> None:
         """This one is to leave servers that are no masters any more."""
@@ -571,7 +580,7 @@ class SlotTable:
         """Looks at the slots as all nodes see them; raises `ClusterNotSettled` if they differ."""
         if not self._view.masters:
             await self.refresh()
-        nodes = [*self.masters, *self._view.replicas]
+        nodes = self.nodes
         answers = await asyncio.gather(*map(self._state, nodes), return_exceptions=True)
         views = []
         for node, answer in zip(nodes, answers, strict=True):
@@ -657,7 +666,7 @@ class ClusterTopology:
             apart=True,
         )
 
-    def apart(self, keys: list[bytes]) -> Mapping[object, list[bytes]]:
+    def apart(self, keys: list[bytes]) -> dict[Endpoint | None, list[bytes]]:
         places = by_owner(keys, list(range(len(keys))), self.slots.owners)
         return {owner: [keys[place] for place in some] for owner, some in places}
 
@@ -710,7 +719,9 @@ class ClusterTopology:
             errors = False
             try:
                 for owner, some in groups:
-                    under_way.append(self._start(owner, packed(some), len(some), decode, timeout))
+                    under_way.append(
+                        self._start(owner, packed(some), len(some), decode, timeout, apart=apart)
+                    )
                 for (_, some), replied in zip(groups, under_way, strict=True):
                     try:
                         part = await replied
@@ -737,8 +748,13 @@ class ClusterTopology:
         replies: int,
         decode: int,
         timeout: float | None = None,
+        *,
+        apart: bool = False,
     ) -> asyncio.Future[list[Any]]:
-        """Sends commands; without a task if the connection is open and has room."""
+        """Sends commands; without a task if the connection is open and has room.
+
+        `apart`: others do not wait for a connection that was lost, or could not be opened.
+        """
         if owner is None:
             self.slots.doubt()
             unserved: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
@@ -750,7 +766,10 @@ class ClusterTopology:
         sent = link.send(packed, replies, decode=decode, timeout=timeout)
         if sent is not None:
             return sent
-        return asyncio.ensure_future(link.pipeline(packed, replies, decode=decode, timeout=timeout))
+        patience = ASK_NEXT if apart and link.tried else None
+        return asyncio.ensure_future(
+            link.pipeline(packed, replies, decode=decode, timeout=timeout, patience=patience)
+        )
 
     async def _redirected(
         self,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
 from cluster.observing import ClusterService, EveryMaster, subscriptions
-from helpers import SEPARATOR, Renewals, eventually, names, nothing_comes, take
+from helpers import EXPIRED, SEPARATOR, Renewals, eventually, names, nothing_comes, take
 
 from relstream import ClientClosed, StreamClient
 from relstream.servers import Cluster, Node
@@ -75,14 +76,14 @@ async def test_a_hanging_master_costs_streams_of_others_nothing(lasting, apart, 
     """They are delivered, kept and finished while it hangs, together with its own."""
     victim, *healthy = sorted(lasting.masters(), key=lambda node: node is apart.lbs_master)
     hangs, *lives = (tag_on(lasting, node) for node in (victim, *healthy))
-    client = consumer(url_of(lasting), apart.lbs.removesuffix("-input"))
+    seed = "redis+cluster://{}:{}".format(*victim.address)  # what init() learnt has to do
+    client = consumer(seed, apart.lbs.removesuffix("-input"))
     notes = await client.init()
     early = announce(apart, *(f"{tag}early{i}" for i in range(20) for tag in (hangs, *lives)))
     await take(notes, 60)
     kept = {name: key for name, key in early.items() if not name.startswith(hangs)}
     renewals = [Renewals(apart, kept.values())]
     await eventually(lambda: apart.reads("c1"))
-    await eventually(lambda: renewals[0].seen())  # until then the keeper knows but the one seed
     victim.pause()
     late = announce(apart, *(f"{tag}late{i}" for i in range(5) for tag in (hangs, *lives)))
     new = {name: key for name, key in late.items() if not name.startswith(hangs)}
@@ -98,6 +99,68 @@ async def test_a_hanging_master_costs_streams_of_others_nothing(lasting, apart, 
     assert sorted(names(await take(notes, 5))) == sorted(late.keys() - new.keys())
     await client.done()
     assert (apart.entries(), apart.pending()) == ([], [])
+
+
+@pytest.mark.slow
+async def test_locks_that_can_not_be_taken_keep_nothing_else_from_being_read(
+    lasting, apart, consumer
+):
+    victim, *healthy = sorted(lasting.masters(), key=lambda node: node is apart.lbs_master)
+    hangs, *lives = (tag_on(lasting, node) for node in (victim, *healthy))
+    client = consumer(url_of(lasting), apart.lbs.removesuffix("-input"))
+    notes = await client.init()
+    await eventually(lambda: apart.reads("c1"))
+    victim.pause()
+    try:
+        hanging = announce(apart, *(f"{hangs}{i}" for i in range(5)))
+        await eventually(lambda: apart.pending())
+        wanted = announce(apart, *(f"{tag}{i}" for i in range(10) for tag in lives))
+        assert names(await take(notes, 20, timeout=12)) == list(wanted)
+    finally:
+        victim.resume()
+    assert sorted(names(await take(notes, 5))) == sorted(hanging)
+    assert not any(b"_retry_count" in fields for _, fields in apart.redis.xrange(apart.lbs))
+
+
+@pytest.mark.slow
+async def test_what_lives_is_not_recovered_when_a_hanging_master_is_back(lasting, apart, consumer):
+    """Its locks expired meanwhile, and those of new streams could not even be taken."""
+    victim = next(node for node in lasting.masters() if node is not apart.lbs_master)
+    hangs = tag_on(lasting, victim)
+    name = apart.lbs.removesuffix("-input")
+    clients = [consumer(url_of(lasting), name, f"c{i}", heartbeat_interval=1.0) for i in range(3)]
+    told: Counter[str] = Counter()
+
+    async def listen(client: StreamClient) -> None:
+        async for note in await client.init():
+            if note.type is EXPIRED:  # all hear of it
+                continue
+            told[note.payload.data_stream_name] += 1
+
+    listening = [asyncio.ensure_future(listen(client)) for client in clients]
+    await eventually(lambda: all(apart.reads(f"c{i}") for i in range(3)))
+    wanted: list[str] = []
+
+    def announce_ten() -> None:
+        wanted.extend([f"{hangs}{len(wanted) + i}" for i in range(10)])
+        announce(apart, *wanted[-10:])
+
+    for _ in range(3):
+        announce_ten()
+        await eventually(lambda: told == Counter(wanted))
+        victim.pause()
+        try:
+            announce_ten()
+            await asyncio.sleep(2.5)
+        finally:
+            victim.resume()
+        await eventually(lambda: told >= Counter(wanted))
+        await asyncio.sleep(1.5)
+        assert told == Counter(wanted)
+    assert not any(b"_retry_count" in fields for _, fields in apart.redis.xrange(apart.lbs))
+    for client in clients:
+        await client.aclose()
+    await asyncio.gather(*listening)
 
 
 @pytest.mark.slow

@@ -91,11 +91,11 @@ async def test_frozen_between_reading_and_locking(start, redis_url, service):
     """The entries are pending for it, and were put back, when it gets to lock them."""
     gate = AtTheLock()
     async with Tap(redis_url, gate) as tap:
-        zombie = await start("zombie", url=tap.url).ready()
         for i in range(COUNT):
             service.announce(f"s{i}")
+        zombie = await start("zombie", url=tap.url).ready()
         await asyncio.wait_for(gate.held.wait(), 10)
-        await eventually(lambda: len(service.pending("zombie")) == COUNT)
+        assert len(service.pending("zombie")) == COUNT
         zombie.freeze()
         heir = await start("heir").ready()
         await heir.heard("stream_added", COUNT)
