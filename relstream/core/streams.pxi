@@ -181,6 +181,14 @@ cdef class Batch:
         """The fields of an entry as a new dict; None when it was deleted while pending."""
         return self._fields(self._entry(index))
 
+    def values(self, bytes name not None):
+        """The value of one field of each entry, in their order, without building the others.
+
+        None where an entry has no such field, or was deleted while pending.
+        """
+        cdef int64_t i
+        return [self._value(&self._at[i], name) for i in range(self._n)]
+
     def pairs(self, Py_ssize_t index):
         """The fields of an entry as a flat list, name, value, …, as XADD takes them; or None."""
         cdef Located* entry = self._entry(index)

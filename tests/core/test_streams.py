@@ -70,6 +70,7 @@ def test_entries_deleted_while_pending(null: bytes) -> None:
     assert list(batch) == [(b"1-1", {b"a": b"1"}), (b"2-0", None), (b"1-1", {b"a": b"1"})]
     assert batch.fields(1) is None
     assert batch.pairs(1) is None
+    assert batch.values(b"a") == [b"1", None, b"1"]
 
 
 def test_a_batch_is_a_sequence() -> None:
@@ -83,6 +84,8 @@ def test_a_batch_is_a_sequence() -> None:
     assert batch[-1] == (b"1-3", {b"a": b"4"})
     assert batch.ids() == [batch.id(i) for i in range(3)] == [b"1-1", b"1-2", b"1-3"]
     assert batch.fields(1) == {}
+    assert batch.values(b"a") == [b"1", None, b"4"]
+    assert batch.values(b"b") == [None] * 3
     assert batch.pairs(1) == []
     assert batch.pairs(-1) == [b"a", b"3", b"a", b"4"]
     assert batch.fields(0) is not batch.fields(0)
@@ -116,6 +119,8 @@ def test_any_entries(entries: list[tuple[bytes, list[tuple[bytes, bytes]]]]) -> 
     batch = decoded(array(*(entry(id_, *texts_) for id_, texts_ in flat)), ENTRIES)
     assert list(batch) == [(id_, dict(fields)) for id_, fields in entries]
     assert [(batch.id(i), batch.pairs(i)) for i in range(len(batch))] == flat
+    for name in {name for _, fields in entries for name, _ in fields}:
+        assert batch.values(name) == [dict(fields).get(name) for _, fields in entries]
 
 
 @pytest.mark.parametrize("ms", [0, 9, 10, 10**19 - 1, 10**19, MAX - 1, MAX])
