@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from helpers import names, take
 
-from relstream import ClientClosed, DeadLetters, InvalidOption
+from relstream import ClientClosed, DeadLetters, InvalidOption, ReplyError
 
 
 def bury(service, count):
@@ -72,6 +72,16 @@ async def test_a_replay_that_is_refused_loses_nothing(service, redis_url):
         with pytest.raises(Exception, match="WRONGTYPE"):
             await letters.replay()
     assert service.redis.xlen(service.dlq) == 3
+
+
+async def test_a_replay_that_is_partly_refused_keeps_the_rest(service, redis_url):
+    bury(service, 3)
+    service.redis.xadd(service.lbs, {"x": "y"}, f"{2**64 - 1}-{2**64 - 2}")  # one more can be added
+    async with DeadLetters(redis_url, "svc") as letters:
+        with pytest.raises(ReplyError, match="ID"):
+            await letters.replay()
+    assert service.redis.xlen(service.dlq) == 2
+    assert len(service.entries()) == 2
 
 
 async def test_another_stream_may_be_named(service, redis_url):

@@ -259,6 +259,20 @@ async def test_opening_can_be_cancelled_at_any_moment(consumer, service, steps):
     await client.aclose()
 
 
+@pytest.mark.parametrize("steps", range(0, 40, 3))
+async def test_closing_ends_an_opening(consumer, service, steps):
+    client = consumer()
+    opening = asyncio.create_task(client.init())
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    await client.aclose()
+    try:
+        notes = await opening
+    except ClientClosed:
+        return
+    assert [note.type async for note in notes] in ([], [TERMINATED])
+
+
 async def test_a_client_that_could_not_open_leaves_nothing(consumer, service):
     service.redis.config_set("notify-keyspace-events", "Kg")
     client = consumer()

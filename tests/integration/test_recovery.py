@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from helpers import SEPARATOR, Renewals, eventually, names, nothing_comes, take
+from helpers import ADDED, SEPARATOR, Renewals, eventually, names, nothing_comes, take
 
 from relstream import AlreadyClaimed, InvalidOption, LBSInfo, RecoveryConfig, recovery
 
@@ -188,6 +188,54 @@ async def test_the_recorder_hears_of_recovery(consumer, service, redis_url, scri
         await client.claim(got[0].payload)
     assert (got[0].payload.data_stream_name, False) in heard.calls("requeue")
     service.redis.xdel(service.lbs, entry_id)
+
+
+async def test_an_entry_that_can_not_be_added_stays_pending(consumer, service):
+    ids = orphan(service, 3)
+    service.redis.execute_command("XSETID", service.lbs, f"{2**64 - 1}-{2**64 - 1}")
+    heard = Heard()
+    notes = await consumer(auto_claim=False, recovery=SCAN_ONLY, recorder=heard).init()
+    await eventually(lambda: len(heard.calls("reconciliation_scan")) > 2)
+    assert service.pending("ghost") == service.entries() == ids
+    service.redis.execute_command("XSETID", service.lbs, ids[-1])
+    assert sorted(names(await take(notes, 3))) == ["s0", "s1", "s2"]
+    assert retries(service) == [b"1"] * 3
+
+
+async def test_of_several_that_only_scan_one_does(consumer, service):
+    heard = Heard()
+    for i in range(3):
+        await consumer(f"c{i}", auto_claim=False, recovery=SCAN_ONLY, recorder=heard).init()
+    await asyncio.sleep(2.0)
+    assert len(heard.calls("startup_recovery")) == 1
+    assert 3 <= len(heard.calls("reconciliation_scan")) <= 9  # 0.27 s at least are in between
+
+
+@pytest.mark.slow
+async def test_a_burst_of_expiries_is_recovered_by_events_alone(consumer, service, monkeypatch):
+    async def no_look(self):
+        pass
+
+    monkeypatch.setattr(recovery.Recoverer, "_look", no_look)
+    count = 5000
+    pipe = service.redis.pipeline()
+    for i in range(count):
+        pipe.xadd(service.lbs, {"lbs-input": f'{{"DataStreamName": "s{i}"}}'})
+    ids = pipe.execute()
+    service.redis.xgroup_create(service.lbs, service.group, "0")
+    service.redis.xreadgroup(service.group, "ghost", {service.lbs: ">"}, count=count)
+    for i, entry_id in enumerate(ids):
+        pipe.set(f"s{i}{SEPARATOR}{entry_id.decode()}", "ghost", px=2000)
+    pipe.execute()
+    notes = await consumer(queue_size=count).init()
+    got: set[str] = set()
+    async for note in notes:
+        if note.type is ADDED:
+            got.add(note.payload.data_stream_name)
+            if len(got) == count:
+                break
+    assert service.pending("ghost") == []
+    assert set(retries(service)) == {b"1"}
 
 
 async def test_what_vanished_is_acknowledged(consumer, service):
