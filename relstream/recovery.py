@@ -157,7 +157,16 @@ class Entries:
         return batches
 
 
-def raise_if_all(replies: list[Any]) -> list[Any]:
+async def holders(topology: Topology, locks: list[bytes]) -> list[bytes | ReplyError | None]:
+    """Who holds each lock, asked by its own GET, or what kept us from reading it.
+
+    A key of another type is nobody's lock, as MGET says too.
+    """
+    replies = await topology.each(Template(b"GET", ITEM).pack, locks)
+    return [None if isinstance(r, ReplyError) and r.code == "WRONGTYPE" else r for r in replies]
+
+
+def raise_if_all(replies: list[bytes | ReplyError | None]) -> list[bytes | ReplyError | None]:
     """`replies` about locks; raises if no master could be asked for now, as in an outage."""
     refusals = [reply for reply in replies if isinstance(reply, ReplyError) and reply.transient]
     if refusals and len(refusals) == len(replies):
@@ -340,7 +349,7 @@ class PutBack:
     async def _taken(self, entries: Sequence[Returning]) -> set[bytes]:
         """The locks among those of the entries that somebody holds, or that we may not read."""
         locks = [lock for _, _, lock in entries if lock is not None]
-        held = raise_if_all(await self._topology.each(Template(b"GET", ITEM).pack, locks))
+        held = raise_if_all(await holders(self._topology, locks))
         return {key for key, value in zip(locks, held, strict=True) if value is not None}
 
     async def _in_two_steps(self, entries: Sequence[Returning]) -> list[int]:
@@ -936,7 +945,7 @@ class Recoverer:
                 raise values
             self._mget_forbidden = not values.about_keys
         locks = keys()
-        replies = await self._topology.each(Template(b"GET", ITEM).pack, locks)
+        replies = await holders(self._topology, locks)
         if self._outages is None:
             raise_if_all(replies)
         # Something that can't be read holds the lock: leave it alone, and go on with the others.

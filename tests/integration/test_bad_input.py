@@ -462,16 +462,23 @@ async def test_a_dead_letter_stream_that_is_no_stream(consumer, service, logged)
 
 
 async def test_locks_that_are_no_strings(consumer, service):
-    """A key of another type in a lock's place is nobody's lock, and does no harm to others."""
-    service.redis.rpush(f"odd{SEPARATOR}5-0", "x")
+    """What is announced where a key of another type is in the lock's place gets another place."""
+    odd = f"odd{SEPARATOR}5-0"
+    service.redis.rpush(odd, "x")
     service.redis.xadd(service.lbs, {"lbs-input": json.dumps({"DataStreamName": "odd"})}, "5-0")
     service.announce("good")
     client = consumer("c1", heartbeat_interval=QUICK, auto_claim=False)
     notes = await client.init()
-    assert names(await take(notes, 1)) == ["good"]
-    await nothing_comes(notes, 0.7)
+    assert names(await take(notes, 2)) == ["good", "odd"]
+    assert "5-0" not in service.entries()
+    assert (
+        b"_retry_count"
+        not in dict(service.redis.xrange(service.lbs))[service.pending()[-1].encode()]
+    )
     await client.done_stream("good")
-    assert service.pending("c1") == ["5-0"]
+    await client.done_stream("odd")
+    assert service.entries() == []
+    assert service.redis.lrange(odd, 0, -1) == [b"x"]
 
 
 @pytest.mark.only("single", reason="makes one server answer late")
