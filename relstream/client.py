@@ -414,6 +414,7 @@ class StreamClient:
         await part.settle()
         await part.finisher.tidy()
         # Read by this consumer but not owned: a reply that got lost, a lock that was refused.
+        await part.intake.leave()
         with contextlib.suppress(ReplyError):  # the group is gone, say, and nothing is pending
             await part.recoverer.hand_back(await part.audit())
         if recovery is not None:

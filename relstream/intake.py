@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from relstream._core import STREAMS, Batch, Entry, announcements, entry_ids, pack
+from relstream._core import STREAMS, Batch, Entry, announcements, entry_ids, lock_keys, pack
 from relstream.errors import ProtocolError, RelstreamError, ReplyError
 from relstream.lbs import INPUT_FIELD, SEPARATOR, UNPARSEABLE, Names
 from relstream.net.connection import Backoff, explained_by_failover
+from relstream.notifications import MAX_WAITING_BYTES
 from relstream.recovery import PUT, PutBack, discard
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ class Intake:
         ],
         audit: Callable[[], Awaitable[None]],
         hand_back: Callable[[list[bytes]], Awaitable[list[bytes]]],
+        unlock: Callable[[list[bytes]], Awaitable[list[bytes]]],
         heartbeat: float,
         retry: RetryConfig,
         patience: float,
@@ -115,6 +117,7 @@ class Intake:
         self._take_leases = take
         self._audit = audit
         self._hand_back = hand_back
+        self._unlock = unlock
         self._retry = retry
         self._patience = patience
         self._recovery = recovery
@@ -128,10 +131,14 @@ class Intake:
         # Entries whose locks were refused for now (OOM, say, or one master of several hangs). It is
         # tried again long before others may take them for a dead owner's.
         self._refused: list[Entry] = []
-        self._again_at = 0.0
+        self._refused_since = self._again_at = 0.0
+        self._refused_for = heartbeat / 3
         self._refusals = Backoff(retry.initial_delay, min(retry.max_delay, 2.0, heartbeat / 4))
-        # The server lets nobody lock anything: one by one is read, to see whether that has changed.
+        # The server lets us lock nothing, or too much waits: what is in hand is tried until it goes
+        # back, and then one by one is read, to see whether that has changed.
         self._probing = False
+        self._locking: list[list[Entry]] = []
+        self._audited = False
         self._stopping = False
         self._blocked = False
         self._dlq_failed = False
@@ -151,6 +158,18 @@ class Intake:
             except RelstreamError:  # not allowed, or no connection: the read ends by itself
                 await asyncio.sleep(BLOCK)
             await asyncio.sleep(0.01)
+
+    def in_hand(self) -> set[bytes]:
+        """Ids of entries that were read, and are neither owned yet nor put back."""
+        return {entry.id for entries in (*self._locking, self._refused) for entry in entries}
+
+    async def leave(self) -> None:
+        """Puts back what was refused; for after `run` has ended."""
+        keys = lock_keys(self._refused)
+        with contextlib.suppress(RelstreamError):  # locks taken unheard of, if any, expire
+            await self._unlock(keys)
+        self._refused_since = -math.inf
+        await self._return_refused()
 
     # --- the loop -----------------------------------------------------------------------------
 
@@ -215,18 +234,23 @@ class Intake:
                 raise
 
     async def _step(self) -> None:
-        fresh = not self._reading.alive
+        while self._taking and self._taking[0].done():
+            self._taking.popleft().result()
+        self._audited = self._audited and self._reading.alive
         await self._reading.get()
-        if fresh:
+        if not self._audited:
             # The reply to a read may have been lost with the connection. Those in hand are known.
             await self._settle()
             await self._audit()
+            self._audited = True
         loop = asyncio.get_running_loop()
         if self._probing:
             await asyncio.sleep(self._again_at - loop.time())
         if self._refused and loop.time() >= self._again_at:
             await self._settle()
             await self._take_refused()
+        if self._probing and self._refused:
+            return
         self._notifications.room_made.clear()
         if self._stopping:  # it was set by this, perhaps, before it was cleared
             return
@@ -239,9 +263,11 @@ class Intake:
         if self._refused:
             block = min(block, max(self._again_at - loop.time(), 0.001))
         if room <= 0:
-            with contextlib.suppress(asyncio.TimeoutError):
-                made = self._notifications.room_made.wait()
-                await asyncio.wait_for(made, block if self._refused else None)
+            made = asyncio.ensure_future(self._notifications.room_made.wait())
+            try:  # not `wait_for`, which may swallow that we are cancelled
+                await asyncio.wait({made}, timeout=block if self._refused else None)
+            finally:
+                made.cancel()
             return
         count = min(room, wanted)
         asked_at = loop.time()
@@ -257,20 +283,22 @@ class Intake:
         batch = batches[0]
         fitting = len(batch) * READ_BYTES // max(batch.nbytes, 1)
         self._count = max(1, min(2 * self._count, fitting, self._largest))
-        if len(batch) == count and not self._probing:
+        if self._taking or (len(batch) == count and not self._probing):
             # There is more: it is read while these are being locked.
             before = self._taking[-1] if self._taking else None
             self._taking.append(asyncio.ensure_future(self._take(batches, asked_at, before)))
         else:
-            await self._settle()
             await self._take(batches, asked_at)
             # Whoever waits for these hears of them before the next read is sent.
             await asyncio.sleep(0)
 
     async def _settle(self) -> None:
         """Waits for the batches that are being locked."""
-        while self._taking:
-            await self._taking.popleft()
+        outcomes = await asyncio.gather(*self._taking, return_exceptions=True)
+        self._taking.clear()
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
 
     async def _read(self, count: int, block: float) -> list[Batch]:
         command = pack(
@@ -321,36 +349,48 @@ class Intake:
 
     async def _lock(self, entries: list[Entry], asked_at: float) -> list[Entry]:
         """Takes locks; returns entries of new streams. What is refused for now is `_refused`."""
+        self._locking.append(entries)
         try:
             new, refusals = await self._take_leases(entries, asked_at)
         except RelstreamError:  # the locks may be ours, or not
-            self._refused += entries
+            self._keep(entries)
             raise
+        finally:
+            self._locking.remove(entries)
         hopeless = next((error for _, error in refusals if not error.transient), None)
         if hopeless is not None:
             self._logger.error("locks were refused, their entries stay pending: %s", hopeless)
         waiting = [entry for entry, error in refusals if error.transient]
-        # Of a master that can't be asked everything stays in hand: others' can be read meanwhile.
-        returning = sum(1 for _, e in refusals if e.transient and e.code != "MASTERDOWN")
         if waiting:
             if not self._refusals.failures:
                 self._logger.warning("locks are refused for now, trying again: %s", refusals[-1][1])
-            self._refused += waiting
-            now = asyncio.get_running_loop().time()
-            if now >= self._again_at:
-                self._again_at = now + self._refusals.failed()
+            self._keep(waiting)
+            self._try_later()
         elif not self._refused:
             self._refusals.reset()
-        self._probing = returning == len(entries) or len(self._refused) > MOST_REFUSED
+        # Of several masters others may let us lock: reading goes on while the rest can be held.
+        self._probing = (
+            len(waiting) == len(entries)
+            if self._topology.single
+            else len(self._refused) > MOST_REFUSED
+            or sum([entry.cost for entry in self._refused]) > MAX_WAITING_BYTES
+        )
         return new
 
-    async def _take_refused(self) -> None:
-        """Tries once more to lock what was refused; what still is goes back where it came from.
+    def _keep(self, entries: list[Entry]) -> None:
+        if not self._refused:
+            self._refused_since = asyncio.get_running_loop().time()
+        self._refused += entries
 
-        Left pending, it would look like a dead owner's, and a retry would be counted. It is kept if
-        nobody can tell whether its lock is held, as nobody recovers it then.
-        """
+    def _try_later(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if now >= self._again_at:
+            self._again_at = now + self._refusals.failed()
+
+    async def _take_refused(self) -> None:
+        """Tries once more to lock what was refused."""
         room = max(self._room.share(), 0)
+        since = self._refused_since
         fitting, self._refused = self._refused[:room], self._refused[room:]
         if fitting:
             self._room.set_aside(len(fitting))
@@ -358,9 +398,21 @@ class Intake:
                 self._notifications.added(await self._lock(fitting, -math.inf))
             finally:
                 self._room.give_back(len(fitting))
-        if self._refused:
+                self._refused_since = since
+        await self._return_refused()
+
+    async def _return_refused(self) -> None:
+        """Puts back what was refused for so long that it might be taken for a dead owner's.
+
+        A retry would be counted then; and others may be able to lock what we are not.
+        """
+        now = asyncio.get_running_loop().time()
+        if self._refused and now - self._refused_since >= self._refused_for:
             stay = set(await self._hand_back(entry_ids(self._refused)))
             self._refused = [entry for entry in self._refused if entry.id in stay]
+            self._refused_since = now
+        if self._refused:
+            self._try_later()
 
     async def _bury(self, batch: Batch, bad: list[tuple[int, str]]) -> None:
         """Moves what announces nothing to the dead-letter stream; tells of it once a batch."""

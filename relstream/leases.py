@@ -544,7 +544,10 @@ class Leases:
     ) -> list[Any]:
         """`replies`, for what is locked by us and pending for us since."""
         held = [key for key, reply in zip(keys, replies, strict=True) if reply is None]
-        ours = set(compress(held, await self._locks.held(held, known=True) if held else ()))
+        mine = list(compress(held, await self._locks.held(held, known=True) if held else ()))
+        # Not just to be found: the keeper's next turn may come after their end.
+        gone, taken = await self._locks.renew(mine) if mine else ([], [])
+        ours = set(mine).difference(gone, taken)
         replies = [b"OK" if key in ours else r for key, r in zip(keys, replies, strict=True)]
         ids = entry_ids(entries)
         still = await pending_for(self._link, self._names, self._consumer, keys, ids)
@@ -559,6 +562,10 @@ class Leases:
             None if reply == b"OK" and key not in still else reply
             for key, reply in zip(keys, replies, strict=True)
         ]
+
+    async def unlock(self, keys: list[bytes]) -> list[bytes]:
+        """Deletes locks that are ours; returns those that were not."""
+        return await self._locks.release(keys) if keys else []
 
     def drop(self, heads: list[Entry]) -> None:
         """The streams of these first entries are owned no more."""

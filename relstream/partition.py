@@ -97,7 +97,8 @@ class Partition:
             room=room,
             take=self.leases.take,
             audit=self._put_strays_back,
-            hand_back=self._hand_back,
+            hand_back=self._return,
+            unlock=self.leases.unlock,
             heartbeat=heartbeat,
             retry=retry,
             patience=patience,
@@ -210,12 +211,17 @@ class Partition:
 
         It may be another's who bears our name and was frozen: an id must not be shared with it.
         """
-        await self._hand_back(await self.audit(min_idle))
-
-    async def _hand_back(self, ids: list[bytes]) -> list[bytes]:
-        """Puts back what nobody has locked; returns what stays pending, until an audit perhaps."""
+        strays = await self.audit(min_idle)
+        in_hand = self.intake.in_hand()
         try:
-            return await self.recoverer.hand_back(ids)
+            await self.recoverer.hand_back([each for each in strays if each not in in_hand])
+        except RelstreamError as error:
+            self._logger.debug("strays could not be put back yet: %s", error)
+
+    async def _return(self, ids: list[bytes]) -> list[bytes]:
+        """Puts back what we have read and could not lock; returns what stays pending."""
+        try:
+            return await self.recoverer.hand_back(ids, never_owned=True)
         except RelstreamError as error:
             self._logger.debug("%d entries could not be put back yet: %s", len(ids), error)
             return ids

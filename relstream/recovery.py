@@ -597,10 +597,12 @@ class Recoverer:
         """Takes the steps of recovery for these entries, however long they were idle."""
         await self._recover_ids(sorted(ids, key=_id_order))
 
-    async def hand_back(self, ids: list[bytes]) -> list[bytes]:
+    async def hand_back(self, ids: list[bytes], *, never_owned: bool = False) -> list[bytes]:
         """Puts entries back that nobody has locked, without counting a retry.
 
         Returns what stays pending, as its lock is held, or can't be looked at, or for a refusal.
+        `never_owned`: they were read by us, so nobody can have locked them, and no lock has to be
+        looked at that may be on a server which can't be asked.
         """
         stay: list[bytes] = []
         ids = sorted(ids, key=_id_order)
@@ -608,7 +610,15 @@ class Recoverer:
             plan = plan_for(part, batches)
             if plan.gone:
                 await discard(self._link, self._names, plan.gone)
-            outcomes, _ = await self._put_back.put_planned(plan, counting=False, looked=False)
+            try:
+                outcomes, _ = await self._put_back.put_planned(
+                    plan, counting=False, looked=never_owned
+                )
+            except ReplyError as error:  # about all of this part
+                if not error.transient:
+                    raise
+                stay += plan.ids()
+                continue
             returned = zip(plan.ids(), outcomes, strict=True)
             stay += [entry_id for entry_id, outcome in returned if outcome in (ALIVE, REFUSED)]
         return stay

@@ -231,3 +231,25 @@ async def test_a_reset_asked_for_during_another_is_done_after_it(lasting, consum
     assert set(setting) >= set("Kx")
     for node in lasting.masters():
         assert list(subscriptions(node).values()) == [1]
+
+
+@pytest.mark.slow
+async def test_a_stray_whose_lock_can_not_be_looked_at_holds_up_no_other(lasting, apart, consumer):
+    victim, *healthy = sorted(lasting.masters(), key=lambda node: node is apart.lbs_master)
+    hangs, *lives = (tag_on(lasting, node) for node in (victim, *healthy))
+    apart.redis.xgroup_create(apart.lbs, apart.group, "0", mkstream=True)
+    announce(apart, f"{hangs}0", *(f"{tag}{i}" for i in range(5) for tag in lives), f"{hangs}1")
+    apart.redis.xreadgroup(apart.group, "other", {apart.lbs: ">"})
+    name = apart.lbs.removesuffix("-input")
+    client = consumer(url_of(lasting), name, heartbeat_interval=20.0, auto_claim=False)
+    notes = await client.init()
+    first, *others, last = apart.pending()
+    apart.redis.xclaim(apart.lbs, apart.group, "c1", 0, [first, *others, last])
+    victim.pause()
+    try:
+        recoverer = client._partitions[0].recoverer
+        stay = await recoverer.hand_back([i.encode() for i in (first, *others, last)])
+    finally:
+        victim.resume()
+    assert stay == [first.encode(), last.encode()]
+    assert len(await take(notes, 10)) == 10

@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from relstream._core import Push
+from relstream._core import ENTRIES, Batch, Push, Reader
 from relstream.errors import ReplyError
 
 Reply = tuple[bytes, Any]
@@ -28,6 +28,20 @@ def mapping(*items: tuple[bytes, bytes]) -> bytes:
 
 def entry(id: bytes, *fields: bytes) -> bytes:  # noqa: A002
     return array(bulk(id), array(*map(bulk, fields)))
+
+
+def decoded(data: bytes, decode: int) -> Any:
+    reader = Reader()
+    reader.feed(data)
+    out: list[Any] = []
+    assert reader.fill(out, 1, decode) == 1
+    return out[0]
+
+
+def batch_of(*entries: bytes) -> Batch:
+    batch = decoded(array(*entries), ENTRIES)
+    assert isinstance(batch, Batch)
+    return batch
 
 
 def as_key(value: Any) -> Any:

@@ -7,36 +7,19 @@ from typing import Any
 
 import orjson
 import pytest
-from core.resp import array, bulk, entry
+from core.resp import array, batch_of, bulk, decoded, entry
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relstream._core import (
-    ENTRIES,
     PENDING,
     Audit,
-    Batch,
     Entry,
     PendingPage,
-    Reader,
     announcements,
 )
 
 SEPARATOR = b"<MUTEX_KEY_SEP>"
-
-
-def decoded(data: bytes, decode: int) -> Any:
-    reader = Reader()
-    reader.feed(data)
-    out: list[Any] = []
-    assert reader.fill(out, 1, decode) == 1
-    return out[0]
-
-
-def batch_of(*entries: bytes) -> Batch:
-    batch = decoded(array(*entries), ENTRIES)
-    assert isinstance(batch, Batch)
-    return batch
 
 
 def read(

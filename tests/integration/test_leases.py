@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
 
 import pytest
 import redis
+from core.resp import batch_of
+from core.resp import entry as resp_entry
 from helpers import (
     ADDED,
     DISOWNED,
+    HEARTBEAT,
     QUICK,
     SEPARATOR,
     Renewals,
@@ -19,6 +24,7 @@ from helpers import (
 )
 
 from relstream import LBSInfo, StreamNotOwned
+from relstream._core import announcements
 from relstream.leases import Keeper
 
 
@@ -324,3 +330,20 @@ async def test_a_finish_that_failed_leaves_one_ownership_though_it_was_announced
     await client.done_stream(told.payload)
     assert (service.entries(), service.pending(), service.locks()) == ([], [], {})
     await nothing_comes(notes, 0.1)
+
+
+async def test_a_lock_taken_unheard_of_is_ours_for_its_full_time(consumer, service):
+    service.redis.xgroup_create(service.lbs, service.group, "0", mkstream=True)
+    entry_id = service.announce("s1")
+    service.redis.xreadgroup(service.group, "other", {service.lbs: ">"})
+    client = consumer("c1", auto_claim=False)
+    await client.init()
+    service.redis.xclaim(service.lbs, service.group, "c1", 0, [entry_id])
+    # Its reply was lost, and so was all hope in it but for half a second.
+    service.redis.set(lock("s1", entry_id), "c1", px=500)
+    leases = client._partitions[0].leases
+    read = batch_of(resp_entry(entry_id.encode(), b"lbs-input", b'{"DataStreamName":"s1"}'))
+    entries, _, _ = announcements(read, b"lbs-input", SEPARATOR.encode(), json.loads)
+    new, refusals = await leases.take(entries, -math.inf)
+    assert (len(new), refusals) == (1, [])
+    assert service.redis.pttl(lock("s1", entry_id)) > 1000 * HEARTBEAT / 2

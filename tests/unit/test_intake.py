@@ -1,0 +1,201 @@
+"""Reading where locks fail at moments that no server can be brought to fail at."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from core.resp import batch_of, entry
+
+from relstream._core import Batch, Entry
+from relstream.config import RecoveryConfig, RetryConfig
+from relstream.errors import ConnectionLost, ReplyError
+from relstream.intake import Intake, Room
+from relstream.lbs import Names
+from relstream.notifications import Notifications
+
+HEARTBEAT = 0.3
+Take = Callable[[list[Entry], float], Any]
+
+
+def batch(start: int, count: int) -> Batch:
+    return batch_of(
+        *(
+            entry(b"%d-0" % i, b"lbs-input", b'{"DataStreamName":"s%d"}' % i)
+            for i in range(start, start + count)
+        )
+    )
+
+
+class Reading:
+    """A connection on which these batches arrive, and then no more."""
+
+    alive = True
+    endpoint = SimpleNamespace(timeout=5.0)
+    waiting = ()
+
+    def __init__(self, *batches: Batch) -> None:
+        self.left = list(batches)
+
+    async def get(self) -> None: ...
+
+    async def pipeline(self, *args: Any, **options: Any) -> list[list[Batch]]:
+        await asyncio.sleep(0.001)
+        if self.left:
+            return [[self.left.pop(0)]]
+        await asyncio.sleep(0.02)
+        return [[]]
+
+
+class Setting:
+    """An intake with everything around it made up."""
+
+    def __init__(self, *batches: Batch, take: Take, single: bool = True, queue: int = 1000) -> None:
+        self.notes = Notifications(queue)
+        self.room = Room(self.notes, lambda: 0, None, 1)
+        self.handed_back: list[list[bytes]] = []
+        self.stay = False
+        topology: Any = SimpleNamespace(link=lambda name: None, single=single)
+        reading: Any = Reading(*batches)
+
+        async def nothing() -> None: ...
+
+        async def hand_back(ids: list[bytes]) -> list[bytes]:
+            self.handed_back.append(ids)
+            return ids if self.stay else []
+
+        async def unlock(keys: list[bytes]) -> list[bytes]:
+            return keys
+
+        self.intake = Intake(
+            reading,
+            topology,
+            Names.of("svc"),
+            "c1",
+            notifications=self.notes,
+            room=self.room,
+            take=take,
+            audit=nothing,
+            hand_back=hand_back,
+            unlock=unlock,
+            heartbeat=HEARTBEAT,
+            retry=RetryConfig(initial_delay=0.01, max_delay=0.05),
+            patience=0.0,
+            recovery=RecoveryConfig(),
+            recorder=None,
+            logger=logging.getLogger("relstream"),
+        )
+        self.task = asyncio.ensure_future(self.intake.run())
+
+    async def names(self, count: int) -> list[str]:
+        async def some() -> list[str]:
+            return [(await self.notes.__anext__()).payload.data_stream_name for _ in range(count)]
+
+        return await asyncio.wait_for(some(), 5)
+
+    async def end(self) -> None:
+        await self.intake.stop()
+        await self.task
+
+
+async def granting(entries: list[Entry], asked_at: float) -> Any:
+    return entries, []
+
+
+def refusing(code: str) -> Take:
+    async def take(entries: list[Entry], asked_at: float) -> Any:
+        return [], [(entry, ReplyError(f"{code} not now")) for entry in entries]
+
+    return take
+
+
+async def test_a_batch_is_taken_though_the_one_before_it_fails() -> None:
+    failed = False
+
+    async def take(entries: list[Entry], asked_at: float) -> Any:
+        nonlocal failed
+        if not failed:
+            failed = True
+            await asyncio.sleep(0.01)
+            raise ConnectionLost("cut")
+        return entries, []
+
+    setting = Setting(batch(1, 100), batch(101, 30), take=take)
+    assert sorted(await setting.names(130)) == sorted(f"s{i}" for i in range(1, 131))
+    await setting.end()
+    assert setting.room.share() == 1000
+    assert setting.handed_back == []
+    assert setting.intake.in_hand() == set()
+
+
+async def test_what_stays_refused_is_put_back_before_it_looks_like_a_dead_owners() -> None:
+    setting = Setting(batch(1, 30), take=refusing("MASTERDOWN"), single=False)
+    await asyncio.sleep(HEARTBEAT / 6)
+    assert setting.handed_back == []
+    assert setting.intake.in_hand() == {b"%d-0" % i for i in range(1, 31)}
+    await asyncio.sleep(HEARTBEAT / 2)
+    assert setting.handed_back == [[b"%d-0" % i for i in range(1, 31)]]
+    await setting.end()
+    assert setting.room.share() == 1000
+    assert setting.intake.in_hand() == set()
+
+
+async def test_what_is_refused_is_put_back_on_leaving() -> None:
+    setting = Setting(batch(1, 30), take=refusing("OOM"))
+    await asyncio.sleep(0.005)
+    await setting.end()
+    await setting.intake.leave()
+    assert setting.handed_back == [[b"%d-0" % i for i in range(1, 31)]]
+    assert setting.intake.in_hand() == set()
+
+
+async def test_of_several_masters_one_that_refuses_keeps_the_others_streams_from_nobody() -> None:
+    async def take(entries: list[Entry], asked_at: float) -> Any:
+        odd = [entry for entry in entries if int(entry.data_stream_name[1:]) % 2]
+        even = [entry for entry in entries if entry not in odd]
+        return even, [(entry, ReplyError("OOM not now")) for entry in odd]
+
+    batches = [batch(i, 1) for i in range(1, 101)]
+    setting = Setting(*batches, take=take, single=False)
+    assert await setting.names(50) == [f"s{i}" for i in range(2, 101, 2)]
+    await setting.end()
+
+
+async def test_without_room_what_was_refused_waits_its_time() -> None:
+    """Nothing is asked again and again of a server for what can be taken by nobody."""
+
+    async def take(entries: list[Entry], asked_at: float) -> Any:
+        return entries[:4], [(entry, ReplyError("MASTERDOWN not now")) for entry in entries[4:]]
+
+    setting = Setting(batch(1, 10), take=take, single=False, queue=4)
+    setting.stay = True
+    await asyncio.sleep(1.0)
+    assert setting.room.share() == 0
+    assert 1 <= len(setting.handed_back) <= 10
+    await setting.end()
+
+
+async def test_a_cancellation_is_heeded_though_there_is_room_at_the_same_moment() -> None:
+    async def take(entries: list[Entry], asked_at: float) -> Any:
+        return entries[:4], [(entry, ReplyError("MASTERDOWN not now")) for entry in entries[4:]]
+
+    for tick in range(20):
+        setting = Setting(batch(1, 10), take=take, single=False, queue=4)
+        setting.stay = True
+        await asyncio.sleep(0.02 + 0.001 * tick)
+        assert setting.room.share() == 0
+        setting.notes.room_made.set()
+        setting.task.cancel()
+        await asyncio.wait({setting.task}, timeout=0.2)
+        assert setting.task.cancelled()
+
+
+async def test_batches_that_are_taken_do_not_pile_up() -> None:
+    batches = [batch(1, 100), *(batch(100 + i, 1) for i in range(1, 201))]
+    setting = Setting(*batches, take=granting)
+    await setting.names(300)
+    assert len(setting.intake._taking) <= 2
+    await setting.end()
