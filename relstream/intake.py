@@ -34,6 +34,8 @@ LARGEST_READ = 1000
 READ_BYTES = 4 << 20
 # Entries that may wait for locks which are refused for now; with more, little is read.
 MOST_REFUSED = 10_000
+# So many refused one after another are not those of one master of several.
+IN_VAIN = 16
 # Bad entries of a batch that are logged one by one.
 TOLD = 5
 
@@ -137,6 +139,7 @@ class Intake:
         # The server lets us lock nothing, or too much waits: what is in hand is tried until it goes
         # back, and then one by one is read, to see whether that has changed.
         self._probing = False
+        self._in_vain = 0
         self._locking: list[list[Entry]] = []
         self._audited = False
         self._stopping = False
@@ -368,11 +371,13 @@ class Intake:
             self._try_later()
         elif not self._refused:
             self._refusals.reset()
-        # Of several masters others may let us lock: reading goes on while the rest can be held.
+        if len(waiting) < len(entries):
+            self._in_vain = 0
+        elif asked_at > -math.inf:  # a master that hangs says nothing about the others
+            self._in_vain += sum(1 for _, error in refusals if error.code != "MASTERDOWN")
         self._probing = (
-            len(waiting) == len(entries)
-            if self._topology.single
-            else len(self._refused) > MOST_REFUSED
+            self._in_vain >= (1 if self._topology.single else IN_VAIN)
+            or len(self._refused) > MOST_REFUSED
             or sum([entry.cost for entry in self._refused]) > MAX_WAITING_BYTES
         )
         return new
