@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 # Streams that are ended together, and batches of them under way at the same time: while the server
 # works on one, the next is being prepared.
-BATCH = 100
+BATCH = 128
 BATCHES = 4
 # Milliseconds for which a call of the script whose answer got lost can be sent again.
 RECEIPT_MS = 600_000

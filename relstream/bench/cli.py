@@ -42,7 +42,7 @@ ON_OWN_SERVERS = [name for name, members in FAMILIES.items() if members[0].serve
 @click.option(
     "--rounds",
     type=click.IntRange(min=1),
-    help="Rounds to repeat.  [default: 3; failover, topology: 1]",
+    help="Rounds to repeat.  [default: 3; hold, latency, failover, topology: 1]",
 )
 @click.option(
     "--json",
@@ -59,7 +59,7 @@ def command(
 ) -> None:
     """Measures relstream beside redis-py at the same work.
 
-    Without arguments: every scenario that does with one server, for about two minutes, on a private
+    Without arguments: every scenario that does with one server, for about a minute, on a private
     one.
     """
     if json_file is not None and not json_file.absolute().parent.is_dir():

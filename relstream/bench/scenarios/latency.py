@@ -105,6 +105,7 @@ LATENCY = Scenario(
     name="latency",
     work="an announcement every few ms to an idle consumer, from just before XADD to delivery",
     n=400,
+    rounds=1,
     run=latency,
     prepare=None,
     metrics=(

@@ -252,6 +252,7 @@ HOLD = Scenario(
     name="hold",
     work="owned streams are held at the default heartbeat",
     n=10_000,
+    rounds=1,
     run=hold,
     metrics=(
         Metric(key="client_core", label="client, of a core", digits=4, less_is_better=True),

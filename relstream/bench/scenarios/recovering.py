@@ -177,7 +177,7 @@ COUNT = Metric(key="n", label="entries", digits=0)
 RECOVER = Scenario(
     name="recover",
     work="orphaned entries are put back; the peer goes one by one",
-    n=100_000,
+    n=50_000,
     peer_n=1_000,
     run=recover,
     prepare=orphans,
@@ -186,7 +186,7 @@ RECOVER = Scenario(
 SCAN = Scenario(
     name="scan",
     work="one pass of recovery over pending entries of living owners",
-    n=100_000,
+    n=50_000,
     peer_n=50_000,
     run=scan,
     prepare=living,
