@@ -21,6 +21,7 @@ from relstream.recovery import PUT, PutBack, discard
 
 if TYPE_CHECKING:
     from relstream.config import RecoveryConfig, RetryConfig
+    from relstream.net.connection import Endpoint
     from relstream.net.topology import KeyLink, Topology
     from relstream.notifications import Notifications
     from relstream.recorder import SafeRecorder
@@ -34,8 +35,6 @@ LARGEST_READ = 1000
 READ_BYTES = 4 << 20
 # Entries that may wait for locks which are refused for now; with more, little is read.
 MOST_REFUSED = 10_000
-# So many refused one after another are not those of one master of several.
-IN_VAIN = 16
 # Bad entries of a batch that are logged one by one.
 TOLD = 5
 
@@ -102,7 +101,7 @@ class Intake:
         audit: Callable[[], Awaitable[None]],
         hand_back: Callable[[list[bytes]], Awaitable[list[bytes]]],
         unlock: Callable[[list[bytes]], Awaitable[list[bytes]]],
-        heartbeat: float,
+        recovered_after: float,
         retry: RetryConfig,
         patience: float,
         recovery: RecoveryConfig,
@@ -134,12 +133,14 @@ class Intake:
         # tried again long before others may take them for a dead owner's.
         self._refused: list[Entry] = []
         self._refused_since = self._again_at = 0.0
-        self._refused_for = heartbeat / 3
-        self._refusals = Backoff(retry.initial_delay, min(retry.max_delay, 2.0, heartbeat / 4))
+        soon = max(recovered_after, 0.1)
+        self._refused_for = soon / 3
+        self._refusals = Backoff(retry.initial_delay, min(retry.max_delay, 2.0, soon / 4))
         # The server lets us lock nothing, or too much waits: what is in hand is tried until it goes
         # back, and then one by one is read, to see whether that has changed.
         self._probing = False
-        self._in_vain = 0
+        # Servers of locks that were refused since one was taken.
+        self._refusing: set[Endpoint | None] = set()
         self._locking: list[list[Entry]] = []
         self._audited = False
         self._stopping = False
@@ -263,6 +264,8 @@ class Intake:
             await self._taking.popleft()  # rather than reading in small portions
             return
         block = BLOCK
+        if self._taking:  # some of them may be refused
+            block = min(block, self._refused_for / 2)
         if self._refused:
             block = min(block, max(self._again_at - loop.time(), 0.001))
         if room <= 0:
@@ -372,11 +375,11 @@ class Intake:
         elif not self._refused:
             self._refusals.reset()
         if len(waiting) < len(entries):
-            self._in_vain = 0
-        elif asked_at > -math.inf:  # a master that hangs says nothing about the others
-            self._in_vain += sum(1 for _, error in refusals if error.code != "MASTERDOWN")
+            self._refusing.clear()
+        else:
+            self._refusing.update(self._topology.apart(lock_keys(waiting)))
         self._probing = (
-            self._in_vain >= (1 if self._topology.single else IN_VAIN)
+            (bool(self._refusing) and self._refusing >= self._topology.servers)
             or len(self._refused) > MOST_REFUSED
             or sum([entry.cost for entry in self._refused]) > MAX_WAITING_BYTES
         )
@@ -404,7 +407,9 @@ class Intake:
             finally:
                 self._room.give_back(len(fitting))
                 self._refused_since = since
-        await self._return_refused()
+                await self._return_refused()
+        else:
+            await self._return_refused()
 
     async def _return_refused(self) -> None:
         """Puts back what was refused for so long that it might be taken for a dead owner's.

@@ -43,7 +43,8 @@ class Outages:
         self._compare()
         self._woke_at = now()
         # One that answers late now may have been silent for long.
-        self._asked_at.update(dict.fromkeys(self._until, now() - self._bearable / 2))
+        known = [master for master in self._until if self._topology.to(master).alive]
+        self._asked_at.update(dict.fromkeys(known, now() - self._bearable / 2))
         asking: dict[Endpoint, asyncio.Task[None]] = {}
         try:
             while True:
@@ -106,7 +107,7 @@ class Outages:
         self._asked_at.pop(master, None)
 
     def refused(self, locks: list[bytes]) -> None:
-        """Masters of these did not say who holds them."""
+        """Masters of these could not be asked who holds them."""
         self._compare()
         for master in self._topology.apart(locks):
             if master in self._until:

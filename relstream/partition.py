@@ -53,13 +53,14 @@ class Partition:
         self._heartbeat = heartbeat
         self._notifications = notifications
         self._logger = logger
+        recovered_after = min(heartbeat, recovery.min_idle_time)
         self.link = commands.link(names.lbs)
         self.leases = Leases(
             self.link,
             locks,
             names,
             consumer,
-            recovered_after=min(heartbeat, recovery.min_idle_time),
+            recovered_after=recovered_after,
             keeper=keeper,
             on_drop=notifications.room_made.set,
             recorder=recorder,
@@ -99,7 +100,7 @@ class Partition:
             audit=self._put_strays_back,
             hand_back=self._return,
             unlock=self.leases.unlock,
-            heartbeat=heartbeat,
+            recovered_after=recovered_after,
             retry=retry,
             patience=patience,
             recovery=recovery,

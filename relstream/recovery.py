@@ -261,21 +261,29 @@ class PutBack:
         return outcomes
 
     async def put_planned(
-        self, plan: Plan, *, counting: bool, looked: bool
+        self, plan: Plan, *, counting: bool, looked: bool, locked: bool = True
     ) -> tuple[list[int], ReplyError | None]:
         """The same for what the plan says shall be put back; `counting`: with one more retry.
 
-        `looked`: their locks were seen free just now, with nothing awaited since. What could not be
-        put back is REFUSED, and the reason of one of these is returned as well.
+        `looked`: their locks were seen free just now, with nothing awaited since; not `locked`: no
+        lock can be anybody's. What could not be put back is REFUSED, and the reason of one of these
+        is returned as well.
         """
+
+        def entries() -> Sequence[Returning]:
+            returning: Sequence[Returning] = plan.returning(counting)
+            if locked or single:
+                return returning
+            return [(entry_id, pairs, None) for entry_id, pairs, _ in returning]
+
         single = self._topology.single
         if not single and not looked:
-            return await self._put_apart(plan.returning(counting))
+            return await self._put_apart(entries())
         calls = plan.calls(
             PUT_BACK.digest, self._names.lbs, self._names.group,
             counting=counting, locks=single, most=SCRIPT_KEYS, size=SCRIPT_BYTES,
         )  # fmt: skip
-        return await self._put(calls, lambda: plan.returning(counting))
+        return await self._put(calls, entries)
 
     async def _put_apart(self, entries: Sequence[Returning]) -> tuple[list[int], ReplyError | None]:
         """The locks are on other servers than the script: they are looked at just before it."""
@@ -612,7 +620,7 @@ class Recoverer:
                 await discard(self._link, self._names, plan.gone)
             try:
                 outcomes, _ = await self._put_back.put_planned(
-                    plan, counting=False, looked=never_owned
+                    plan, counting=False, looked=never_owned, locked=not never_owned
                 )
             except ReplyError as error:  # about all of this part
                 if not error.transient:
@@ -963,7 +971,7 @@ class Recoverer:
         if self._outages is not None:
             failed = zip(locks, replies, strict=True)
             self._outages.refused(
-                [key for key, r in failed if isinstance(r, ReplyError) and r.transient]
+                [key for key, r in failed if isinstance(r, ReplyError) and r.code == "MASTERDOWN"]
             )
             shadowed = self._outages.shadowed(locks)
             for place in (i for i, key in enumerate(locks) if key in shadowed):

@@ -1,4 +1,4 @@
-"""The Lua scripts: few, short, each bounded to `SCRIPT_KEYS` entries or locks a call.
+"""The Lua scripts: few, short, each bounded to about a hundred entries or locks a call.
 
 Costs are server CPU a lock or entry, seen on Redis 7.0 with calls of 100.
 """

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import redis
 
-from relstream import Notification, Notifications, NotificationType
+from relstream import Notification, Notifications, NotificationType, Recorder
 
 ADDED = NotificationType.STREAM_ADDED
 DISOWNED = NotificationType.STREAM_DISOWNED
@@ -21,6 +22,18 @@ HEARTBEAT = 4.0
 # For losses, which are looked for twice in a heartbeat, and the audit, which comes once in it. On a
 # busy machine locks may expire: without `auto_claim` they are taken again.
 QUICK = 0.5
+
+
+class Heard(Recorder):
+    """Keeps all that a client records, as `(what, *arguments)`."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[Any, ...]] = []
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("_") or name == "events":
+            return super().__getattribute__(name)
+        return lambda *args: self.events.append((name, *args))
 
 
 async def eventually(condition: Callable[[], object], timeout: float = 20.0) -> None:

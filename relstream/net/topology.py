@@ -286,6 +286,10 @@ class Topology(Protocol):
     single: bool
     """One server holds all keys: a script may touch several, and one connection orders them all."""
 
+    @property
+    def servers(self) -> set[Endpoint | None]:
+        """Those that have keys, as `apart` names them."""
+
     def link(self, key: bytes) -> KeyLink:
         """For commands on this key."""
 
@@ -407,6 +411,7 @@ class SingleTopology:
     """One server, or one at a time."""
 
     single = True
+    servers: set[Endpoint | None] = {None}  # noqa: RUF012 - nobody adds any
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -626,6 +631,10 @@ class ClusterTopology:
         self._leaving: set[asyncio.Task[None]] = set()
         self._closed = False
 
+    @property
+    def servers(self) -> set[Endpoint | None]:
+        return {*self.slots.owners} - {None}
+
     def link(self, key: bytes) -> KeyLink:
         found = self._keys.get(key)
         if found is None:
@@ -736,7 +745,7 @@ class ClusterTopology:
                     replied.cancel()
             if not errors:
                 break
-            places = await self._redirected(replies, places, alone, decode, attempt)
+            places = await self._redirected(replies, places, alone, decode, attempt, apart)
             if not places:
                 break
         return replies
@@ -778,22 +787,34 @@ class ClusterTopology:
         alone: Callable[[int], bytes],
         decode: int,
         attempt: int,
+        apart: bool,
     ) -> list[int]:
         """Answers redirects among the replies: ASK by asking there, MOVED by looking again.
 
-        Returns the places of commands that are to be sent again.
+        Returns the places of commands that are to be sent again. `apart`: of those that could not
+        be the replies say that.
         """
         moved: list[int] = []
         target: Endpoint | None = None
+        importing: dict[Endpoint, list[int]] = {}
         for place in places:
             reply = replies[place]
-            if not isinstance(reply, ReplyError):
-                continue
-            if reply.code == "ASK":
-                importing = self._target(reply)
-                self.slots.imports(importing)
-                reply = await self._ask_at(importing, alone(place), decode)
+            if isinstance(reply, ReplyError) and reply.code == "ASK":
+                importing.setdefault(self._target(reply), []).append(place)
+        for node, some in importing.items():
+            self.slots.imports(node)
+            try:
+                asked = await self._ask_at(node, [alone(place) for place in some], decode, apart)
+            except ConnectionFailed as error:
+                self.slots.doubt()
+                if not apart:
+                    raise
+                # Not MASTERDOWN: that of the slot lives.
+                asked = [ReplyError(f"TRYAGAIN {error}") for _ in some]
+            for place, reply in zip(some, asked, strict=True):
                 replies[place] = reply
+        for place in places:
+            reply = replies[place]
             if isinstance(reply, ReplyError):
                 if reply.code == "MOVED":
                     moved.append(place)
@@ -802,25 +823,31 @@ class ClusterTopology:
                     self.slots.doubt()
         if moved:
             before = self.slots.owners
-            await self.slots.refresh(target)
+            try:
+                await self.slots.refresh(target)
+            except RelstreamError as error:
+                if not apart:
+                    raise
+                for place in moved:
+                    replies[place] = ReplyError(f"MASTERDOWN {error}")
+                return []
             if attempt and self.slots.owners == before:
                 await asyncio.sleep(PAUSE * attempt)
         return moved
 
-    async def _ask_at(self, node: Endpoint, command: bytes, decode: int) -> Any:
-        """Carries a command to where its key has moved already, ahead of its slot."""
+    async def _ask_at(
+        self, node: Endpoint, commands: list[bytes], decode: int, apart: bool
+    ) -> list[Any]:
+        """Carries commands to where their keys have moved already, ahead of their slot."""
         link = self.to(node)
         timeout = link.endpoint.timeout
-        try:
-            protocol = await link.get()
-            # Two requests, as what decodes the one reply can't read the other; nothing in between.
-            asking = protocol.send(pack(b"ASKING"), timeout=timeout)
-            (reply,) = await protocol.send(command, decode=decode, timeout=timeout)
-            await asking
-        except ConnectionFailed:
-            self.slots.doubt()
-            raise
-        return reply
+        protocol = await link.get(ASK_NEXT if apart and link.tried else None)
+        # Two requests each, as what decodes the one reply can't read the other; nothing in between.
+        sent: list[asyncio.Future[list[Any]]] = []
+        for command in commands:
+            sent.append(protocol.send(pack(b"ASKING"), timeout=timeout))
+            sent.append(protocol.send(command, decode=decode, timeout=timeout))
+        return [reply for (reply,) in (await asyncio.gather(*sent))[1::2]]
 
     def _target(self, redirect: ReplyError) -> Endpoint:
         """Where MOVED and ASK point: `MOVED 3999 127.0.0.1:6381`."""

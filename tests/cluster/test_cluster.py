@@ -15,6 +15,7 @@ from helpers import (
     DISOWNED,
     EXPIRED,
     SEPARATOR,
+    Heard,
     Renewals,
     Service,
     eventually,
@@ -251,7 +252,9 @@ async def test_settings_that_may_not_be_overridden(cluster, consumer):
     assert one_subscription_a_master(cluster)
 
 
-async def test_one_master_without_events_is_not_fatal_and_all_are(cluster, service, consumer):
+async def test_one_master_without_events_is_not_fatal_and_all_are(
+    cluster, service, consumer, caplog
+):
     for node in cluster.masters():
         node.client.acl_setuser(
             "joe",
@@ -267,12 +270,19 @@ async def test_one_master_without_events_is_not_fatal_and_all_are(cluster, servi
     some = cluster.masters()[1:]
     for node in some:
         node.client.acl_setuser("joe", enabled=True, commands=["+@all"])
-    client = consumer(redis=url)
+    caplog.clear()
+    recorder = Heard()
+    client = consumer(redis=url, recorder=recorder)
     notes = await client.init()
     assert [len(subscriptions(node)) for node in cluster.masters()] == [0, 1, 1]
+    setups = [event[1] for event in recorder.events if event[0] == "keyspace_setup"]
+    assert sorted(setups) == [False, True, True]
+    (said,) = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert "{}:{}".format(*cluster.masters()[0].address) in said
     await works(service, notes, client, "s1")
     cluster.masters()[0].client.acl_setuser("joe", enabled=True, commands=["+@all"])
     await eventually(lambda: one_subscription_a_master(cluster))
+    await eventually(lambda: recorder.events.count(("keyspace_setup", True)) == 3)
 
 
 # --- the masters change ---------------------------------------------------------------------------
@@ -381,6 +391,69 @@ async def test_masters_come_and_go(cluster, service, consumer):
     await eventually(lambda: one_subscription_a_master(cluster), 5)
 
 
+def fail_over(cluster: Cluster, master: Node) -> Node:
+    (replica,) = cluster.replicas(of=master)
+    cluster.failover(replica)
+    return replica
+
+
+def fail_back(cluster: Cluster, master: Node) -> None:
+    fail_over(cluster, fail_over(cluster, master))
+
+
+def kill(cluster: Cluster, master: Node) -> None:
+    master.kill()
+    cluster.wait_ok(30)
+
+
+def restart(cluster: Cluster, master: Node) -> None:
+    master.restart()
+    cluster.wait_ok(30)
+
+
+def add(cluster: Cluster, master: Node) -> tuple[Node, list[int]]:
+    new = cluster.add_master()
+    some = sorted(cluster.slots_of(master))[:200]
+    cluster.move_slots(some, master, new)
+    cluster.wait_ok()
+    return new, some
+
+
+def remove(cluster: Cluster, master: Node) -> None:
+    new, some = add(cluster, master)
+    cluster.move_slots(some, new, master)
+    cluster.remove(new)
+    cluster.wait_ok()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [fail_over, fail_back, kill, restart, add, remove])
+async def test_events_of_every_master_come_again_within_three_seconds(
+    cluster, service, consumer, change
+):
+    client = consumer(heartbeat_interval=2.0)
+    notes = await client.init()
+    await hears_every_master(cluster, service, notes)
+    await asyncio.to_thread(change, cluster, cluster.master_of(service.dlq))
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + 3
+    by_master: dict[Node, str] = {}
+    masters = cluster.masters()
+    for name in map("again{}".format, range(3000)):
+        by_master.setdefault(cluster.master_of(write_lock(service, name)), name)
+        if len(by_master) == len(masters):
+            break
+    wanted = set(by_master.values())
+    while wanted:
+        assert loop.time() < deadline, wanted
+        for name in wanted:
+            service.redis.set(write_lock(service, name), "x", px=20)
+        with contextlib.suppress(asyncio.TimeoutError):
+            while True:
+                note = await asyncio.wait_for(notes.__anext__(), 0.1)
+                wanted.discard(note.payload.data_stream_name)
+
+
 async def test_a_slot_that_is_moving(cluster, service, consumer):
     """While the balancer stream's slot moves, its key is asked for where it is already (ASK)."""
     client = consumer(heartbeat_interval=2.0)
@@ -404,23 +477,27 @@ async def test_a_slot_that_is_moving(cluster, service, consumer):
 
 
 async def test_reset_topology(cluster, service, consumer):
-    client = consumer()
+    recorder = Heard()
+    client = consumer(recorder=recorder)
     notes = await client.init()
     for node in cluster.masters():
         node.client.config_set("notify-keyspace-events", "")
     await asyncio.gather(*(client.reset_topology() for _ in range(10)))
+    assert ("topology_reset", True) in recorder.events
     assert one_subscription_a_master(cluster)
     await hears_every_master(cluster, service, notes)
 
 
 async def test_reset_topology_wants_a_settled_cluster(cluster, consumer):
-    client = consumer()
+    recorder = Heard()
+    client = consumer(recorder=recorder)
     await client.init()
     slot = 7
     source = cluster.master_of(slot)
     source.call("CLUSTER", "DELSLOTS", slot)  # only this node believes so
     with pytest.raises(ClusterNotSettled):
         await client.reset_topology()
+    assert recorder.events[-1] == ("topology_reset", False)
     assert one_subscription_a_master(cluster)
     source.call("CLUSTER", "ADDSLOTS", slot)
     await asyncio.to_thread(cluster.wait_ok)

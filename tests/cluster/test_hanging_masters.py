@@ -253,3 +253,34 @@ async def test_a_stray_whose_lock_can_not_be_looked_at_holds_up_no_other(lasting
         victim.resume()
     assert stay == [first.encode(), last.encode()]
     assert len(await take(notes, 10)) == 10
+
+
+@pytest.mark.slow
+async def test_a_hanging_master_to_which_a_slot_moves_holds_up_no_other_slot(
+    lasting, apart, consumer
+):
+    """New locks in that slot are asked for there already (ASK)."""
+    victim, source = (node for node in lasting.masters() if node is not apart.lbs_master)
+    tags = map("{{{}}}".format, range(1000))
+    moving, stays = [tag for tag in tags if lasting.master_of(tag) is source][:2]
+    other = tag_on(lasting, apart.lbs_master)
+    client = consumer(url_of(lasting), apart.lbs.removesuffix("-input"))
+    notes = await client.init()
+    await eventually(lambda: apart.reads("c1"))
+    lasting.start_move(lasting.slot_of(moving), source, victim)
+    victim.pause()
+    try:
+        wanted = [f"{tag}{i}" for i in range(5) for tag in (moving, stays, other)]
+        announce(apart, *wanted)
+        here = [name for name in wanted if not name.startswith(moving)]
+        assert names(await take(notes, 10, timeout=12)) == here
+        # Many at once are asked for at once, too: not for one timeout each.
+        more = [f"{moving}{i}" for i in range(5, 300)]
+        announce(apart, *more)
+        announce(apart, f"{other}last")
+        assert names(await take(notes, 1, timeout=12)) == [f"{other}last"]
+    finally:
+        victim.resume()
+    there = [name for name in wanted if name.startswith(moving)]
+    assert sorted(names(await take(notes, 300))) == sorted(there + more)
+    assert not any(b"_retry_count" in fields for _, fields in apart.redis.xrange(apart.lbs))

@@ -112,12 +112,19 @@ class Life:
         }
         self.tasks: dict[str, asyncio.Task] = {}
         self.told: list[tuple[NotificationType, str]] = []
+        self.fences: dict[str, tuple[int, ...]] = {}
         self.start("finisher", client._partitions[0].finisher.run())
         self.start("ear", self._hear())
 
     async def _hear(self) -> None:
         async for notification in self.notifications:
-            self.told.append((notification.type, notification.payload.data_stream_name))
+            name, entry_id = notification.payload
+            self.told.append((notification.type, name))
+            if notification.type is NotificationType.STREAM_ADDED:
+                fence = tuple(map(int, entry_id.split("-")))
+                # What is told twice with one id can't be told apart.
+                assert fence > self.fences.get(name, (0,)), f"{name} is {fence} again, or older"
+                self.fences[name] = fence
 
     def start(self, what: str, work) -> asyncio.Task | None:
         """Starts something, to go on step by step, unless it is still doing the same."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -16,8 +17,10 @@ from unittest import mock
 import psutil
 import pytest
 import redis
+from click.testing import CliRunner
+from rich.console import Console
 
-from relstream.bench import runner
+from relstream.bench import cli, runner
 from relstream.bench.measure import ONE_SERVER, PEER, RELSTREAM, SIDES, Job, percentile
 from relstream.bench.report import as_json, table
 from relstream.bench.runner import Result
@@ -258,3 +261,27 @@ def test_percentile() -> None:
     assert percentile(values, 0.5) == 50
     assert percentile(values, 0.99) == 99
     assert percentile([7], 0.99) == 7
+
+
+def test_a_scenario_that_loses_says_so() -> None:
+    read = SCENARIOS["read"]
+    figures = {metric.key: 1.0 for metric in read.metrics}
+    for ours, said in ((0.5, "LOSES"), (2.0, "wins")):
+        result = Result(read, 1000)
+        result.rounds[RELSTREAM].append({**figures, "per_second": ours})
+        result.rounds[PEER].append(figures)
+        console = Console(file=io.StringIO(), width=100)
+        console.print(table([result]))
+        assert said in console.file.getvalue()
+
+
+def test_without_arguments_all_that_do_with_one_server_are_measured(monkeypatch) -> None:
+    chosen: list[str] = []
+
+    def measured(scenarios, *args: object, **options: object) -> list[object]:
+        chosen.extend(scenario.name for scenario in scenarios)
+        return []
+
+    monkeypatch.setattr(cli, "_measured", measured)
+    assert CliRunner().invoke(cli.command, [], catch_exceptions=False).exit_code == 0
+    assert chosen == ["read", "assign", "done", "hold", "latency", "recover", "scan", "failover"]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+
 import pytest
 from helpers import names, take
 
 from relstream import ClientClosed, DeadLetters, InvalidOption, ReplyError
+from relstream.net.connection import Link
 
 
 def bury(service, count):
@@ -88,3 +92,38 @@ async def test_another_stream_may_be_named(service, redis_url):
     service.redis.xadd("elsewhere", {"x": "y"})
     async with DeadLetters(redis_url, "svc", dlq_stream="elsewhere") as letters:
         assert len([letter async for letter in letters]) == 1
+
+
+@pytest.mark.parametrize("command", range(1, 8))
+@pytest.mark.parametrize("what", ["replay", "purge"])
+async def test_interrupted_at_any_command_it_loses_none(
+    service, redis_url, monkeypatch, what, command
+):
+    """And is finished by another go."""
+    bury(service, 250)
+    wanted = {f"s{i}" for i in range(250)}
+    sent = 0
+    pipeline = Link.pipeline
+
+    async def interrupted(link, *args, **options):
+        nonlocal sent
+        sent += 1
+        if sent == command:
+            asyncio.current_task().cancel()
+        return await pipeline(link, *args, **options)
+
+    def there() -> set[str]:
+        rows = [*service.redis.xrange(service.dlq), *service.redis.xrange(service.lbs)]
+        return {json.loads(fields[b"lbs-input"])["DataStreamName"] for _, fields in rows}
+
+    monkeypatch.setattr(Link, "pipeline", interrupted)
+    async with DeadLetters(redis_url, "svc") as letters:
+        going = asyncio.create_task(getattr(letters, what)())
+        await asyncio.wait({going})
+        assert going.cancelled() == (sent == command)
+        if what == "replay":
+            assert there() == wanted
+        sent = 1000
+        await getattr(letters, what)()
+    assert service.redis.xlen(service.dlq) == 0
+    assert there() == (wanted if what == "replay" else set())

@@ -11,6 +11,7 @@ import redis
 from helpers import (
     ADDED,
     TERMINATED,
+    Heard,
     Renewals,
     Service,
     eventually,
@@ -167,13 +168,16 @@ async def test_a_server_that_is_still_loading_is_waited_for(consumer, make_serve
 
 async def test_after_the_last_retry_the_reason_is_told_and_the_iterator_ends(consumer, make_server):
     with make_server() as server:
-        client = consumer(url=server.url, retry=RetryConfig(max_retries=2, initial_delay=0.01))
+        recorder = Heard()
+        retry = RetryConfig(max_retries=2, initial_delay=0.01)
+        client = consumer(url=server.url, retry=retry, recorder=recorder)
         notes = await client.init()
         await nothing_comes(notes, 0.1)
         await asyncio.to_thread(server.kill)
         got = [n async for n in notes]
         assert [n.type for n in got] == [TERMINATED]
         assert "intake failed: can't connect" in got[0].additional_info["info"]
+        assert recorder.events[-1] == ("terminated", got[0].additional_info["info"])
         await client.aclose()
 
 
@@ -305,15 +309,9 @@ async def test_a_single_shard_has_no_topology_to_reset(consumer):
 
 
 async def test_the_recorder_hears_of_all_of_it(consumer, service, redis_url):
-    heard: list[tuple[object, ...]] = []
-
-    class Everything(Recorder):
-        def __getattribute__(self, name: str):
-            if name.startswith("_"):
-                return super().__getattribute__(name)
-            return lambda *args: heard.append((name, *args))
-
-    client = consumer(recorder=Everything(), heartbeat_interval=2.0)
+    recorder = Heard()
+    heard = recorder.events
+    client = consumer(recorder=recorder, heartbeat_interval=2.0)
     notes = await client.init()
     service.redis.xadd(service.lbs, {"bad": "entry"})
     service.announce("s1")

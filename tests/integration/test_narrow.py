@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 
 import pytest
@@ -21,7 +22,16 @@ from helpers import (
 )
 from wire import Proxy
 
-from relstream import ConnectionLost, RetryConfig, StreamNotOwned, intake, keyspace, leases
+from relstream import (
+    ConnectionFailed,
+    ConnectionLost,
+    DeadLetters,
+    RetryConfig,
+    StreamNotOwned,
+    intake,
+    keyspace,
+    leases,
+)
 from relstream.leases import Leases, Locks
 from relstream.scripts import FINISH
 
@@ -245,3 +255,25 @@ async def test_renewals_leave_the_server_time_for_others(consumer, service, monk
             return took > 0.6
 
         await eventually(spread)
+
+
+def bury(service, count):
+    for i in range(count):
+        service.redis.xadd(service.dlq, {"lbs-input": f'{{"DataStreamName":"s{i}"}}'})
+
+
+async def test_a_connection_cut_between_adding_and_deleting_loses_none(proxy, service):
+    bury(service, 250)
+    async with DeadLetters(proxy.url, "svc") as letters:
+        assert await letters.replay(["1-1"]) == 0  # it is connected
+        proxy.cut_at, proxy.refusing = b"XDEL", True
+        with pytest.raises(ConnectionFailed):
+            await letters.replay()
+        proxy.refusing = False
+        assert service.redis.xlen(service.dlq) == 250
+        assert service.redis.xlen(service.lbs) > 0
+        assert await letters.replay() == 250
+    assert service.redis.xlen(service.dlq) == 0
+    rows = service.redis.xrange(service.lbs)
+    told = {json.loads(fields[b"lbs-input"])["DataStreamName"] for _, fields in rows}
+    assert told == {f"s{i}" for i in range(250)}

@@ -292,6 +292,35 @@ async def test_one_leads_and_another_follows(consumer, service, monkeypatch):
     await eventually(lambda: service.redis.get(key))
 
 
+@pytest.mark.only("single", reason="counts the commands of one server")
+async def test_only_who_leads_looks_for_deaths(consumer, service):
+    def looks() -> int:
+        stats = service.redis.info("commandstats")
+        calls = {name: each["calls"] for name, each in stats.items()}
+        return sum(n for name, n in calls.items() if name.startswith("cmdstat_xinfo"))
+
+    async def looks_in(seconds: float) -> int:
+        before = looks()
+        await asyncio.sleep(seconds)
+        return looks() - before
+
+    clients = [consumer(f"c{i}") for i in range(5)]
+    await clients[0].init()
+    key = "svc-input-reconciler"
+    await eventually(lambda: service.redis.get(key) == b"c0")
+    alone = await looks_in(3)
+    for client in clients[1:]:
+        await client.init()
+    assert 5 < await looks_in(3) < 1.5 * alone
+    # Who was away for long enough finds another in its place, and is silent from then on.
+    service.redis.set(key, "another", px=60_000)
+    await asyncio.sleep(recovery.LEADERSHIP / 2)
+    assert await looks_in(2) == 0
+    service.redis.delete(key)
+    await eventually(lambda: service.redis.get(key) in {b"c%d" % i for i in range(5)})
+    assert await looks_in(2) > 0
+
+
 async def test_scripts_forbidden_by_acl(consumer, service, redis_url):
     service.redis.acl_setuser(
         "noscripts", enabled=True, nopass=True, keys=["*"], channels=["*"],

@@ -30,6 +30,11 @@ def batch(start: int, count: int) -> Batch:
     )
 
 
+def server(lock: bytes) -> str:
+    """Where this lock is, if there are several."""
+    return "odd" if int(lock[1 : lock.index(b"<")]) % 2 else "even"
+
+
 class Reading:
     """A connection on which these batches arrive, and then no more."""
 
@@ -53,13 +58,25 @@ class Reading:
 class Setting:
     """An intake with everything around it made up."""
 
-    def __init__(self, *batches: Batch, take: Take, single: bool = True, queue: int = 1000) -> None:
+    def __init__(
+        self,
+        *batches: Batch,
+        take: Take,
+        single: bool = True,
+        queue: int = 1000,
+        reading: Any = None,
+    ) -> None:
         self.notes = Notifications(queue)
         self.room = Room(self.notes, lambda: 0, None, 1)
         self.handed_back: list[list[bytes]] = []
         self.stay = False
-        topology: Any = SimpleNamespace(link=lambda name: None, single=single)
-        reading: Any = Reading(*batches)
+        topology: Any = SimpleNamespace(
+            link=lambda name: None,
+            single=single,
+            servers={None} if single else {"odd", "even"},
+            apart=lambda keys: dict.fromkeys(map(server, keys) if not single else [None]),
+        )
+        reading = reading or Reading(*batches)
 
         async def nothing() -> None: ...
 
@@ -81,7 +98,7 @@ class Setting:
             audit=nothing,
             hand_back=hand_back,
             unlock=unlock,
-            heartbeat=HEARTBEAT,
+            recovered_after=HEARTBEAT,
             retry=RetryConfig(initial_delay=0.01, max_delay=0.05),
             patience=0.0,
             recovery=RecoveryConfig(),
@@ -161,6 +178,49 @@ async def test_of_several_masters_one_that_refuses_keeps_the_others_streams_from
     batches = [batch(i, 1) for i in range(1, 101)]
     setting = Setting(*batches, take=take, single=False)
     assert await setting.names(50) == [f"s{i}" for i in range(2, 101, 2)]
+    await setting.end()
+
+
+async def test_one_server_that_refuses_all_in_a_row_is_not_all_of_them() -> None:
+    async def take(entries: list[Entry], asked_at: float) -> Any:
+        odd = [entry for entry in entries if server(entry.lock_key) == "odd"]
+        even = [entry for entry in entries if entry not in odd]
+        return even, [(entry, ReplyError("OOM not now")) for entry in odd]
+
+    row = batch_of(
+        *(
+            entry(b"%d-0" % i, b"lbs-input", b'{"DataStreamName":"s%d"}' % i)
+            for i in range(1, 101, 2)
+        )
+    )
+    setting = Setting(row, batch(102, 1), take=take, single=False)
+    await asyncio.sleep(HEARTBEAT / 6)
+    assert setting.handed_back == []
+    assert await setting.names(1) == ["s102"]
+    await setting.end()
+
+
+async def test_a_full_batch_that_is_refused_goes_back_in_time_too() -> None:
+    class Blocking(Reading):
+        async def pipeline(self, packed: bytes, *args: Any, **options: Any) -> list[list[Batch]]:
+            if self.left:
+                return await super().pipeline()
+            await asyncio.sleep(int(packed.split(b"BLOCK\r\n")[1].split(b"\r\n")[1]) / 1000)
+            return [[]]
+
+    setting = Setting(take=refusing("OOM"), reading=Blocking(batch(1, 100)))
+    await asyncio.sleep(HEARTBEAT * 0.8)
+    assert setting.handed_back == [[b"%d-0" % i for i in range(1, 101)]]
+    await setting.end()
+
+
+async def test_what_can_not_even_be_tried_goes_back_all_the_same() -> None:
+    async def take(entries: list[Entry], asked_at: float) -> Any:
+        raise ConnectionLost("cut")
+
+    setting = Setting(batch(1, 30), take=take)
+    await asyncio.sleep(HEARTBEAT)
+    assert setting.handed_back == [[b"%d-0" % i for i in range(1, 31)]]
     await setting.end()
 
 

@@ -21,6 +21,7 @@ class Masters:
         self.slots = SimpleNamespace(masters=list(masters))
         self.silent: set[str] = set()
         self.hung_up: set[str] = set()
+        self.unopened: set[str] = set()
 
     def apart(self, locks: list[bytes]) -> dict[str, list[bytes]]:
         parts: dict[str, list[bytes]] = {}
@@ -39,7 +40,7 @@ class Masters:
                 await asyncio.sleep(0.01)
             return [b"PONG"]
 
-        return SimpleNamespace(pipeline=pipeline)
+        return SimpleNamespace(pipeline=pipeline, alive=master not in self.unopened)
 
 
 @contextlib.asynccontextmanager
@@ -91,6 +92,17 @@ async def test_who_did_not_listen_takes_nobody_for_silent() -> None:
             assert outages.shadowed([b"a", b"b"]) == set()
             await asyncio.sleep(0.005)
             assert outages.shadowed([b"a", b"b"]) == set()
+
+
+async def test_who_takes_its_time_to_let_us_in_was_not_silent() -> None:
+    masters = Masters("a", "b")
+    masters.unopened.add("a")
+    masters.silent |= {"a", "b"}
+    async with watched(masters) as outages:
+        await asyncio.sleep(LEASE / 8)
+        masters.silent.clear()
+        await asyncio.sleep(0.05)
+        assert outages.shadowed([b"a", b"b"]) == {b"b"}
 
 
 async def test_nothing_is_remembered_by_who_watches_no_more() -> None:
