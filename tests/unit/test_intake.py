@@ -99,7 +99,7 @@ class Setting:
             hand_back=hand_back,
             unlock=unlock,
             recovered_after=HEARTBEAT,
-            retry=RetryConfig(initial_delay=0.01, max_delay=0.05),
+            retry=RetryConfig(max_retries=-1, initial_delay=0.01, max_delay=0.05),
             patience=0.0,
             recovery=RecoveryConfig(),
             recorder=None,
