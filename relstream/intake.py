@@ -141,6 +141,7 @@ class Intake:
         self._probing = False
         # Servers of locks that were refused since one was taken.
         self._refusing: set[Endpoint | None] = set()
+        # Batches whose locks are being asked for: no audit may take these for strays.
         self._locking: list[list[Entry]] = []
         self._audited = False
         self._stopping = False
@@ -399,17 +400,20 @@ class Intake:
         """Tries once more to lock what was refused."""
         room = max(self._room.share(), 0)
         since = self._refused_since
+        failure: RelstreamError | None = None
         fitting, self._refused = self._refused[:room], self._refused[room:]
         if fitting:
             self._room.set_aside(len(fitting))
             try:
                 self._notifications.added(await self._lock(fitting, -math.inf))
+            except RelstreamError as error:
+                failure = error
             finally:
                 self._room.give_back(len(fitting))
                 self._refused_since = since
-                await self._return_refused()
-        else:
-            await self._return_refused()
+        await self._return_refused()
+        if failure is not None:
+            raise failure
 
     async def _return_refused(self) -> None:
         """Puts back what was refused for so long that it might be taken for a dead owner's.

@@ -269,6 +269,7 @@ class PutBack:
         lock can be anybody's. What could not be put back is REFUSED, and the reason of one of these
         is returned as well.
         """
+        single = self._topology.single
 
         def entries() -> Sequence[Returning]:
             returning: Sequence[Returning] = plan.returning(counting)
@@ -276,7 +277,6 @@ class PutBack:
                 return returning
             return [(entry_id, pairs, None) for entry_id, pairs, _ in returning]
 
-        single = self._topology.single
         if not single and not looked:
             return await self._put_apart(entries())
         calls = plan.calls(

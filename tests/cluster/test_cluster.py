@@ -101,20 +101,25 @@ def write_lock(service: Service, name: str) -> str:
     return f"{name}{SEPARATOR}1-1"
 
 
+def one_on_every_master(cluster: Cluster, service: Service, prefix: str) -> set[str]:
+    """Names whose locks (`write_lock`) are on all masters, one on each."""
+    masters = cluster.masters()
+    found: dict[Node, str] = {}
+    number = 0
+    while len(found) < len(masters):
+        name = f"{prefix}{number}"
+        found.setdefault(cluster.master_of(write_lock(service, name)), name)
+        number += 1
+    return set(found.values())
+
+
 async def hears_every_master(cluster: Cluster, service: Service, notes) -> None:
     """Locks that expire are told of, whichever master holds them."""
-    masters = cluster.masters()
-    wanted: dict[Node, str] = {}
-    number = 0
-    while len(wanted) < len(masters):
-        name = f"probe{number}"
-        owner = cluster.master_of(write_lock(service, name))
-        wanted.setdefault(owner, name)
-        number += 1
-    for name in wanted.values():
+    wanted = one_on_every_master(cluster, service, "probe")
+    for name in wanted:
         service.redis.set(write_lock(service, name), "x", px=50)
     heard = names(await take(notes, len(wanted), EXPIRED))
-    assert sorted(heard) == sorted(wanted.values())
+    assert sorted(heard) == sorted(wanted)
 
 
 # --- at rest --------------------------------------------------------------------------------------
@@ -437,13 +442,7 @@ async def test_events_of_every_master_come_again_within_three_seconds(
     await asyncio.to_thread(change, cluster, cluster.master_of(service.dlq))
     loop = asyncio.get_running_loop()
     deadline = loop.time() + 3
-    by_master: dict[Node, str] = {}
-    masters = cluster.masters()
-    for name in map("again{}".format, range(3000)):
-        by_master.setdefault(cluster.master_of(write_lock(service, name)), name)
-        if len(by_master) == len(masters):
-            break
-    wanted = set(by_master.values())
+    wanted = one_on_every_master(cluster, service, "again")
     while wanted:
         assert loop.time() < deadline, wanted
         for name in wanted:
