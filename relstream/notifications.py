@@ -28,6 +28,11 @@ class NotificationType(enum.Enum):
     """The last one: `additional_info["info"]` is the reason."""
 
 
+# Every loop over notifications looks at them, and before Python 3.12 each look runs Python code.
+for _member in NotificationType:
+    type.__setattr__(NotificationType, _member.name, _member)
+
+
 class LBSInfo(NamedTuple):
     """An announcement of a data stream in the load balancer stream."""
 
@@ -98,9 +103,7 @@ class Notifications(Deliveries, AsyncIterator[Notification]):
         """These are owned from now on."""
         if self._ended:
             return
-        self._items.extend(entries)
-        self._waiting += len(entries)
-        self._waiting_bytes += sum([entry.cost for entry in entries])
+        self._enqueue(entries)
         self._arrived.set()
 
     def disowned(self, entry: Entry) -> None:

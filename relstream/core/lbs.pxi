@@ -437,7 +437,15 @@ cdef class Deliveries:
         self._kind = kind
         self._info = info
 
-    def _take(self):
+    def _enqueue(self, list entries not None):
+        """These streams wait now, too."""
+        cdef Entry entry
+        for entry in entries:
+            self._waiting_bytes += entry.cost
+        self._waiting += len(entries)
+        self._items.extend(entries)
+
+    cpdef object _take(self):
         """What comes next, if anything waits; else None. An entry counts as delivered."""
         cdef Entry entry
         if self._urgent:

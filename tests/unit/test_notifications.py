@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
 
 import pytest
 
@@ -15,6 +16,14 @@ ADDED = NotificationType.STREAM_ADDED
 DISOWNED = NotificationType.STREAM_DISOWNED
 EXPIRED = NotificationType.STREAM_EXPIRED
 TERMINATED = NotificationType.STREAM_TERMINATED
+
+
+def test_types_are_members_of_an_enum():
+    for member in NotificationType:
+        assert vars(NotificationType)[member.name] is member is NotificationType(member.value)
+        assert pickle.loads(pickle.dumps(member)) is member
+    with pytest.raises(AttributeError):
+        NotificationType.STREAM_ADDED = None
 
 
 def entries(*names, info=None):
