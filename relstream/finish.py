@@ -23,7 +23,7 @@ from relstream._core import (
 from relstream.errors import ClientClosed, RelstreamError, ReplyError, StreamNotOwned
 from relstream.leases import pending_for
 from relstream.net.connection import Backoff, explained_by_failover, observe, raise_first
-from relstream.recovery import PUT, Entries, PutBack
+from relstream.put_back import PUT, Entries, PutBack
 from relstream.scripts import FINISH, run
 
 if TYPE_CHECKING:

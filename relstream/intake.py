@@ -17,7 +17,7 @@ from relstream.errors import ProtocolError, RelstreamError, ReplyError
 from relstream.lbs import INPUT_FIELD, SEPARATOR, UNPARSEABLE, Names
 from relstream.net.connection import Backoff, explained_by_failover
 from relstream.notifications import MAX_WAITING_BYTES
-from relstream.recovery import PUT, PutBack, discard
+from relstream.put_back import PUT, PutBack, discard
 
 if TYPE_CHECKING:
     from relstream.config import RecoveryConfig, RetryConfig

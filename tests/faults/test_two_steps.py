@@ -10,7 +10,7 @@ from helpers import SEPARATOR, eventually, names, nothing_comes, take
 from wire import Proxy
 
 from relstream import ConnectionLost, RecoveryConfig, RetryConfig, client
-from relstream.recovery import PutBack
+from relstream.put_back import PutBack
 
 SCAN_ONLY = RecoveryConfig(reconciliation_interval=0.3, min_idle_time=0.2)
 LEAVE_ALONE = RecoveryConfig(min_idle_time=3600)

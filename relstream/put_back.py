@@ -1,0 +1,473 @@
+"""Pending entries: read, added anew under new ids, or buried in the dead-letter stream.
+
+All who give an entry away do it by this: recovery, the owner that hands a stream over, and the
+reader that can't lock what it read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from relstream._core import ENTRIES, ITEM, PENDING, Batch, Ids, Plan, Template, pack
+from relstream.errors import (
+    ConnectionFailed,
+    ConnectionLost,
+    ProtocolError,
+    RelstreamError,
+    ReplyError,
+)
+from relstream.lbs import (
+    DLQ_REASON_FIELD,
+    INPUT_FIELD,
+    RETRY_FIELD,
+    SEPARATOR,
+    SOURCE_FIELD,
+    Names,
+    replace_fields,
+    retry_count,
+)
+from relstream.net.connection import Backoff, raise_first
+from relstream.scripts import PUT_BACK, SCRIPT_KEYS, run_packed
+
+if TYPE_CHECKING:
+    from relstream.net.topology import KeyLink, Topology
+    from relstream.recorder import SafeRecorder
+
+    # An entry's id, its field names and values, and the lock that must be free, if one must.
+    Returning = tuple[bytes, list[bytes], bytes | None]
+
+# A call of the script that puts back carries about this much at most.
+SCRIPT_BYTES = 1 << 20
+# Entries are read in portions of about so many bytes, and at most so many of them.
+READ_BYTES = 1 << 20
+LARGEST_READ = 1000
+# Seconds after which something that failed between two steps is tried again, at first and at most.
+DOUBT = 0.1
+ADD_AGAIN = 2.0
+
+PUT, LOST, ALIVE, NOT_BY_SCRIPT, REFUSED = 1, 0, 2, -1, -2
+
+
+async def read_entries(link: KeyLink, names: Names, ids: Iterable[bytes]) -> list[Batch]:
+    """Entries of the LBS by their ids, a batch of one or none each (XRANGE)."""
+    ask = Template(b"XRANGE", names.lbs, ITEM, ITEM)
+    ids = list(ids)
+    return raise_first(await link.pipeline(ask.pack(ids), len(ids), decode=ENTRIES))
+
+
+class Entries:
+    """Reads entries of the LBS in portions that fit into memory, whatever size they have."""
+
+    def __init__(self, link: KeyLink, names: Names) -> None:
+        self._link = link
+        self._names = names
+        self._count = 1  # entries a portion, by the size of what came so far
+
+    async def read(
+        self, ids: Ids, page_size: int | None = None
+    ) -> AsyncIterator[tuple[Ids, list[Batch]]]:
+        """Portions of the ids, with their entries. `page_size`: they all come from one such page.
+
+        Then they are mostly nearly one range.
+        """
+        start = 0
+        while start < len(ids):
+            count = self._count
+            part = ids
+            if count < len(ids) - start or start:
+                part = Ids([ids[i] for i in range(start, min(start + count, len(ids)))])
+            try:
+                if page_size is None or 4 * len(ids) < page_size:
+                    batches = await read_entries(self._link, self._names, part)
+                else:
+                    batches = await self._range(part)
+            except (ConnectionFailed, ProtocolError):
+                self._count = 1  # it may have been too large a reply
+                raise
+            start += len(part)
+            came = sum(map(len, batches))
+            fitting = max(1, came * READ_BYTES // max(1, sum(batch.nbytes for batch in batches)))
+            # A small portion tells little of many, unless its entries are large.
+            if came:
+                self._count = min(fitting, max(self._count, 4 * came), LARGEST_READ)
+            yield part, batches
+
+    async def _range(self, ids: Ids) -> list[Batch]:
+        batches: list[Batch] = []
+        start: bytes | None = ids[0]
+        last, size = ids[-1], len(ids)
+        while start is not None:
+            batch: Batch = await self._link.execute(
+                b"XRANGE", self._names.lbs, start, last, b"COUNT", size, decode=ENTRIES
+            )
+            batches.append(batch)
+            done = len(batch) < size or batch.id(-1) == last
+            start = None if done else b"(" + batch.id(-1)
+        return batches
+
+
+async def holders(topology: Topology, locks: list[bytes]) -> list[bytes | ReplyError | None]:
+    """Who holds each lock, asked by its own GET, or what kept us from reading it.
+
+    A key of another type is nobody's lock, as MGET says too.
+    """
+    replies = await topology.each(Template(b"GET", ITEM).pack, locks)
+    return [None if isinstance(r, ReplyError) and r.code == "WRONGTYPE" else r for r in replies]
+
+
+def raise_if_all(replies: list[bytes | ReplyError | None]) -> list[bytes | ReplyError | None]:
+    """`replies` about locks; raises if no master could be asked for now, as in an outage."""
+    refusals = [reply for reply in replies if isinstance(reply, ReplyError) and reply.transient]
+    if refusals and len(refusals) == len(replies):
+        raise refusals[0]
+    return replies
+
+
+def plan_for(ids: Ids, batches: list[Batch]) -> Plan:
+    """What there is to do about pending entries, `batches` being where they are."""
+    return Plan(ids, batches, INPUT_FIELD, SEPARATOR, RETRY_FIELD, orjson.loads)
+
+
+class PutBack:
+    """Adds pending entries anew under new ids.
+
+    One atomic step an entry (the script). Where scripts are forbidden XACK comes first, then XADD
+    and XDEL for those that were won by it, and a crash between the two would lose them: such gaps
+    are counted. As long as we live they are added, whatever happens to server and connection. So it
+    is for an entry with more fields than a script can pass on.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        names: Names,
+        recorder: SafeRecorder | None,
+        logger: logging.Logger,
+    ) -> None:
+        self._topology = topology
+        self._link = topology.link(names.lbs)
+        self._names = names
+        self._recorder = recorder
+        self._logger = logger
+        self._scripts_forbidden = False
+        # Between their two steps, and those among them that something keeps from the second.
+        self._moving: set[asyncio.Task[list[int]]] = set()
+        self._stuck: set[asyncio.Task[Any]] = set()
+
+    async def put(self, entries: Sequence[Returning]) -> list[int]:
+        """For each entry PUT, LOST (it was not pending) or ALIVE (locked).
+
+        One without any fields is only acknowledged and deleted. Raises `ReplyError`, once all
+        others are put back, when the server refuses that of some; they stay pending.
+        """
+        outcomes: list[int]
+        if self._topology.single:
+            outcomes, refusal = await self._put(self._calls(entries), lambda: entries)
+        else:
+            outcomes, refusal = await self._put_apart(entries)
+        if refusal is not None:
+            raise refusal
+        return outcomes
+
+    async def bury(self, letters: Sequence[Returning], max_len: int, reason: bytes) -> list[int]:
+        """Moves pending entries to the dead-letter stream; returns what `put` does.
+
+        They are added there before they are acknowledged here: a crash between may put one there
+        twice, with the same `_source_id`, and can't lose it. Who finds that another was first, or
+        that its owner lives, takes back what it has added. Raises `ReplyError` when the dead-letter
+        stream can't be written; the entries stay pending.
+        """
+        cap: tuple[bytes | int, ...] = (b"MAXLEN", b"~", max_len) if max_len else ()
+        adding = [
+            pack(
+                b"XADD", self._names.dlq, *cap, b"*",
+                *replace_fields(
+                    pairs,
+                    {
+                        RETRY_FIELD: b"%d" % retry_count(pairs),
+                        DLQ_REASON_FIELD: reason,
+                        SOURCE_FIELD: entry_id,
+                    },
+                ),
+            )
+            for entry_id, pairs, _ in letters
+        ]  # fmt: skip
+        dlq = self._topology.link(self._names.dlq)
+        copies = await dlq.pipeline(b"".join(adding), len(adding))
+        ours: list[tuple[Returning, bytes]] = [
+            ((entry_id, [], lock), copy)
+            for (entry_id, _, lock), copy in zip(letters, copies, strict=True)
+            if not isinstance(copy, ReplyError)
+        ]
+        outcomes: list[int] = []
+        # One call at a time: where it is forbidden, nothing of it was done.
+        for start in range(0, len(ours), SCRIPT_KEYS):
+            outcomes += await self.put([entry for entry, _ in ours[start : start + SCRIPT_KEYS]])
+        surplus = [c for (_, c), outcome in zip(ours, outcomes, strict=True) if outcome != PUT]
+        if surplus:
+            await dlq.execute(b"XDEL", self._names.dlq, *surplus)
+        raise_first(copies)
+        return outcomes
+
+    async def put_planned(
+        self, plan: Plan, *, counting: bool, looked: bool, locked: bool = True
+    ) -> tuple[list[int], ReplyError | None]:
+        """The same for what the plan says shall be put back; `counting`: with one more retry.
+
+        `looked`: their locks were seen free just now, with nothing awaited since; not `locked`: no
+        lock can be anybody's. What could not be put back is REFUSED, and the reason of one of these
+        is returned as well.
+        """
+        single = self._topology.single
+
+        def entries() -> Sequence[Returning]:
+            returning: Sequence[Returning] = plan.returning(counting)
+            if locked or single:
+                return returning
+            return [(entry_id, pairs, None) for entry_id, pairs, _ in returning]
+
+        if not single and not looked:
+            return await self._put_apart(entries())
+        calls = plan.calls(
+            PUT_BACK.digest, self._names.lbs, self._names.group,
+            counting=counting, locks=single, most=SCRIPT_KEYS, size=SCRIPT_BYTES,
+        )  # fmt: skip
+        return await self._put(calls, entries)
+
+    async def _put_apart(self, entries: Sequence[Returning]) -> tuple[list[int], ReplyError | None]:
+        """The locks are on other servers than the script: they are looked at just before it."""
+        taken = await self._taken(entries)
+        free = [(entry_id, pairs, None) for entry_id, pairs, lock in entries if lock not in taken]
+        told, refusal = await self._put(self._calls(free), lambda: free)
+        outcomes = iter(told)
+        return [ALIVE if lock in taken else next(outcomes) for _, _, lock in entries], refusal
+
+    async def _put(
+        self, calls: list[bytes], entries: Callable[[], Sequence[Returning]]
+    ) -> tuple[list[int], ReplyError | None]:
+        outcomes: list[int] = []
+        refusal: ReplyError | None = None
+        if not self._scripts_forbidden:
+            for call, reply in zip(
+                calls, await run_packed(self._link, PUT_BACK, calls), strict=True
+            ):
+                if not isinstance(reply, ReplyError):
+                    for outcome in reply:
+                        if isinstance(outcome, bytes):
+                            refusal = ReplyError(outcome.decode(errors="replace").removeprefix("-"))
+                            outcome = REFUSED
+                        outcomes.append(outcome)
+                elif reply.code != "NOPERM":
+                    raise reply
+                elif reply.about_keys:  # one of these locks: for once, in two steps
+                    keys = int(call[:200].split(b"\r\n")[6])
+                    if keys == 1:
+                        raise reply
+                    outcomes += [NOT_BY_SCRIPT] * (keys - 1)
+                else:
+                    self._scripts_forbidden = True
+                    self._logger.warning(
+                        "scripts are forbidden (%s): entries are put back in two steps; grant "
+                        "+evalsha, +script|load and +mget to make that one atomic step",
+                        reply,
+                    )
+                    break
+        if self._scripts_forbidden or NOT_BY_SCRIPT in outcomes:
+            told = entries()
+            outcomes += [NOT_BY_SCRIPT] * (len(told) - len(outcomes))
+            others = [i for i, outcome in enumerate(outcomes) if outcome == NOT_BY_SCRIPT]
+            try:
+                steps = await self._in_two_steps([told[i] for i in others])
+            except ReplyError as error:
+                if len(others) == len(outcomes):
+                    raise
+                refusal = error
+                steps = [REFUSED] * len(others)
+            for i, outcome in zip(others, steps, strict=True):
+                outcomes[i] = outcome
+        return outcomes, refusal
+
+    def _calls(self, entries: Sequence[Returning]) -> list[bytes]:
+        calls: list[tuple[list[bytes], list[Any]]] = []
+        size = held = fields = 0
+        for entry_id, pairs, lock in entries:
+            if not calls or held >= SCRIPT_KEYS or size >= SCRIPT_BYTES or len(pairs) != fields:
+                fields = len(pairs)
+                calls.append(([self._names.lbs], [self._names.group, fields]))
+                size = held = 0
+            keys, args = calls[-1]
+            if lock is not None:
+                keys.append(lock)
+            args += (entry_id, *pairs)
+            held += 1
+            size += sum(map(len, pairs))
+        return [pack(b"EVALSHA", PUT_BACK.digest, len(keys), *keys, *args) for keys, args in calls]
+
+    async def _taken(self, entries: Sequence[Returning]) -> set[bytes]:
+        """The locks among those of the entries that somebody holds, or that we may not read."""
+        locks = [lock for _, _, lock in entries if lock is not None]
+        held = raise_if_all(await holders(self._topology, locks))
+        return {key for key, value in zip(locks, held, strict=True) if value is not None}
+
+    async def _in_two_steps(self, entries: Sequence[Returning]) -> list[int]:
+        while self._stuck:
+            await asyncio.wait(self._stuck)  # what was won before comes first
+        taken = await self._taken(entries)
+        free = [entry for entry in entries if entry[2] not in taken]
+        if any(pairs for _, pairs, _ in free):
+            await self._check_adding()
+        # Whoever stops waiting does not stop it between its two steps.
+        moving = asyncio.ensure_future(self._move(free))
+        self._moving.add(moving)
+        moving.add_done_callback(self._moving.discard)
+        moving.add_done_callback(self._stuck.discard)
+        counts = iter(await asyncio.shield(moving))
+        return [ALIVE if lock in taken else next(counts) for _, _, lock in entries]
+
+    async def _check_adding(self) -> None:
+        """Raises what the server would answer now to any XADD (OOM, READONLY, MISCONF, …).
+
+        The id is one that no entry can have, which is found out after all of that.
+        """
+        (reply,) = await self._link.pipeline(pack(b"XADD", self._names.lbs, b"0-0", b"f", b"v"), 1)
+        if isinstance(reply, ReplyError) and reply.code != "ERR":
+            raise reply
+
+    async def _move(self, entries: list[Returning]) -> list[int]:
+        """Acknowledges entries, then adds those anew that were won by it, however long it takes."""
+        left = {entry_id: pairs for entry_id, pairs, _ in entries}
+        ids = list(left)
+        ack = Template(b"XACK", self._names.lbs, self._names.group, ITEM)
+        broken: RelstreamError | None = None
+        start = time.perf_counter()
+        gaps = 0
+        try:
+            try:
+                acked = await self._link.pipeline(ack.pack(ids), len(ids))
+            except (ConnectionLost, ProtocolError) as error:
+                broken = error
+                acked = await self._acked(entries, error)
+            except RelstreamError:
+                left.clear()
+                raise
+            left = {i: left[i] for i, count in zip(ids, acked, strict=True) if count == 1}
+            gaps = sum(1 for pairs in left.values() if pairs)
+            await self._add(left)
+        finally:
+            if self._recorder is not None and gaps:
+                self._recorder.ack_add_gap(gaps, time.perf_counter() - start)
+            if left:
+                self._logger.error(
+                    "given up: %d entries %s acknowledged and not added again; what is still in "
+                    "%r has to be announced anew: %s",
+                    len(left), "were" if gaps else "may have been", self._names.lbs.decode(),
+                    ", ".join(f"{i.decode()} {_shown(pairs)}" for i, pairs in left.items()),
+                )  # fmt: skip
+        if broken is not None:
+            raise broken
+        raise_first(acked)
+        return acked
+
+    async def _acked(self, entries: list[Returning], error: RelstreamError) -> list[int]:
+        """Whether our XACK was carried out, whose answer got lost: 1 or 0 for each entry.
+
+        It was if an entry is there and not pending, as whoever else takes one away deletes it, too.
+        Its owner may be about to: it is given some time, and as long as it has the lock.
+        """
+        ask = Template(b"XPENDING", self._names.lbs, self._names.group, ITEM, ITEM, 1)
+        self._trouble(len(entries), error)
+        backoff = Backoff(DOUBT, ADD_AGAIN)
+        doubtful = list(entries)
+        ours: set[bytes] = set()
+        while doubtful:
+            await asyncio.sleep(DOUBT + backoff.failed())
+            ids = [entry_id for entry_id, _, _ in doubtful]
+            try:
+                pages = raise_first(
+                    await self._link.pipeline(ask.pack(ids), len(ids), decode=PENDING)
+                )
+                there = await self._there(
+                    [i for i, page in zip(ids, pages, strict=True) if not len(page)]
+                )
+                doubtful = [entry for entry in doubtful if entry[0] in there]
+                taken = await self._taken(doubtful)
+            except RelstreamError as another:
+                self._logger.debug("still not known: %s", another)
+                continue
+            ours.update(entry_id for entry_id, _, lock in doubtful if lock not in taken)
+            doubtful = [entry for entry in doubtful if entry[0] not in ours]
+        return [int(entry_id in ours) for entry_id, _, _ in entries]
+
+    async def _there(self, ids: list[bytes]) -> set[bytes]:
+        """Those of the ids whose entries are in the stream."""
+        there: set[bytes] = set()
+        async for _, batches in Entries(self._link, self._names).read(Ids(ids)):
+            there.update(entry_id for batch in batches for entry_id in batch.ids())
+        return there
+
+    async def _add(self, left: dict[bytes, list[bytes]]) -> None:
+        """Adds entries that are acknowledged, deletes the old ones, and takes them out of `left`.
+
+        Goes on until it has worked, as nobody else knows of them. If the answer to an XADD is lost,
+        its entry is added again: twice, perhaps, rather than not at all.
+        """
+        backoff = Backoff(DOUBT, ADD_AGAIN)
+        added: list[bytes] = []
+        while left or added:
+            try:
+                ids = [entry_id for entry_id, pairs in left.items() if pairs]
+                packed = [pack(b"XADD", self._names.lbs, b"*", *left[i]) for i in ids]
+                replies = await self._link.pipeline(b"".join(packed), len(packed))
+                refused = {
+                    i for i, r in zip(ids, replies, strict=True) if isinstance(r, ReplyError)
+                }
+                for entry_id in left.keys() - refused:
+                    del left[entry_id]
+                    added.append(entry_id)
+                if added:
+                    await self._link.execute(b"XDEL", self._names.lbs, *added)
+                    added.clear()
+                raise_first(replies)
+            except RelstreamError as error:
+                if not left and isinstance(error, ReplyError):
+                    raise
+                self._trouble(len(left), error)
+                await asyncio.sleep(backoff.failed())
+
+    def _trouble(self, count: int, error: RelstreamError) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        if task not in self._stuck:
+            self._stuck.add(task)
+            self._logger.warning(
+                "%d entries are being put back in two steps, and the second one is tried until it "
+                "works: %s", count, error,
+            )  # fmt: skip
+
+    async def settle(self) -> None:
+        """Waits until nothing is between its two steps."""
+        while self._moving:
+            await asyncio.wait(self._moving)
+
+    async def close(self) -> None:
+        """Gives up what is between its two steps still, and logs what is lost by that."""
+        for moving in self._moving:
+            moving.cancel()
+        await asyncio.gather(*self._moving, return_exceptions=True)
+
+
+def _shown(pairs: list[bytes]) -> str:
+    """An announcement, for a person to read."""
+    return repr(dict(zip(pairs[::2], pairs[1::2], strict=True)).get(INPUT_FIELD, b"")[:100])
+
+
+async def discard(link: KeyLink, names: Names, ids: Sequence[bytes]) -> None:
+    """Acknowledges and deletes LBS entries that nobody needs any more."""
+    packed = pack(b"XACK", names.lbs, names.group, *ids) + pack(b"XDEL", names.lbs, *ids)
+    raise_first(await link.pipeline(packed, 2))
