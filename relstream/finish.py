@@ -23,7 +23,7 @@ from relstream._core import (
 from relstream.errors import ClientClosed, RelstreamError, ReplyError, StreamNotOwned
 from relstream.leases import pending_for
 from relstream.net.connection import Backoff, explained_by_failover, observe, raise_first
-from relstream.put_back import PUT, Entries, PutBack
+from relstream.put_back import PUT, Entries
 from relstream.scripts import FINISH, run
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from relstream.lbs import Names
     from relstream.leases import Keeper, Leases, Locks
     from relstream.net.topology import Topology
+    from relstream.put_back import PutBack
     from relstream.recorder import SafeRecorder
 
     Future = asyncio.Future[None]
@@ -64,6 +65,7 @@ class Finisher:
         leases: Leases,
         keeper: Keeper,
         *,
+        put_back: PutBack,
         retry: RetryConfig,
         patience: float,
         on_lost: Callable[[Entry], None],
@@ -80,10 +82,7 @@ class Finisher:
         self._retry = retry
         self._patience = patience
         self._on_lost = on_lost
-        putting = self._putting = PutBack(topology, names, recorder, logger)
-        self._put = putting.put
-        self.settle = putting.settle
-        self.close = putting.close
+        self._put = put_back.put
         # One for each batch under way, and those that are on the server.
         self._receipts = [names.receipt(consumer, number) for number in range(BATCHES)]
         self._written: set[bytes] = set()

@@ -17,13 +17,14 @@ from relstream.errors import ProtocolError, RelstreamError, ReplyError
 from relstream.lbs import INPUT_FIELD, SEPARATOR, UNPARSEABLE, Names
 from relstream.net.connection import Backoff, explained_by_failover
 from relstream.notifications import MAX_WAITING_BYTES
-from relstream.put_back import PUT, PutBack, discard
+from relstream.put_back import PUT, discard
 
 if TYPE_CHECKING:
     from relstream.config import RecoveryConfig, RetryConfig
     from relstream.net.connection import Endpoint
     from relstream.net.topology import KeyLink, Topology
     from relstream.notifications import Notifications
+    from relstream.put_back import PutBack
     from relstream.recorder import SafeRecorder
 
 # A read waits on the server for this long, in seconds: so long may closing take where the server
@@ -101,6 +102,7 @@ class Intake:
         audit: Callable[[], Awaitable[None]],
         hand_back: Callable[[list[bytes]], Awaitable[list[bytes]]],
         unlock: Callable[[list[bytes]], Awaitable[list[bytes]]],
+        put_back: PutBack,
         recovered_after: float,
         retry: RetryConfig,
         patience: float,
@@ -122,7 +124,7 @@ class Intake:
         self._retry = retry
         self._patience = patience
         self._recovery = recovery
-        self._put_back = PutBack(topology, names, recorder, logger)
+        self._put_back = put_back
         self._recorder = recorder
         self._logger = logger
         # Small enough that two batches fit: one is read while the other is locked or told.

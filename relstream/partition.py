@@ -10,6 +10,7 @@ from relstream.errors import PermissionDenied, RelstreamError, ReplyError
 from relstream.finish import Finisher
 from relstream.intake import Intake, Room
 from relstream.leases import Keeper, Leases, Locks
+from relstream.put_back import PutBack
 from relstream.recovery import Recoverer
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Partition:
         self._logger = logger
         recovered_after = min(heartbeat, recovery.min_idle_time)
         self.link = commands.link(names.lbs)
+        self._put_back = PutBack(commands, names, recorder, logger)
         self.leases = Leases(
             self.link,
             locks,
@@ -72,6 +74,7 @@ class Partition:
             consumer,
             self.leases,
             keeper,
+            put_back=self._put_back,
             retry=retry,
             patience=patience,
             on_lost=self._disown,
@@ -100,6 +103,7 @@ class Partition:
             audit=self._put_strays_back,
             hand_back=self._return,
             unlock=self.leases.unlock,
+            put_back=self._put_back,
             recovered_after=recovered_after,
             retry=retry,
             patience=patience,
@@ -185,12 +189,12 @@ class Partition:
 
     async def settle(self) -> None:
         """Waits until nothing is acknowledged that is not yet added again."""
-        await self.finisher.settle()
+        await self._put_back.settle()
         await self.recoverer.settle()
 
     async def close(self) -> None:
         """Gives that up; for after all else has ended."""
-        await self.finisher.close()
+        await self._put_back.close()
         await self.recoverer.close()
 
     async def audit_for_ever(self) -> None:

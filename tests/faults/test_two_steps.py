@@ -193,7 +193,7 @@ async def test_the_answer_to_the_first_step_gets_lost(consumer, service, url, by
         owner = consumer("owner", url=url, recovery=SCAN_ONLY)
         put_back = owner._partitions[0].recoverer._put_back
     else:
-        put_back = owner._partitions[0].finisher._putting
+        put_back = owner._partitions[0]._put_back
     losing = put_back._link = Losing(put_back._link, carried_out)
     notes = await owner.init()
     if by == "release":
@@ -204,6 +204,37 @@ async def test_the_answer_to_the_first_step_gets_lost(consumer, service, url, by
     assert losing.lost
     assert len(service.entries()) == len(service.pending("owner")) == 10
     await nothing_comes(notes, 0.5)
+
+
+class Dead:
+    """A link over which nothing is answered any more from the first XACK on."""
+
+    def __init__(self, link):
+        self._link = link
+        self._dead = False
+
+    def __getattr__(self, name):
+        return getattr(self._link, name)
+
+    async def pipeline(self, packed, replies, **options):
+        self._dead = self._dead or b"XACK" in packed
+        if self._dead:
+            raise ConnectionLost("just now")
+        return await self._link.pipeline(packed, replies, **options)
+
+
+async def test_closing_gives_up_what_is_being_buried(consumer, service, url, monkeypatch, caplog):
+    monkeypatch.setattr(client, "CLOSE_TIMEOUT", 0.5)
+    before = asyncio.all_tasks()
+    service.redis.xadd(service.lbs, {"lbs-input": "announces nothing"})
+    reader = consumer(url=url, recovery=LEAVE_ALONE)
+    put_back = reader._partitions[0]._put_back
+    put_back._link = Dead(put_back._link)
+    await reader.init()
+    await eventually(lambda: put_back._moving)
+    await reader.aclose()
+    assert asyncio.all_tasks() == before
+    assert "given up: 1 entries" in caplog.text
 
 
 async def test_one_lock_that_is_forbidden_is_no_reason_to_forbid_scripts(

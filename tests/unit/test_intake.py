@@ -77,6 +77,7 @@ class Setting:
             apart=lambda keys: dict.fromkeys(map(server, keys) if not single else [None]),
         )
         reading = reading or Reading(*batches)
+        nobody: Any = None
 
         async def nothing() -> None: ...
 
@@ -98,6 +99,7 @@ class Setting:
             audit=nothing,
             hand_back=hand_back,
             unlock=unlock,
+            put_back=nobody,
             recovered_after=HEARTBEAT,
             retry=RetryConfig(max_retries=-1, initial_delay=0.01, max_delay=0.05),
             patience=0.0,
