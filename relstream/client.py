@@ -473,8 +473,9 @@ class StreamClient:
         Its retry count grows by one, and beyond `recovery.max_retries` it becomes a dead letter.
 
         Raises:
-            AlreadyClaimed: its lock is held, or another consumer was first, or it is finished.
-            InvalidOption: `lbs_info` has no id of an entry.
+            AlreadyClaimed: its lock is held, or another consumer was first, or it is finished; or
+                the entry of this id announces another stream.
+            InvalidOption: `lbs_info` has no name of a stream, or no id of an entry.
             ConnectionFailed, ReplyError: nothing was changed, as far as is known.
             ClientClosed: the client is closed.
         """

@@ -118,18 +118,22 @@ def partition_of(data_stream_name: str, partitions: int) -> int:
 
 def entry_id_of(option: str, value: object) -> bytes:
     """An entry's id as Redis has it; raises `InvalidOption` for what is none."""
-    if isinstance(value, str) and value.isascii() and parse_id(value.encode()) is not None:
-        return value.encode()
+    if isinstance(value, str) and value.isascii():
+        parsed = parse_id(value.encode())
+        if parsed is not None:
+            return b"%d-%d" % parsed
     raise InvalidOption(option, value, "an entry's id, of the form <ms>-<seq>")
 
 
 def split_lock_key(key: bytes) -> tuple[str, str] | None:
     """The name of the data stream and the id of its entry; None when `key` is no lock's.
 
-    A data stream's name may contain the separator, so the last one counts.
+    A data stream's name may contain the separator, so the last one counts; an id has no zeros in
+    front.
     """
     name, separator, entry_id = key.rpartition(SEPARATOR)
-    if not separator or not name or parse_id(entry_id) is None:
+    parsed = parse_id(entry_id)
+    if not separator or not name or parsed is None or b"%d-%d" % parsed != entry_id:
         return None
     try:
         return name.decode(), entry_id.decode()

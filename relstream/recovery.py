@@ -13,12 +13,13 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from relstream._core import PENDING, Batch, Ids, PendingPage, jittered, pack, parse_id
+from relstream.config import check_name
 from relstream.errors import AlreadyClaimed, RelstreamError, ReplyError
-from relstream.lbs import MAX_RETRIES, UNPARSEABLE, Names, entry_id_of
+from relstream.lbs import MAX_RETRIES, SEPARATOR, UNPARSEABLE, Names, entry_id_of
 from relstream.net.connection import Backoff, explained_by_failover, raise_first
 from relstream.net.topology import ClusterTopology
 from relstream.notifications import LBSInfo
@@ -47,12 +48,16 @@ if TYPE_CHECKING:
 
 # Pages that are recovered while the next one is read.
 PAGES_AHEAD = 4
-# Seconds for which leadership lasts when it is not renewed, and between two looks of the leader.
+# Pages of all walks together that are recovered at the same time.
+PAGES = 2 * PAGES_AHEAD
+# Seconds for which leadership lasts at most when it is not renewed; where locks expire sooner half
+# as long at least. And between two looks of the leader.
 LEADERSHIP = 1.0
-LEADERSHIP_MS = round(LEADERSHIP * 1000)
 LOOK_EVERY = 0.2
-# Seconds before a consumer is looked at again whose entries could not be recovered.
+# Seconds before a consumer is looked at again whose entries could not be recovered, and before a
+# scan that broke off is repeated; longer each time.
 LOOK_AGAIN = 0.5
+SCAN_AGAIN = 1.0
 # Locks that are looked at of each consumer: a dead one loses all of them together.
 SAMPLE = 3
 # Expired locks that may wait to be looked at; what comes beyond is found by looking anyway.
@@ -106,6 +111,7 @@ class Recoverer:
         # The value of the leader key.
         self._mark = self._consumer if auto_claim else SCANS_ONLY + self._consumer
         self._ttl_ms = round(heartbeat * 1000)
+        self._leadership = max(min(heartbeat, LEADERSHIP), LEADERSHIP / 2)
         self._recovery = recovery
         self._auto_claim = auto_claim
         self._recorder = recorder
@@ -117,9 +123,12 @@ class Recoverer:
             self._outages = Outages(topology, heartbeat)
         self.settle = self._put_back.settle
         self.close = self._put_back.close
-        self._expired: dict[bytes, None] = {}
+        self._expired: dict[bytes, bytes] = {}  # locks, and the ids of their entries
+        self._pages = asyncio.Semaphore(PAGES)
         self._leading = False
         self._known: dict[bytes, bytes] = {}  # sampled entries: id, lock
+        # Consumers whose entries are being looked at.
+        self._walks: dict[bytes, asyncio.Task[None]] = {}
         # Consumers looked at in vain: when they are looked at again, and the pause after that.
         self._fruitless: dict[bytes, tuple[float, float]] = {}
         # What of each is not sampled any more: up to this id nothing can be done about it.
@@ -129,7 +138,8 @@ class Recoverer:
         self._next_scan = 0.0
         self._scanned = False
         self._leader_key_checked = -math.inf
-        self._refused = False
+        self._scans_failed = Backoff(SCAN_AGAIN, recovery.reconciliation_interval)
+        self._complained: set[str] = set()
         self._mget_forbidden = False
 
     # --- from outside -------------------------------------------------------------------------
@@ -137,16 +147,20 @@ class Recoverer:
     def expired(self, payload: LBSInfo) -> None:
         """A lock expired: if it is ours to do so, its entry will be looked at."""
         if self._leading and self._auto_claim and len(self._expired) < MAX_EXPIRED:
-            self._expired[payload.id_in_lbs.encode()] = None
+            self._expired[_lock_of(payload)] = payload.id_in_lbs.encode()
 
     async def claim(self, lbs_info: LBSInfo) -> None:
         """Puts one entry back whose lock has expired. See `StreamClient.claim`."""
+        check_name("lbs_info.data_stream_name", lbs_info.data_stream_name)
         entry_id = entry_id_of("lbs_info.id_in_lbs", lbs_info.id_in_lbs)
-        tally = await self._recover_ids([entry_id])
+        lock = _lock_of(lbs_info._replace(id_in_lbs=entry_id.decode()))
+        tally = await self._recover_ids([entry_id], {lock})
         if tally.refusals:
             raise tally.refusals[0]
         if not tally.requeued and not tally.dead_letters:
-            why = "its lock is held" if tally.alive else "another was first, or it is finished"
+            why = "another was first, or it is finished"
+            if tally.alive:
+                why = "its lock is held, or the entry announces another stream"
             raise AlreadyClaimed(f"{lbs_info.data_stream_name!r} ({lbs_info.id_in_lbs}): {why}")
 
     async def recover(self, ids: list[bytes]) -> None:
@@ -183,7 +197,7 @@ class Recoverer:
 
     async def run(self) -> None:
         """Tries to lead, and recovers while it does, until cancelled."""
-        backoff = Backoff(LEADERSHIP / 4, LEADERSHIP)
+        backoff = Backoff(self._leadership / 4, self._leadership)
         outage = False
         while True:
             try:
@@ -197,7 +211,7 @@ class Recoverer:
                 else:
                     await self._check_leader_key()
                 backoff.reset()
-                await asyncio.sleep(jittered(LEADERSHIP / 4, 0.5, random.random()))
+                await asyncio.sleep(jittered(self._leadership / 4, 0.5, random.random()))
             except RelstreamError as error:
                 # Out of memory locks are renewed all the same.
                 out_of_memory = isinstance(error, ReplyError) and error.code == "OOM"
@@ -234,7 +248,7 @@ class Recoverer:
             self._logger.debug("leadership could not be given up, and expires: %s", error)
 
     async def _try_to_lead(self) -> bool:
-        take = (b"SET", self._names.leader, self._mark, b"PX", LEADERSHIP_MS)
+        take = (b"SET", self._names.leader, self._mark, b"PX", round(self._leadership * 1000))
         packed = pack(*take, b"NX") + pack(b"GET", self._names.leader)
         taken, leader = await self._leader.pipeline(packed, 2)
         if isinstance(leader, ReplyError):
@@ -255,7 +269,10 @@ class Recoverer:
             return await self._try_to_lead()
         if leader != self._mark:
             return False
-        return bool(await self._leader.execute(b"PEXPIRE", self._names.leader, LEADERSHIP_MS))
+        prolonged = await self._leader.execute(
+            b"PEXPIRE", self._names.leader, round(self._leadership * 1000)
+        )
+        return bool(prolonged)
 
     async def _look_whether_it_is_back(self) -> None:
         """Raises unless the load balancer stream can be read; the leader key may be elsewhere."""
@@ -288,16 +305,18 @@ class Recoverer:
             asked_at = loop.time()
             if not await self._still_leads():
                 return
-            if loop.time() - asked_at > LEADERSHIP:  # the server, or this process, stood still
+            if (
+                loop.time() - asked_at > self._leadership
+            ):  # the server, or this process, stood still
                 self._be_patient()
                 return
-            await asyncio.sleep(LEADERSHIP / 4)
+            await asyncio.sleep(self._leadership / 4)
 
     async def _recover_for_ever(self) -> None:
         await asyncio.sleep(self._patient_until - asyncio.get_running_loop().time())
         parts = [self._scan_for_ever()]
         if self._auto_claim:
-            parts.append(self._look_for_ever())
+            parts += [self._heed_events_for_ever(), self._look_for_ever()]
         tasks = [asyncio.ensure_future(part) for part in parts]
         try:
             await asyncio.gather(*tasks)
@@ -306,18 +325,33 @@ class Recoverer:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _look_for_ever(self) -> None:
+    async def _heed_events_for_ever(self) -> None:
+        size = self._recovery.batch_size
         while True:
-            expired, self._expired = sorted(self._expired, key=_id_order), {}
-            for start in range(0, len(expired), self._recovery.batch_size):
+            expired, self._expired = self._expired, {}
+            # Two locks may name one entry: another service's stream may have one of the same id.
+            ids = sorted(set(expired.values()), key=_id_order)
+            for start in range(0, len(ids), size):
                 try:
-                    await self._recover_ids(expired[start : start + self._recovery.batch_size])
+                    await self._recover_ids(ids[start : start + size], expired)
                 except ReplyError as error:  # looks and scans find them
                     if explained_by_failover(error):
                         raise
-                    self._complain(len(expired), "recovered", error)
-            await self._look()
+                    self._complain(len(ids), "recovered", error)
             await asyncio.sleep(LOOK_EVERY)
+
+    async def _look_for_ever(self) -> None:
+        try:
+            while True:
+                await self._look()
+                for name in [name for name, walk in self._walks.items() if walk.done()]:
+                    self._walks.pop(name).result()
+                await asyncio.sleep(LOOK_EVERY)
+        finally:
+            walks, self._walks = list(self._walks.values()), {}
+            for walk in walks:
+                walk.cancel()
+            await asyncio.gather(*walks, return_exceptions=True)
 
     async def _tidy_for_ever(self) -> None:
         while True:
@@ -329,12 +363,16 @@ class Recoverer:
         while True:
             # Leadership may have been lost in between, and won again.
             await asyncio.sleep(self._next_scan - loop.time())
+            pause = jittered(self._recovery.reconciliation_interval, 0.1, random.random())
             try:
                 await self._scan()
+                self._scans_failed.reset()
             except ReplyError as error:
-                self._logger.warning("a scan broke off, the next one goes on: %s", error)
-            interval = self._recovery.reconciliation_interval
-            self._next_scan = loop.time() + jittered(interval, 0.1, random.random())
+                pause = min(pause, self._scans_failed.failed())
+                self._logger.warning(
+                    "a scan broke off, the next one is in %.1f s: %s", pause, error
+                )
+            self._next_scan = loop.time() + pause
 
     async def _scan(self) -> None:
         start = time.perf_counter()
@@ -387,10 +425,13 @@ class Recoverer:
         if refusal is not None:
             raise refusal
 
-    async def _recover_page(self, ids: Ids, page_size: int | None = None) -> Tally:
+    async def _recover_page(
+        self, ids: Ids, page_size: int | None = None, locks: Container[bytes] | None = None
+    ) -> Tally:
         tally = Tally()
-        async for part, batches in self._entries.read(ids, page_size):
-            tally += await self._recover(part, batches)
+        async with self._pages:
+            async for part, batches in self._entries.read(ids, page_size):
+                tally += await self._recover(part, batches, locks)
         if tally.alive and self._recorder is not None:
             self._recorder.alive_skip(tally.alive)
         return tally
@@ -410,8 +451,10 @@ class Recoverer:
             if error.code == "NOPERM":  # then events and scans have to do
                 return
             raise
-        consumers = [row[b"name"] for row in map(_mapping, rows) if row[b"pending"]]
-        self._passed = {name: self._passed[name] for name in consumers if name in self._passed}
+        owners = {row[b"name"] for row in map(_mapping, rows) if row[b"pending"]}
+        self._passed = {name: upto for name, upto in self._passed.items() if name in owners}
+        self._fruitless = {name: how for name, how in self._fruitless.items() if name in owners}
+        consumers = sorted(owners - self._walks.keys())
         asking = [
             pack(
                 b"XPENDING", self._names.lbs, self._names.group,
@@ -444,34 +487,36 @@ class Recoverer:
         self._held = {entry_id for entry_id, value in locks.items() if value is not None}
         # One without a known lock can't be read, or is gone.
         free = {n: [i for i in ids if locks.get(i) is None] for n, ids in samples.items()}
-        suspects = {name: ids for name, ids in free.items() if ids}
-        self._fruitless = {n: how for n, how in self._fruitless.items() if n in suspects}
-        for name, ids in suspects.items():
-            await self._look_at(name, ids, died=not before.isdisjoint(ids))
-
-    async def _look_at(self, name: bytes, free: list[bytes], *, died: bool) -> None:
-        """Looks at all that is pending for a consumer of which some locks are free.
-
-        Not again and again while nothing can be done about it, as when the dead-letter stream can't
-        be written; but at once when one was held before, and it `died`.
-        """
         now = asyncio.get_running_loop().time()
-        again_at, pause = self._fruitless.get(name, (now, LOOK_AGAIN))
-        if died or now >= again_at:
-            tally = Tally()
-            try:
-                await self._walk(self._ttl_ms, tally, name)
-            except ReplyError as error:
-                if error.code == "NOGROUP" or explained_by_failover(error):
-                    raise
-                self._complain(len(free), "recovered", error)
-            if tally.requeued + tally.dead_letters + tally.vanished:
-                self._fruitless.pop(name, None)
-                return
-            pause = min(pause, self._recovery.reconciliation_interval)
-            self._fruitless[name] = (now + pause, 2 * pause)
-        # What is behind them is sampled next: it may be alive, and die.
-        self._passed[name] = free[-1]
+        for name, ids in free.items():
+            if not ids:
+                if samples[name]:  # it is well
+                    self._fruitless.pop(name, None)
+                continue
+            # Not again and again while nothing can be done about it, as when the dead-letter stream
+            # can't be written; but at once when one was held before, and its owner died.
+            again_at, _ = self._fruitless.get(name, (now, 0.0))
+            if now >= again_at or not before.isdisjoint(ids):
+                # Meanwhile others are looked at: this may take long.
+                self._walks[name] = asyncio.ensure_future(self._walk_through(name, len(ids)))
+            else:  # what is behind them is sampled next: it may be alive, and die
+                self._passed[name] = ids[-1]
+
+    async def _walk_through(self, name: bytes, free: int) -> None:
+        """Recovers what is pending for a consumer of which so many locks were seen to be free."""
+        tally = Tally()
+        try:
+            await self._walk(self._ttl_ms, tally, name)
+        except ReplyError as error:
+            if error.code == "NOGROUP" or explained_by_failover(error):
+                raise
+            self._complain(free, "recovered", error)
+        if tally.requeued + tally.dead_letters + tally.vanished:
+            self._fruitless.pop(name, None)
+            return
+        _, pause = self._fruitless.get(name, (0.0, LOOK_AGAIN))
+        pause = min(pause, self._recovery.reconciliation_interval)
+        self._fruitless[name] = (asyncio.get_running_loop().time() + pause, 2 * pause)
 
     async def _remove_dead_consumers(self) -> None:
         """Removes consumers from the group that own nothing and have not been seen for long."""
@@ -497,9 +542,12 @@ class Recoverer:
 
     # --- the steps ----------------------------------------------------------------------------
 
-    async def _recover_ids(self, ids: list[bytes]) -> Tally:
-        """Looks at these entries, in the order of ids, however long they were idle."""
-        return await self._recover_page(Ids(ids))
+    async def _recover_ids(self, ids: list[bytes], locks: Container[bytes] | None = None) -> Tally:
+        """Looks at these entries, in the order of ids, however long they were idle.
+
+        With `locks` only at those that have one of them.
+        """
+        return await self._recover_page(Ids(ids), locks=locks)
 
     async def _values(self, mget: bytes, keys: Callable[[], list[bytes]]) -> list[bytes | None]:
         """Who holds these locks: asked by one MGET, packed, or by one GET for each key."""
@@ -526,7 +574,9 @@ class Recoverer:
                 values[place] = values[place] or b"its master was silent"
         return values
 
-    async def _recover(self, ids: Ids, batches: list[Batch]) -> Tally:
+    async def _recover(
+        self, ids: Ids, batches: list[Batch], locks: Container[bytes] | None
+    ) -> Tally:
         """The steps of recovery, for these entries."""
         tally = Tally()
         plan = plan_for(ids, batches)
@@ -538,6 +588,11 @@ class Recoverer:
         if not len(plan):
             return tally
         values = await self._values(plan.mget(), plan.lock_keys)
+        if locks is not None:
+            values = [
+                value if value is not None or lock in locks else b"not asked for"
+                for lock, value in zip(plan.lock_keys(), values, strict=True)
+            ]
         alive, letters = plan.judge(values, self._recovery.max_retries)
         tally.alive += alive
         outcomes, refusal = await self._put_back.put_planned(plan, counting=True, looked=True)
@@ -545,6 +600,8 @@ class Recoverer:
             tally.refusals.append(refusal)
             self._complain(len(plan), "put back", refusal)
         tally.requeued = outcomes.count(PUT)
+        if tally.requeued:
+            self._complained.discard("put back")
         tally.alive += outcomes.count(ALIVE)
         if self._recorder is not None:
             for name, outcome in zip(plan.names(), outcomes, strict=True):
@@ -554,8 +611,8 @@ class Recoverer:
 
     def _complain(self, count: int, what: str, error: ReplyError) -> None:
         """Says, once until it works again, what keeps entries pending."""
-        if not self._refused:
-            self._refused = True
+        if what not in self._complained:
+            self._complained.add(what)
             self._logger.error(
                 "some of %d entries stay pending, as they can't be %s: %s", count, what, error
             )
@@ -563,16 +620,16 @@ class Recoverer:
     async def _bury(self, letters: Sequence[Letter], reason: bytes, tally: Tally) -> None:
         if not letters:
             return
+        where = f"moved to the dead-letter stream {self._names.dlq.decode()}"
         try:
             outcomes = await self._put_back.bury(
                 [letter for _, letter in letters], self._recovery.dlq_max_len, reason
             )
         except ReplyError as error:
             tally.refusals.append(error)
-            where = f"moved to the dead-letter stream {self._names.dlq.decode()}"
             self._complain(len(letters), where, error)
             return
-        self._refused = False
+        self._complained.discard(where)
         tally.alive += outcomes.count(ALIVE)
         buried = [stream for (stream, _), how in zip(letters, outcomes, strict=True) if how == PUT]
         if not buried:
@@ -582,6 +639,11 @@ class Recoverer:
         if self._recorder is not None:
             for stream in buried:
                 self._recorder.dlq_routing(stream, reason.decode())
+
+
+def _lock_of(payload: LBSInfo) -> bytes:
+    """The lock of an announcement."""
+    return b"%b%b%b" % (payload.data_stream_name.encode(), SEPARATOR, payload.id_in_lbs.encode())
 
 
 def _mapping(row: Any) -> dict[bytes, Any]:

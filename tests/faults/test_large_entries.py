@@ -53,7 +53,6 @@ async def test_an_owner_of_large_entries_hands_them_over(consumer, service):
 
 async def test_leadership_does_not_wait_for_what_is_being_recovered(consumer, service, monkeypatch):
     monkeypatch.setattr(recovery, "LEADERSHIP", 4.0)
-    monkeypatch.setattr(recovery, "LEADERSHIP_MS", 4000)
     leader = consumer("leader", recovery=RecoveryConfig(min_idle_time=3600))
     await leader.init()
     key = "svc-input-reconciler"

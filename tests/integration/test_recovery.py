@@ -50,7 +50,8 @@ async def test_slow_but_living_owners_are_left_alone_however_many_stand_before(c
     for i, entry_id in enumerate(living):
         service.redis.set(f"s{i}{SEPARATOR}{entry_id}", "slow")
     dead = orphan(service, 10)
-    notes = await consumer(recovery=SCAN_ONLY).init()
+    # Who looks for deaths would find them without a scan.
+    notes = await consumer(auto_claim=False, recovery=SCAN_ONLY).init()
     got = await take(notes, 10)
     assert sorted(names(got)) == sorted(f"s{i}" for i in range(60, 70))
     assert not {n.payload.id_in_lbs for n in got} & set(dead)
@@ -277,7 +278,6 @@ async def test_several_claims_at_once_put_back_once(consumer, service):
 
 async def test_one_leads_and_another_follows(consumer, service, monkeypatch):
     monkeypatch.setattr(recovery, "LEADERSHIP", 4.0)
-    monkeypatch.setattr(recovery, "LEADERSHIP_MS", 4000)
     clients = [consumer(f"c{i}") for i in range(3)]
     for client in clients:
         await client.init()

@@ -8,7 +8,15 @@ import pytest
 
 from relstream import InvalidOption
 from relstream._core import key_slot
-from relstream.lbs import Names, message, partition_of, replace_fields, retry_count, split_lock_key
+from relstream.lbs import (
+    Names,
+    entry_id_of,
+    message,
+    partition_of,
+    replace_fields,
+    retry_count,
+    split_lock_key,
+)
 
 SEP = "<MUTEX_KEY_SEP>"
 
@@ -67,6 +75,8 @@ def test_partitions_are_on_different_masters(partitions):
         (f"a{SEP}1-0-0", None),
         (f"a{SEP}18446744073709551616-0", None),
         (f"a{SEP}1-0{SEP}x", None),
+        (f"a{SEP}1-00", None),
+        (f"a{SEP}01-0", None),
         ("a<MUTEX_KEY_SE>1-0", None),
         ("a", None),
         ("", None),
@@ -75,6 +85,10 @@ def test_partitions_are_on_different_masters(partitions):
 )
 def test_split_lock_key(key, parts):
     assert split_lock_key(key if isinstance(key, bytes) else key.encode()) == parts
+
+
+def test_an_id_has_one_spelling():
+    assert entry_id_of("x", "007-00") == b"7-0"
 
 
 @pytest.mark.parametrize(
