@@ -61,10 +61,10 @@ async def test_an_outage_is_no_death(consumer, make_server, how):
 
 
 async def test_who_does_not_claim_leaves_others_to_look(consumer, service):
-    """With `auto_claim` off a consumer leads for a scan at a time only."""
+    """With `auto_claim` off a consumer leads until one comes that looks for deaths, too."""
     recovery = RecoveryConfig(min_idle_time=3600, reconciliation_interval=3600)
     await consumer("off", auto_claim=False, max_streams=1, recovery=recovery).init()
-    await eventually(lambda: not service.redis.exists("svc-input-reconciler"))
+    await eventually(lambda: service.redis.get("svc-input-reconciler") == b"scans only: off")
     notes = await consumer("on", recovery=recovery).init()
     await eventually(lambda: service.redis.get("svc-input-reconciler") == b"on")
     del notes

@@ -89,10 +89,16 @@ async def test_each_entry_claimed_by_many_at_once(consumer, service):
     assert_put_back_once(service, 20)
 
 
+@pytest.mark.parametrize("scripts", [True, False], ids=["scripts", "two-steps"])
 @pytest.mark.parametrize("with_reference", [False, True], ids=["ours", "and-the-reference's"])
 async def test_in_several_processes(
-    start, start_reference, consumer, service, many_leaders, with_reference
+    start, start_reference, consumer, service, redis_url, many_leaders, with_reference, scripts
 ):
+    service.redis.acl_setuser(
+        "app", enabled=True, nopass=True, keys=["*"], channels=["*"],
+        commands=["+@all", "+@scripting" if scripts else "-@scripting"],
+    )  # fmt: skip
+    url = redis_url.replace("://", "://app:x@")
     orphans = orphan(service)
     foreign = [start_reference() for _ in range(2 * with_reference)]
     for process in foreign:
@@ -101,10 +107,10 @@ async def test_in_several_processes(
     # What recovers does not start before the others are under way.
     idle = {"reconciliation_interval": 3600.0, "min_idle_time": 3600.0}
     processes = [
-        await start(f"p{i}", auto_claim=False, max_streams=COUNT, recovery=idle).ready()
+        await start(f"p{i}", url=url, auto_claim=False, max_streams=COUNT, recovery=idle).ready()
         for i in range(2)
     ]
-    mine = consumer("c1", recovery=RecoveryConfig(**at_once))
+    mine = consumer("c1", url=url, recovery=RecoveryConfig(**at_once))
     for process in foreign:
         process.tell("go")
     for name, entry_id in reversed(orphans):

@@ -88,6 +88,17 @@ async def test_a_replay_that_is_partly_refused_keeps_the_rest(service, redis_url
     assert len(service.entries()) == 2
 
 
+async def test_what_comes_in_meanwhile_is_left_for_the_next_time(service, redis_url):
+    bury(service, 3)
+    seen = []
+    async with DeadLetters(redis_url, "svc") as letters:
+        async for letter in letters:
+            seen.append(letter.id)
+            service.redis.xadd(service.dlq, {"lbs-input": "buried again"})
+            assert len(seen) <= 3
+    assert service.redis.xlen(service.dlq) == 6
+
+
 async def test_another_stream_may_be_named(service, redis_url):
     service.redis.xadd("elsewhere", {"x": "y"})
     async with DeadLetters(redis_url, "svc", dlq_stream="elsewhere") as letters:
