@@ -1,0 +1,121 @@
+"""A scan of all that is pending: its commands are bounded, and others have their turns."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+import pytest
+from helpers import SEPARATOR, Heard, Monitor, eventually
+
+from relstream import RecoveryConfig, recovery
+from relstream.errors import ReplyError
+
+ONCE = RecoveryConfig(reconciliation_interval=3600, min_idle_time=0.05, batch_size=500)
+
+
+def own(service, count, consumer="slow"):
+    """Streams of a consumer that lives, however long it has been busy with them."""
+    service.redis.xgroup_create(service.lbs, service.group, "0", mkstream=True)
+    for start in range(0, count, 10_000):
+        pipe = service.redis.pipeline(transaction=False)
+        names = [f"s{i}" for i in range(start, min(start + 10_000, count))]
+        for name in names:
+            pipe.xadd(service.lbs, {"lbs-input": f'{{"DataStreamName": "{name}"}}'})
+        for name, entry_id in zip(names, pipe.execute(), strict=True):
+            pipe.set(f"{name}{SEPARATOR}{entry_id.decode()}", consumer)
+        pipe.xreadgroup(service.group, consumer, {service.lbs: ">"}, count=len(names))
+        pipe.execute()
+
+
+def orphan(service, count):
+    pipe = service.redis.pipeline(transaction=False)
+    for i in range(count):
+        pipe.xadd(service.lbs, {"lbs-input": f'{{"DataStreamName": "dead{i}"}}'})
+    pipe.xreadgroup(service.group, "ghost", {service.lbs: ">"}, count=count)
+    pipe.execute()
+
+
+def scans(heard):
+    return [event[1:4] for event in heard.events if event[0] == "reconciliation_scan"]
+
+
+@pytest.mark.only("single", reason="looks at one server's commands")
+async def test_every_command_is_bounded(consumer, service):
+    own(service, 3000)
+    orphan(service, 250)
+    await asyncio.sleep(0.06)
+    heard = Heard()
+    client = consumer(auto_claim=False, max_streams=1, recovery=ONCE, recorder=heard)
+    with Monitor(service.redis) as monitor:
+        await client.init()
+        await eventually(lambda: scans(heard))
+        sent = [command.split(" ") for command in monitor.seen()]
+    assert scans(heard) == [(250, 3000, 0)]
+    # A cursor over all of it: each page begins behind the last one.
+    pages = [words[3:] for words in sent if words[0] == "XPENDING" and len(words) == 6]
+    starts = [start for start, _, count in pages if int(count) == 500]
+    assert starts[0] == "-"
+    assert [start[0] for start in starts[1:]] == ["("] * 6
+    assert len(set(starts)) == 7
+    bounded = {
+        "XPENDING": lambda words: "IDLE" not in words and int(words[5]) <= 1000,
+        "XRANGE": lambda words: words[2] == words[3] or int(words[5]) <= 500,
+        "MGET": lambda words: len(words) <= 501,
+        "EVALSHA": lambda words: int(words[2]) <= 101,
+    }
+    for name, holds in bounded.items():
+        commands = [words for words in sent if words[0] == name]
+        assert commands, name
+        assert [words for words in commands if not holds(words)] == []
+
+
+async def test_others_have_their_turns(consumer, service, monkeypatch):
+    own(service, 50_000)
+    await asyncio.sleep(0.06)
+    turn = 0
+    parts = Counter()
+    recover = recovery.Recoverer._recover
+
+    async def turns():
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    async def counted(recoverer, *args):
+        parts[turn] += 1
+        return await recover(recoverer, *args)
+
+    monkeypatch.setattr(recovery.Recoverer, "_recover", counted)
+    heard = Heard()
+    client = consumer(auto_claim=False, max_streams=1, recovery=ONCE, recorder=heard)
+    others = asyncio.ensure_future(turns())
+    await client.init()
+    await eventually(lambda: scans(heard))
+    others.cancel()
+    assert scans(heard) == [(0, 50_000, 0)]
+    assert max(parts.values()) <= recovery.PAGES
+    assert len(parts) >= 50_000 / 500 / recovery.PAGES
+
+
+async def test_a_first_scan_that_breaks_off_is_recorded(consumer, service, monkeypatch):
+    monkeypatch.setattr(recovery, "SCAN_AGAIN", 0.1)
+    own(service, 3)
+    await asyncio.sleep(0.06)
+    broken = []
+    walk = recovery.Recoverer._walk
+
+    async def breaking_off(recoverer, *args):
+        if not broken:
+            broken.append(args)
+            raise ReplyError("BUSY Redis is busy running a script")
+        await walk(recoverer, *args)
+
+    monkeypatch.setattr(recovery.Recoverer, "_walk", breaking_off)
+    heard = Heard()
+    await consumer(auto_claim=False, max_streams=1, recovery=ONCE, recorder=heard).init()
+    await eventually(lambda: len(scans(heard)) == 2)
+    started = [event[1:3] for event in heard.events if event[0] == "startup_recovery"]
+    assert started == [(False, 0), (True, 0)]
+    assert scans(heard) == [(0, 0, 0), (0, 3, 0)]
