@@ -252,6 +252,8 @@ class Recoverer:
         packed = pack(*take, b"NX") + pack(b"GET", self._names.leader)
         taken, leader = await self._leader.pipeline(packed, 2)
         if isinstance(leader, ReplyError):
+            if leader.code == "WRONGTYPE":  # something else is there
+                return False
             raise leader
         if isinstance(taken, ReplyError):
             if taken.code != "OOM":

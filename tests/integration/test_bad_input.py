@@ -17,6 +17,7 @@ from helpers import (
     SEPARATOR,
     TERMINATED,
     Renewals,
+    Service,
     eventually,
     names,
     nothing_comes,
@@ -417,6 +418,27 @@ async def test_a_server_without_memory_for_the_group(redis_url, redis_sync):
     assert "the consumer group of 'svc-input'" in said
 
 
+async def test_a_server_without_scripts(consumer, make_server, logged):
+    """All that uses them takes steps instead."""
+    server = make_server(config={"rename-command": 'EVALSHA ""'})
+    with redis.Redis.from_url(server.url) as admin:
+        service = Service(admin)
+        orphan = service.announce("s0")
+        admin.xgroup_create(service.lbs, service.group, "0")
+        admin.xreadgroup(service.group, "ghost", {service.lbs: ">"})
+        client = consumer(url=server.url, heartbeat_interval=0.5)
+        notes = await client.init()
+        (got,) = await take(notes, 1)
+        assert got.payload.id_in_lbs != orphan
+        renewals = Renewals(service, list(service.locks()))
+        await eventually(lambda: renewals.seen() >= 2)
+        await client.release("s0")
+        assert names(await take(notes, 1)) == ["s0"]
+        await client.done_stream("s0")
+        assert (service.entries(), service.pending(), service.locks()) == ([], [], {})
+    assert any("scripts are forbidden" in line for line in logged())
+
+
 # --- keys of the wrong type -------------------------------------------------------------------
 
 
@@ -432,6 +454,18 @@ async def test_a_load_balancer_stream_that_is_no_stream(consumer, service, redis
     assert "WRONGTYPE" in last.additional_info["info"]
     assert "'svc-input'" in last.additional_info["info"]
     assert [n async for n in notes] == []
+
+
+async def test_a_leader_key_that_is_none(consumer, service, logged):
+    service.redis.rpush("svc-input-reconciler", "text")
+    entry_id = service.announce("s1")
+    service.redis.xgroup_create(service.lbs, service.group, "0")
+    service.redis.xreadgroup(service.group, "ghost", {service.lbs: ">"})
+    notes = await consumer(heartbeat_interval=0.5).init()
+    await eventually(lambda: "the key 'svc-input-reconciler' is in use" in "".join(logged()))
+    assert service.pending("ghost") == [entry_id]
+    service.redis.delete("svc-input-reconciler")
+    assert names(await take(notes, 1)) == ["s1"]
 
 
 async def test_a_dead_letter_stream_that_is_no_stream(consumer, service, logged):
