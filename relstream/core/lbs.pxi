@@ -399,6 +399,8 @@ cdef class Endings:
 cdef inline object _named_tuple(type kind, tuple values):
     """A `typing.NamedTuple` of this kind, without a call of Python code."""
     cdef Py_ssize_t i
+    if PY_VERSION_HEX >= 0x030E0000:  # tuples keep their hash, which is not ours to set up
+        return tuple.__new__(kind, values)
     cdef object made = PyType_GenericAlloc(kind, len(values))
     for i in range(len(values)):
         value = values[i]

@@ -26,6 +26,14 @@ def test_types_are_members_of_an_enum():
         NotificationType.STREAM_ADDED = None
 
 
+async def test_what_is_told_is_the_same_as_what_anybody_makes():
+    notifications = Notifications(10)
+    notifications.added(entries("s1", info={"a": 1}))
+    note = await notifications.__anext__()
+    again = LBSInfo(note.payload.data_stream_name, note.payload.id_in_lbs)
+    assert (hash(note.payload), note.payload) == (hash(again), again)
+
+
 def entries(*names, info=None):
     def bulk(data):
         return b"$%d\r\n%s\r\n" % (len(data), data)
