@@ -159,8 +159,8 @@ def _pool_of_url(url: str) -> redis.asyncio.ConnectionPool:
 
     try:
         parts = urlsplit(url)
-    except ValueError as error:
-        raise wrong(str(error)) from None
+    except ValueError:  # which says what it can't read: part of a password, perhaps
+        raise wrong("in user and password, percent-encode all that is special in a URL") from None
     if parts.scheme not in ("redis", "rediss", "unix"):
         raise wrong("its scheme is none of these")
     # What follows would quote parts of a password.

@@ -420,7 +420,7 @@ async def test_wrong_path(tmp_path, name):
         ("redis://localhost?colour=red", "colour"),
         ("redis://localhost?socket_timeout=soon", "socket_timeout"),
         ("redis://localhost?protocol=4", "protocol"),
-        ("redis://[::1", "IPv6"),
+        ("redis://[::1", "percent-encode"),
         ("unix://", "path"),
         ("rediss://localhost?ssl_ca_certs=/no/such/file", "No such file"),
         ("rediss://localhost?ssl_cert_reqs=maybe", "maybe"),
@@ -432,6 +432,8 @@ async def test_wrong_path(tmp_path, name):
         ("redis://:hunter2?hunter2@localhost", "percent-encoded"),
         ("redis://localhost/x?password=hunter2", "no number of a database"),
         ("unix://:hunter2@", "path"),
+        ("redis://:hunter2[hunter2]@localhost", "percent-encode"),
+        ("redis://:hunter2\u2100@localhost", "percent-encode"),
     ],
 )
 def test_bad_url(url, why):
