@@ -16,10 +16,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from relstream.bench.measure import SIDES, Scenario
-from relstream.bench.report import as_json, environment, headline, table
+from relstream.bench.report import TRANSPORTS, as_json, environment, headline, table
 from relstream.bench.runner import MeasurementFailed, Result, measure
 from relstream.bench.scenarios import FAMILIES
 from relstream.errors import RelstreamError, UsageError
+from relstream.net.connection import without_secrets
 from relstream.server import Server, ServerNotFound, ServerStartFailed
 
 BAD_USAGE = 2
@@ -66,6 +67,11 @@ def command(
         raise click.BadParameter(f"there is no folder {json_file.parent}", param_hint="--json")
     families = dict.fromkeys(scenarios or [name for name in FAMILIES if name not in ON_OWN_SERVERS])
     chosen = [scenario for name in families for scenario in FAMILIES[name]]
+    if url is not None and url.partition("://")[0].lower() not in TRANSPORTS:
+        wanted = ", ".join(f"{scheme}://…" for scheme in TRANSPORTS)
+        raise click.BadParameter(
+            f"{without_secrets(url)!r} is none of {wanted}", param_hint="--url"
+        )
     with _server(url) as address:
         around = uvloop.run(environment(address, private=url is None))
         results: list[Result] = []

@@ -39,7 +39,7 @@ async def environment(url: str, *, private: bool) -> dict[str, Any]:
             "name": name,
             "version": info.get(f"{name}_version", info.get("redis_version", "unknown")),
             "private": private,
-            "transport": TRANSPORTS[url.split(":", 1)[0]],
+            "transport": TRANSPORTS[url.partition("://")[0].lower()],
         },
     }
 

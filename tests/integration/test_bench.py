@@ -199,6 +199,7 @@ def test_topology_kills_a_master() -> None:
         (["read", "--rounds", "0"], 2, "--rounds"),
         (["read", "--json", "/nowhere/at/all.json"], 2, "/nowhere/at"),
         (["read", "--url", "http://localhost"], 2, "redis://"),
+        (["read", "--url", "redis+cluster://:secret@localhost"], 2, "//***@localhost' is none of"),
         (["read", "--url", "redis://127.0.0.1:1/0"], 1, "can't connect to redis://127.0.0.1:1"),
     ],
 )
