@@ -313,13 +313,13 @@ class ClusterEvents:
 
         Raises `ClusterNotSettled`, having changed nothing, while the nodes do not agree.
         """
-        if self._resetting is None or self._resetting.done():
+        if self._next is not None and not self._next.done():  # it has not begun
+            resetting = self._next
+        elif self._resetting is None or self._resetting.done():
             resetting = self._resetting = asyncio.ensure_future(self._reset(None))
-        elif self._next is None or self._next.done():
+        else:
             # What is under way may have passed by already what this caller knows of.
             resetting = self._next = asyncio.ensure_future(self._reset(self._resetting))
-        else:
-            resetting = self._next
         await asyncio.wait({resetting})  # whoever stops waiting does not stop the others'
         if resetting.cancelled():
             raise ClientClosed("the client was closed while its subscriptions were made anew")
