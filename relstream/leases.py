@@ -266,15 +266,16 @@ class Keeper:
 
         thread = threading.Thread(target=body, name=f"relstream-{self._consumer}", daemon=True)
         thread.start()
-        try:
-            await asyncio.shield(ended)
-        except asyncio.CancelledError:
-            self.stop()
-            await ended
-            raise
-        finally:
-            if ended.done():
-                thread.join()  # it has nothing left to do
+        cancelled: asyncio.CancelledError | None = None
+        while not ended.done():
+            try:
+                await asyncio.wait({ended})
+            except asyncio.CancelledError as error:  # however often: the thread ends first
+                cancelled = error
+                self.stop()
+        thread.join()  # it has nothing left to do
+        if cancelled is not None:
+            raise cancelled
         outcome = ended.result()
         if outcome is not None:
             raise outcome

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
+import threading
 import time
 
 import pytest
@@ -16,6 +18,7 @@ from helpers import (
     HEARTBEAT,
     QUICK,
     SEPARATOR,
+    TERMINATED,
     Renewals,
     eventually,
     names,
@@ -250,6 +253,23 @@ async def test_the_end_of_renewal_ends_the_client(consumer, service, monkeypatch
     notes = await client.init()
     last = [n async for n in notes][-1]
     assert "keeper failed: a mistake of ours" in last.additional_info["info"]
+
+
+async def test_renewal_ends_however_often_it_is_cancelled(consumer, caplog):
+    client = consumer()
+    notes = await client.init()
+    keeper = client._running("keeper")
+    await asyncio.sleep(0.1)
+    for _ in range(3):
+        keeper.cancel()
+        await asyncio.sleep(0)
+    await asyncio.wait({keeper})
+    assert keeper.cancelled()
+    assert not [t for t in threading.enumerate() if t.name.startswith("relstream")]
+    (last,) = await take(notes, 1, TERMINATED)
+    assert "keeper was cancelled" in last.additional_info["info"]
+    await asyncio.sleep(0.1)
+    assert "Exception in callback" not in caplog.text
 
 
 async def test_a_big_batch_is_locked_and_renewed_whole(consumer, service):
