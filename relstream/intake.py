@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from relstream._core import STREAMS, Batch, Entry, announcements, entry_ids, lock_keys, pack
-from relstream.errors import ProtocolError, RelstreamError, ReplyError
+from relstream.errors import DeadlineExceeded, ProtocolError, RelstreamError, ReplyError
 from relstream.lbs import INPUT_FIELD, SEPARATOR, UNPARSEABLE, Names
 from relstream.net.connection import Backoff, explained_by_failover
 from relstream.notifications import MAX_WAITING_BYTES
@@ -209,7 +209,7 @@ class Intake:
                 return
             except RelstreamError as failure:
                 error = failure
-        if isinstance(error, ProtocolError):
+        if isinstance(error, (DeadlineExceeded, ProtocolError)):
             self._count = max(self._count // 8, 1)  # it may have been too large a reply
         hopeless = isinstance(error, ReplyError) and error.code in ("NOPERM", "WRONGTYPE", "NOAUTH")
         if hopeless:

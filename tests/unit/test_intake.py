@@ -6,13 +6,14 @@ import asyncio
 import logging
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 from core.resp import batch_of, entry
 
+from relstream import intake
 from relstream._core import Batch, Entry
 from relstream.config import RecoveryConfig, RetryConfig
-from relstream.errors import ConnectionLost, ReplyError
+from relstream.errors import ConnectionLost, DeadlineExceeded, ReplyError
 from relstream.intake import Intake, Room
 from relstream.lbs import Names
 from relstream.notifications import Notifications
@@ -180,6 +181,42 @@ async def test_of_several_masters_one_that_refuses_keeps_the_others_streams_from
     batches = [batch(i, 1) for i in range(1, 101)]
     setting = Setting(*batches, take=take, single=False)
     assert await setting.names(50) == [f"s{i}" for i in range(2, 101, 2)]
+    await setting.end()
+
+
+async def test_of_several_masters_one_that_refuses_bounds_what_is_kept(monkeypatch: Any) -> None:
+    """However much there is to read, and others do not refuse."""
+    monkeypatch.setattr(intake, "MOST_REFUSED", 5)
+    kept = 0
+
+    async def take(entries: list[Entry], asked_at: float) -> Any:
+        nonlocal kept
+        odd = [entry for entry in entries if int(entry.data_stream_name[1:]) % 2]
+        kept = max(kept, len(setting.intake._refused) + len(odd))
+        return [e for e in entries if e not in odd], [(e, ReplyError("OOM not now")) for e in odd]
+
+    setting = Setting(*[batch(i, 1) for i in range(1, 101)], take=take, single=False)
+    setting.stay = True
+    await asyncio.sleep(HEARTBEAT / 2)
+    assert 5 < kept <= 8
+    await setting.end()
+
+
+async def test_a_reply_that_takes_too_long_is_asked_for_in_parts() -> None:
+    class Slow(Reading):
+        """Answers what is small enough."""
+
+        counts: ClassVar[list[int]] = []
+
+        async def pipeline(self, packed: bytes, *args: Any, **options: Any) -> list[list[Batch]]:
+            self.counts.append(int(packed.split(b"COUNT\r\n")[1].split(b"\r\n")[1]))
+            if self.counts[-1] > 2:
+                raise DeadlineExceeded("no reply from the server in time")
+            return await super().pipeline(packed, *args, **options)
+
+    setting = Setting(take=granting, reading=Slow(batch(1, 1)))
+    assert await setting.names(1) == ["s1"]
+    assert Slow.counts[0] > 2
     await setting.end()
 
 
