@@ -51,6 +51,7 @@ class _Call:
         self.receipt = receipt
         self.token = secrets.token_hex(8).encode() + b":"
         self.again = False
+        self.in_steps = False
 
 
 class Finisher:
@@ -190,8 +191,9 @@ class Finisher:
                 except RelstreamError as error:
                     if owned:
                         self._keeper.add(locks)
-                    hopeless = isinstance(error, ReplyError) and not error.transient
-                    patience = self._patience if explained_by_failover(error) else 0.0
+                    passing = explained_by_failover(error)
+                    hopeless = isinstance(error, ReplyError) and not passing
+                    patience = self._patience if passing else 0.0
                     if hopeless or backoff.exhausted(self._retry.max_retries, patience):
                         self._give_up(endings, error, owned)
                         return
@@ -232,9 +234,11 @@ class Finisher:
 
     async def _finish(self, endings: Endings, entries: list[Entry], call: _Call) -> None:
         lost: set[Entry] | None = None
-        if not self._in_steps and len(entries) == len(endings):
+        # What a try in steps may have acknowledged the script would take for lost.
+        if not self._in_steps and not call.in_steps and len(entries) == len(endings):
             lost = await self._finish_at_once(entries, call)
         if lost is None:
+            call.in_steps = True
             lost = await self._finish_in_steps(entries, call.again)
         self._settle(endings, lost)
 

@@ -75,7 +75,7 @@ return value == ARGV[1] and redis.call('DEL', KEYS[1]) or value and -1 or 0
 # KEYS: the load balancer stream, a receipt, then, where one server has all, the lock of each entry;
 # ARGV: group, consumer, a token, ms for which the receipt is kept, the entries' ids. XACK, XDEL and
 # the release, all in one step. An entry whose lock is ours is ours, one whose lock is another's is
-# not; one without, only if it was pending until now. Returns the token, then the places whose given
+# not; one without, only if it is pending for us. Returns the token, then the places whose given
 # locks were not ours: negative where the entry was lost. The receipt keeps that for a call that is
 # sent again, as its answer got lost. About 6 us a stream.
 FINISH = Script("""\
@@ -86,27 +86,27 @@ if values[1] and string.sub(values[1], 1, #token) == token then
 end
 local ids, locks, others = {}, {}, {}
 for i = 1, #ARGV - 4 do
-  if values[i + 1] == ARGV[2] then
-    ids[#ids + 1] = ARGV[i + 4]
-    locks[#locks + 1] = KEYS[i + 2]
+  local id, holder, mine = ARGV[i + 4], values[i + 1], nil
+  if not holder then
+    mine = redis.pcall('XPENDING', stream, group, id, id, 1, ARGV[2])
+    if mine.err and not string.find(mine.err, 'NOGROUP', 1, true) then
+      return mine
+    end
   end
-end
-if #ids > 0 then
-  call('XACK', stream, group, unpack(ids))
-end
-for i = 1, #ARGV - 4 do
-  if values[i + 1] ~= ARGV[2] then
-    if values[i + 1] or call('XACK', stream, group, ARGV[i + 4]) == 0 then
-      others[#others + 1] = -i
-    else
-      ids[#ids + 1] = ARGV[i + 4]
-      if #KEYS > 2 then
-        others[#others + 1] = i
-      end
+  if holder == ARGV[2] then
+    ids[#ids + 1] = id
+    locks[#locks + 1] = KEYS[i + 2]
+  elseif holder or #mine == 0 then
+    others[#others + 1] = -i
+  else
+    ids[#ids + 1] = id
+    if #KEYS > 2 then
+      others[#others + 1] = i
     end
   end
 end
 if #ids > 0 then
+  call('XACK', stream, group, unpack(ids))
   call('XDEL', stream, unpack(ids))
 end
 if #locks > 0 then

@@ -1,0 +1,82 @@
+"""The end of ownership where an entry has another owner, or a first try came to nothing."""
+
+from __future__ import annotations
+
+import pytest
+from helpers import SEPARATOR, take
+
+from relstream import ConnectionLost, RecoveryConfig, StreamNotOwned
+from relstream.errors import ReplyError
+
+LEAVE_ALONE = RecoveryConfig(reconciliation_interval=3600, min_idle_time=3600)
+
+
+@pytest.fixture
+async def owner(consumer, service):
+    client = consumer(auto_claim=False, recovery=LEAVE_ALONE)
+    notes = await client.init()
+    service.announce("s1")
+    await take(notes, 1)
+    return client
+
+
+@pytest.mark.parametrize("end", ["done_stream", "release"])
+async def test_the_same_entry_of_another_owner_is_left_alone(owner, service, end):
+    """Its lock is another's, and so is what is pending: as after a failover that lost ours."""
+    (entry_id,) = service.entries()
+    lock = f"s1{SEPARATOR}{entry_id}"
+    service.redis.xclaim(service.lbs, service.group, "other", 0, [entry_id])
+    service.redis.set(lock, "other")
+    with pytest.raises(StreamNotOwned):
+        await getattr(owner, end)("s1")
+    assert (service.entries(), service.pending("other")) == ([entry_id], [entry_id])
+    assert service.redis.get(lock) == b"other"
+
+
+async def test_a_try_in_steps_is_repeated_in_steps(owner, service):
+    """What it acknowledged is not pending any more, and would look lost to the script."""
+    finisher = owner._partitions[0].finisher
+    at_once, link = finisher._finish_at_once, finisher._link
+    asked = []
+
+    async def not_at_first(entries, call):
+        asked.append(entries)
+        return None if len(asked) == 1 else await at_once(entries, call)
+
+    class Cut:
+        """The connection is cut at the first XDEL."""
+
+        def __init__(self):
+            self.cut = False
+
+        def __getattr__(self, name):
+            return getattr(link, name)
+
+        async def execute(self, *args, **options):
+            if args[0] == b"XDEL" and not self.cut:
+                self.cut = True
+                raise ConnectionLost("just now")
+            return await link.execute(*args, **options)
+
+    finisher._finish_at_once = not_at_first
+    finisher._link = Cut()
+    await owner.done_stream("s1")
+    assert finisher._link.cut
+    assert (service.entries(), service.pending(), service.locks()) == ([], [], {})
+
+
+async def test_a_slot_in_flight_is_waited_for(owner, service):
+    """Two masters that point at each other, until both know who has it."""
+    finisher = owner._partitions[0].finisher
+    at_once = finisher._finish_at_once
+    asked = []
+
+    async def moved_at_first(entries, call):
+        asked.append(entries)
+        if len(asked) == 1:
+            raise ReplyError("MOVED 1 127.0.0.1:1")
+        return await at_once(entries, call)
+
+    finisher._finish_at_once = moved_at_first
+    await owner.done_stream("s1")
+    assert service.entries() == []
