@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from relstream._core import pack
-from relstream.errors import PermissionDenied, ReplyError
+from relstream.errors import ConnectionFailed, PermissionDenied, ReplyError
 from relstream.lbs import SEPARATOR
 
 if TYPE_CHECKING:
@@ -43,11 +43,20 @@ async def check_rights(topology: Topology, names: Names, consumer: str) -> None:
         (None, (b"PEXPIRE", lock, 1)),
         (None, (b"DEL", lock)),
     ]
+    if not topology.single:
+        probes.append((names.lbs, (b"ASKING",)))
     answers = await asyncio.gather(
-        *(topology.link(key or lock).pipeline(pack(*args), 1) for key, args in probes)
+        *(topology.link(key or lock).pipeline(pack(*args), 1) for key, args in probes),
+        return_exceptions=True,
     )
     denied: dict[str, None] = {}
-    for (key, args), (reply,) in zip(probes, answers, strict=True):
+    for (key, args), answer in zip(probes, answers, strict=True):
+        if isinstance(answer, BaseException):
+            # A master that has other keys may be down for now: it is tried again when needed.
+            if key == names.lbs or not isinstance(answer, ConnectionFailed):
+                raise answer
+            continue
+        (reply,) = answer
         if isinstance(reply, ReplyError) and reply.code == "NOPERM":
             command = args[0]
             assert isinstance(command, bytes)

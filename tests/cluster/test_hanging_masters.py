@@ -102,6 +102,28 @@ async def test_a_hanging_master_costs_streams_of_others_nothing(lasting, apart, 
 
 
 @pytest.mark.slow
+async def test_a_client_opens_though_a_master_hangs(lasting, consumer):
+    """One that has its dead letters and its leader key, say, but not what it reads."""
+    victim = lasting.masters()[0]
+
+    def kept_apart(name: str) -> bool:
+        masters = [lasting.master_of(f"{name}-input{end}") for end in ("", "-dlq", "-reconciler")]
+        return [master is victim for master in masters] == [False, True, True]
+
+    name = next(name for name in map("svc{}".format, range(1000)) if kept_apart(name))
+    lives = tag_on(lasting, lasting.master_of(f"{name}-input"))
+    with EveryMaster.from_url(lasting.url) as client:
+        service = ClusterService(client, lasting, name)
+        announce(service, f"{lives}1")
+        victim.pause()
+        try:
+            notes = await asyncio.wait_for(consumer(url_of(lasting), name).init(), 15)
+            assert names(await take(notes, 1)) == [f"{lives}1"]
+        finally:
+            victim.resume()
+
+
+@pytest.mark.slow
 async def test_locks_that_can_not_be_taken_keep_nothing_else_from_being_read(
     lasting, apart, consumer
 ):
