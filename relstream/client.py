@@ -242,6 +242,7 @@ class StreamClient:
         Raises:
             ConnectionFailed: no server answers at the address.
             AuthenticationFailed, PermissionDenied, ServerTooOld: the server does not let us.
+            ClusterClientRequired: it is a node of a cluster, and the URL or client given is not.
             ConfigConflict: `notify-keyspace-events` is insufficient, and may not be overridden.
             KeyspaceSetupFailed: the server refuses the subscription.
             ReplyError: the server says something else, such as LOADING or READONLY.
@@ -254,7 +255,12 @@ class StreamClient:
         self._opened = True
         try:
             for part in self._partitions:
-                await part.link.get()
+                server = await part.link.get()
+                if server.clustered and not isinstance(self._guide, SlotTable):
+                    raise ClusterClientRequired(
+                        f"{part.link.endpoint} is a node of a cluster, which has only some of the "
+                        "keys: give redis+cluster://host:port, or a RedisCluster"
+                    )
                 await check_rights(self._commands, part.names, self._consumer)
                 await part.create_group()
             await self._events.set_up()

@@ -135,11 +135,6 @@ class Partition:
                 raise ReplyError(
                     f"{error} {self.link.endpoint} is a replica: give the address of its master"
                 ) from None
-            if error.code == "MOVED":
-                raise ReplyError(
-                    f"{error}: {self.link.endpoint} is a node of a cluster: give redis+cluster://, "
-                    "or a RedisCluster"
-                ) from None
             raise
 
     def _disown(self, head: Entry) -> None:

@@ -297,6 +297,7 @@ async def _handshake(
     if isinstance(greeting, dict):
         version = greeting.get(b"version", b"")
         protocol.client_id = greeting.get(b"id", 0)
+        protocol.clustered = greeting.get(b"mode") == b"cluster"
     else:
         try:
             if credentials:
@@ -314,6 +315,7 @@ async def _handshake(
             raise _refusal(info, endpoint, "INFO")
         found = re.search(rb"redis_version:(\S+)", info) if isinstance(info, bytes) else None
         version = found[1] if found else b""
+        protocol.clustered = isinstance(info, bytes) and b"redis_mode:cluster" in info
     numbers = re.match(rb"(\d+)\.(\d+)", version) if isinstance(version, bytes) else None
     if numbers and (int(numbers[1]), int(numbers[2])) < OLDEST_SERVER:
         raise ServerTooOld(

@@ -62,6 +62,7 @@ class RedisProtocol(asyncio.BufferedProtocol):
         self.replies_are_pushes = False
         # The server's number for this connection (CLIENT ID); 0 where it would not tell.
         self.client_id = 0
+        self.clustered = False
         self._transport: asyncio.Transport | None = None
         self._waiting: deque[_Request] = deque()
         self._out: list[bytes] = []

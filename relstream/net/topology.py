@@ -78,6 +78,8 @@ class Deployment:
     sentinels: tuple[Endpoint, ...] = ()
     master_name: str = ""
     """What the Sentinels call the master."""
+    remap: Callable[[tuple[str, int]], tuple[str, int]] | None = None
+    """Where to connect, for an address that a node or a Sentinel gave (NAT)."""
 
     @property
     def heals(self) -> bool:
@@ -238,7 +240,8 @@ def _of_cluster(client: redis.asyncio.RedisCluster) -> Deployment:
             connection_class=node.connection_class, **node.connection_kwargs
         )
         nodes.append(endpoint_of(redis.asyncio.Redis(connection_pool=pool)))
-    return Deployment(endpoint=nodes[0], nodes=tuple(nodes))
+    remap = client.nodes_manager.address_remap
+    return Deployment(endpoint=nodes[0], nodes=tuple(nodes), remap=remap)
 
 
 def _of_sentinel(client: redis.asyncio.Redis, pool: SentinelConnectionPool) -> Deployment:
@@ -251,8 +254,10 @@ def _of_sentinel(client: redis.asyncio.Redis, pool: SentinelConnectionPool) -> D
         connection_class=redis.asyncio.SSLConnection if tls else redis.asyncio.Connection,
         **settings,
     )
+    forced = pool.sentinel_manager._force_master_ip
     return Deployment(
         endpoint=endpoint_of(redis.asyncio.Redis(connection_pool=plain)),
+        remap=(lambda address: (forced, address[1])) if forced else None,
         sentinels=tuple(endpoint_of(sentinel) for sentinel in pool.sentinel_manager.sentinels),
         master_name=pool.service_name,
     )
@@ -373,7 +378,8 @@ class NamedMaster:
             raise ReplyError(f"{error} (Sentinel {sentinel})") from None
         if address is None:
             raise ConnectionFailed(f"Sentinel {sentinel} knows no master {name!r}")
-        return address[0].decode(), int(address[1])
+        named = address[0].decode(), int(address[1])
+        return self._deployment.remap(named) if self._deployment.remap else named
 
     def found(self, address: tuple[str, int]) -> None:
         """The server there says that it is a master: links to another one leave it.
@@ -448,6 +454,7 @@ class SlotTable:
     def __init__(self, deployment: Deployment) -> None:
         self._common = deployment.endpoint
         self._seeds = deployment.nodes
+        self._remap = deployment.remap
         self._view = _View()
         self._nodes: dict[tuple[str, int], Endpoint] = {}
         # Masters to which slots are on their way, and when that was last seen (monotonic time).
@@ -551,10 +558,14 @@ class SlotTable:
         return replace(self._common, host=at.host, port=at.port, path=at.path)
 
     def at(self, host: str, port: int) -> Endpoint:
-        """A node of this cluster, by its address: always the same object, as slots are many."""
-        node = self._nodes.get((host, port))
+        """A node of this cluster, by the address that others give: always the same object, as
+        slots are many.
+        """
+        given = host, port
+        node = self._nodes.get(given)
         if node is None:
-            node = self._nodes[host, port] = replace(self._common, host=host, port=port, path=None)
+            host, port = self._remap(given) if self._remap else given
+            node = self._nodes[given] = replace(self._common, host=host, port=port, path=None)
         return node
 
     async def _ask(self, node: Endpoint) -> _View:
@@ -745,7 +756,9 @@ class ClusterTopology:
                     replied.cancel()
             if not errors:
                 break
-            places = await self._redirected(replies, places, alone, decode, attempt, apart)
+            places = await self._redirected(
+                replies, places, alone, decode, timeout, attempt=attempt, apart=apart
+            )
             if not places:
                 break
         return replies
@@ -786,6 +799,8 @@ class ClusterTopology:
         places: list[int],
         alone: Callable[[int], bytes],
         decode: int,
+        timeout: float | None,
+        *,
         attempt: int,
         apart: bool,
     ) -> list[int]:
@@ -804,8 +819,10 @@ class ClusterTopology:
         for node, some in importing.items():
             self.slots.imports(node)
             try:
-                asked = await self._ask_at(node, [alone(place) for place in some], decode, apart)
-            except ConnectionFailed as error:
+                asked = await self._ask_at(
+                    node, [alone(place) for place in some], decode, timeout, apart=apart
+                )
+            except RelstreamError as error:
                 self.slots.doubt()
                 if not apart:
                     raise
@@ -836,18 +853,29 @@ class ClusterTopology:
         return moved
 
     async def _ask_at(
-        self, node: Endpoint, commands: list[bytes], decode: int, apart: bool
+        self,
+        node: Endpoint,
+        commands: list[bytes],
+        decode: int,
+        timeout: float | None,
+        *,
+        apart: bool,
     ) -> list[Any]:
         """Carries commands to where their keys have moved already, ahead of their slot."""
         link = self.to(node)
-        timeout = link.endpoint.timeout
+        if timeout is None:
+            timeout = link.endpoint.timeout
         protocol = await link.get(ASK_NEXT if apart and link.tried else None)
         # Two requests each, as what decodes the one reply can't read the other; nothing in between.
         sent: list[asyncio.Future[list[Any]]] = []
         for command in commands:
             sent.append(protocol.send(pack(b"ASKING"), timeout=timeout))
             sent.append(protocol.send(command, decode=decode, timeout=timeout))
-        return [reply for (reply,) in (await asyncio.gather(*sent))[1::2]]
+        answers = [reply for (reply,) in await asyncio.gather(*sent)]
+        return [
+            asking if isinstance(asking, ReplyError) else reply
+            for asking, reply in zip(answers[::2], answers[1::2], strict=True)
+        ]
 
     def _target(self, redirect: ReplyError) -> Endpoint:
         """Where MOVED and ASK point: `MOVED 3999 127.0.0.1:6381`."""

@@ -26,6 +26,7 @@ from helpers import (
 
 from relstream import (
     AuthenticationFailed,
+    ClusterClientRequired,
     ClusterMode,
     ClusterNotSettled,
     ConfigConflict,
@@ -39,6 +40,9 @@ from relstream import (
     StreamClient,
     StreamNotOwned,
 )
+from relstream._core import ITEM, Template
+from relstream.errors import ReplyError
+from relstream.net.topology import deployment_of
 from relstream.server import TLSFiles
 from relstream.servers import Cluster, Node
 
@@ -453,23 +457,59 @@ async def test_events_of_every_master_come_again_within_three_seconds(
                 wanted.discard(note.payload.data_stream_name)
 
 
-async def test_a_slot_that_is_moving(cluster, service, consumer):
+async def test_a_slot_that_is_moving(cluster, service, consumer, url, caplog):
     """While the balancer stream's slot moves, its key is asked for where it is already (ASK)."""
-    client = consumer(heartbeat_interval=2.0)
+    # A read that waits takes longer than other commands may.
+    client = consumer(redis=f"{url}?socket_timeout=0.5", heartbeat_interval=2.0)
     notes = await client.init()
     await works(service, notes, client, "before")
     source = cluster.master_of(service.lbs)
     target = next(node for node in cluster.masters() if node is not source)
     slot = cluster.slot_of(service.lbs)
     await asyncio.to_thread(cluster.start_move, slot, source, target)
-    for number in range(2):
-        await works(service, notes, client, f"while moving {number}")
+    await works(service, notes, client, "while moving, still here")
+    keys = source.call("CLUSTER", "GETKEYSINSLOT", slot, 100)
+    assert service.lbs in keys
+    source.call("MIGRATE", *target.address, "", 0, 5000, "KEYS", *keys)
+    await works(service, notes, client, "while moving, there already")
+    await asyncio.sleep(1.2)
+    assert "reading failed" not in caplog.text
     announce(service, 20)
     await take(notes, 20)
     await asyncio.to_thread(cluster.finish_move, slot, source, target)
     await works(service, notes, client, "after")
     await asyncio.gather(*(client.done_stream(f"s{i}") for i in range(20)))
     assert service.pending() == []
+
+
+async def test_a_node_that_does_not_let_us_in_fails_only_what_moves_there(cluster):
+    """Users are not replicated: a new master may not know ours when the first slot comes."""
+    source = cluster.master_of("{m}")
+    target, other = (node for node in cluster.masters() if node is not source)
+    slot = cluster.slot_of("{m}")
+    elsewhere = next(
+        key for key in map("k{}".format, range(1000)) if cluster.master_of(key) is other
+    )
+    other.client.set(elsewhere, "value")
+    for node in (source, other):
+        node.client.acl_setuser(
+            "app", enabled=True, nopass=True, keys=["*"], channels=["*"], commands=["+@all"]
+        )
+    await asyncio.to_thread(cluster.start_move, slot, source, target)
+    seed = "redis+cluster://app:x@{}:{}".format(*source.address)
+    topology = deployment_of(seed).open("test")
+    replies = await topology.each(Template(b"GET", ITEM).pack, [elsewhere.encode(), b"{m}1"])
+    assert replies[0] == b"value"
+    assert isinstance(replies[1], ReplyError)
+    assert replies[1].transient
+    await topology.close()
+    await asyncio.to_thread(cluster.finish_move, slot, source, target)
+
+
+async def test_one_node_is_no_single_server(cluster, consumer):
+    for node in cluster.masters():
+        with pytest.raises(ClusterClientRequired, match=r"redis\+cluster://"):
+            await consumer(redis=node.url).init()
 
 
 # --- reset_topology -------------------------------------------------------------------------------

@@ -57,6 +57,23 @@ def test_a_cluster(url: str, nodes: list[tuple[str, int]]) -> None:
     assert topology.endpoint.client_name == "relstream:r"
 
 
+def test_addresses_are_translated_as_the_client_does_it() -> None:
+    """Nodes behind NAT, and Sentinels, give addresses that lead nowhere from here."""
+    cluster = redis.asyncio.RedisCluster(
+        startup_nodes=[ClusterNode("h", 1)],
+        address_remap=lambda address: (f"outside-{address[0]}", address[1] + 1000),
+    )
+    slots = deployment_of(cluster).guide()
+    assert isinstance(slots, SlotTable)
+    node = slots.at("10.0.0.1", 7000)
+    assert (node.host, node.port) == ("outside-10.0.0.1", 8000)
+    assert slots.at("10.0.0.1", 7000) is node
+    sentinel = redis.asyncio.sentinel.Sentinel([("h", 1)], force_master_ip="outside")
+    deployment = deployment_of(sentinel.master_for("m"))
+    assert deployment.remap is not None
+    assert deployment.remap(("10.0.0.1", 7000)) == ("outside", 7000)
+
+
 def test_what_a_clusters_url_says_is_for_all_nodes() -> None:
     url = "rediss+cluster://jo%40e:p%2Fw@h:1,i:2?socket_timeout=7&client_name=me&protocol=2"
     for node in deployment_of(url).nodes:
