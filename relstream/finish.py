@@ -94,6 +94,7 @@ class Finisher:
         self._recorder = recorder
         self._logger = logger
         self._ack = Template(b"XACK", names.lbs, names.group, ITEM)
+        self._delete = Template(b"XDEL", names.lbs, ITEM)
         self._asked = asyncio.Event()
         self._done = Endings(self._asked.set)
         self._released = Endings(self._asked.set)
@@ -265,12 +266,14 @@ class Finisher:
                 raise reply
             await self._forbidden(reply, call.receipt)
             return None
-        lost: set[Entry] = set()
-        for place in map(int, reply[len(call.token) :].split()):
-            held[abs(place) - 1] = False
-            if place < 0:
-                lost.add(entries[-place - 1])
-        if not self._single:
+        missed = list(map(int, reply[len(call.token) :].split()))
+        lost = {entries[-place - 1] for place in missed if place < 0}
+        if self._single:
+            for place in missed:
+                held[abs(place) - 1] = False
+        else:
+            lost = await self._taken(lost, entries, held)
+            held = [ours and e not in lost for e, ours in zip(entries, held, strict=True)]
             with contextlib.suppress(RelstreamError):  # finished it is, and the lock expires
                 await self._locks.delete(
                     [lock for lock, ours in zip(locks, held, strict=True) if ours]
@@ -280,6 +283,20 @@ class Finisher:
                 if entry not in lost:
                     self._recorder.lock_release(entry.data_stream_name, ours)
         return lost
+
+    async def _taken(self, lost: set[Entry], entries: list[Entry], held: list[bool]) -> set[Entry]:
+        """Those of `lost`, which were not pending, that somebody took; the others are deleted.
+
+        One that is there, and locked by us, was lost with its group: who puts an entry back deletes
+        it in the same step.
+        """
+        ours = [e for e, mine in zip(entries, held, strict=True) if mine and e in lost]
+        if not ours:
+            return lost
+        ids = entry_ids(ours)
+        deleted = await self._link.pipeline(self._delete.pack(ids), len(ids))
+        counts = zip(ours, raise_first(deleted), strict=True)
+        return lost - {entry for entry, count in counts if count}
 
     async def _forbidden(self, refusal: ReplyError, receipt: bytes) -> None:
         """Whether it is for good that the script must not be run, or for one of these locks."""
