@@ -140,6 +140,7 @@ class Recoverer:
         self._leader_key_checked = -math.inf
         self._scans_failed = Backoff(SCAN_AGAIN, recovery.reconciliation_interval)
         self._complained: set[str] = set()
+        self._burying: set[bytes] = set()  # entries on their way to the dead-letter stream
         self._mget_forbidden = False
 
     # --- from outside -------------------------------------------------------------------------
@@ -620,9 +621,13 @@ class Recoverer:
             )
 
     async def _bury(self, letters: Sequence[Letter], reason: bytes, tally: Tally) -> None:
+        # A scan and a look come upon the same ones: each would leave a copy if this ended now.
+        letters = [each for each in letters if each[1][0] not in self._burying]
         if not letters:
             return
         where = f"moved to the dead-letter stream {self._names.dlq.decode()}"
+        ids = {entry_id for _, (entry_id, _, _) in letters}
+        self._burying |= ids
         try:
             outcomes = await self._put_back.bury(
                 [letter for _, letter in letters], self._recovery.dlq_max_len, reason
@@ -631,6 +636,8 @@ class Recoverer:
             tally.refusals.append(error)
             self._complain(len(letters), where, error)
             return
+        finally:
+            self._burying -= ids
         self._complained.discard(where)
         tally.alive += outcomes.count(ALIVE)
         buried = [stream for (stream, _), how in zip(letters, outcomes, strict=True) if how == PUT]

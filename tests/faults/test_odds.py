@@ -322,6 +322,20 @@ async def test_what_another_buried_first_is_buried_once(consumer, service):
     assert letters == ids
 
 
+async def test_what_one_pass_is_burying_another_one_leaves(consumer, service):
+    """Both may be the same consumer's: if it dies now, one copy is there too many, and not two."""
+    orphan(service, 1, _retry_count="3")
+    client = consumer("c1")
+
+    async def pass_by():
+        await client._partitions[0].recoverer._walk(0, recovery.Tally())
+        assert service.redis.xlen(service.dlq) == 1
+
+    tally = await Undertaker(client, pass_by).walk()
+    assert tally.dead_letters == service.redis.xlen(service.dlq) == 1
+    assert (service.entries(), service.pending()) == ([], [])
+
+
 def consumers(service):
     return {row["name"].decode() for row in service.redis.xinfo_consumers(service.lbs, "svc-group")}
 
