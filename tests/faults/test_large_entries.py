@@ -53,11 +53,13 @@ async def test_an_owner_of_large_entries_hands_them_over(consumer, service):
 
 async def test_leadership_does_not_wait_for_what_is_being_recovered(consumer, service, monkeypatch):
     monkeypatch.setattr(recovery, "LEADERSHIP", 4.0)
-    leader = consumer("leader", recovery=RecoveryConfig(min_idle_time=3600))
+    leader = consumer(
+        "leader", heartbeat_interval=30.0, recovery=RecoveryConfig(min_idle_time=3600)
+    )
     await leader.init()
     key = "svc-input-reconciler"
     await eventually(lambda: service.redis.get(key) == b"leader")
-    protocol = await leader._recovering.link(b"").get()
+    protocol = await leader._recovering.link(service.lbs.encode()).get()
     protocol._transport.pause_reading()  # a reply that takes long
     renewals = Renewals(service, [key])
     await eventually(lambda: renewals.seen() == 3)
