@@ -85,9 +85,14 @@ class Service:
 
     def __init__(self, client: redis.Redis, name: str = "svc") -> None:
         self.redis = client
+        self.name = name
         self.lbs = f"{name}-input"
         self.group = f"{name}-group"
         self.dlq = f"{name}-input-dlq"
+
+    def other(self, name: str) -> Service:
+        """The state of another service in the same place."""
+        return Service(self.redis, name)
 
     def announce(self, name: str, info: str = "null", **fields: str) -> str:
         value = f'{{"DataStreamName": "{name}", "Info": {info}}}'
@@ -125,6 +130,14 @@ class Service:
             client["name"].endswith(f":{consumer}:read") and "b" in client["flags"]
             for client in self.redis.client_list()
         )
+
+    def announce_last(self, *names: str) -> list[str]:
+        """Announces these and runs out of memory in one step, or they could be locked."""
+        with self.redis.pipeline(transaction=True) as pipe:
+            for name in names:
+                pipe.xadd(self.lbs, {"lbs-input": f'{{"DataStreamName": "{name}", "Info": null}}'})
+            pipe.config_set("maxmemory", 1)
+            return [entry_id.decode() for entry_id in pipe.execute()[:-1]]
 
     def entries(self) -> list[str]:
         return [entry_id.decode() for entry_id, _ in self.redis.xrange(self.lbs)]

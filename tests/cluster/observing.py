@@ -62,6 +62,17 @@ class ClusterService(Service):
         super().__init__(client, name)
         self._cluster = cluster
 
+    def other(self, name: str) -> Service:
+        return ClusterService(self.redis, self._cluster, name)
+
+    def announce_last(self, *names: str) -> list[str]:
+        lbs_master = self.lbs_master
+        for master in self._cluster.masters():
+            if master is not lbs_master:
+                master.client.config_set("maxmemory", 1)
+        with redis.Redis(*lbs_master.address) as client:
+            return Service(client, self.name).announce_last(*names)
+
     def ttls(self, keys: list[str]) -> list[int]:
         with self.redis.pipeline() as pipe:
             for key in keys:

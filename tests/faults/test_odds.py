@@ -430,11 +430,7 @@ async def test_out_of_memory_for_long_makes_no_dead_letters(consumer, service, l
     """Out of memory entries can be read, but not locked: that is no death of an owner."""
     ears = [listen(await consumer(f"c{i}").init()) for i in range(2)]
     await eventually(lambda: service.reads("c0") and service.reads("c1"))
-    with service.redis.pipeline(transaction=True) as pipe:
-        for i in range(10):
-            pipe.xadd(service.lbs, {"lbs-input": f'{{"DataStreamName":"s{i}","Info":null}}'})
-        pipe.config_set("maxmemory", 1)
-        pipe.execute()
+    service.announce_last(*[f"s{i}" for i in range(10)])
     try:
         # Far more than `max_retries` times as long as a lock lives.
         for _ in range(15):
