@@ -47,12 +47,17 @@ def start(redis_url: str) -> Iterator[Callable[..., Consumer]]:
 
 
 @pytest.fixture
-def start_reference(redis_url: str) -> Iterator[Callable[[], Process]]:
+def start_reference(
+    redis_url: str, deployment: str, request: pytest.FixtureRequest
+) -> Iterator[Callable[[], Process]]:
     """Starts recoverers that do it one by one, in two steps; see `reference_process.py`."""
+    url = redis_url
+    if deployment == "sentinel":
+        url = request.getfixturevalue("sentinels").master().url
     started: list[Process] = []
 
     def make() -> Process:
-        started.append(Process("reference_process.py", redis_url, "svc"))
+        started.append(Process("reference_process.py", url, "svc"))
         return started[-1]
 
     yield make

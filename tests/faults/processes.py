@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -180,25 +181,37 @@ class Tap:
     """Stands between one client and the server, and lets `gate` see each command before it passes.
 
     Commands of one connection pass one after the other. A command for which `gate` returns False is
-    swallowed, and so are all after it on this connection.
+    swallowed, and so are all after it on this connection. Of a cluster it stands before every
+    master: where these name their ports, its own are named.
     """
 
-    def __init__(self, url: str, gate: Gate) -> None:
-        self._server = redis.connection.parse_url(url)
+    def __init__(self, beyond: redis.Redis | redis.RedisCluster, gate: Gate) -> None:
+        self._beyond = beyond
         self._gate = gate
         self._stack = contextlib.AsyncExitStack()
+        self._ports: dict[int, int] = {}
         self.url = ""
 
     async def __aenter__(self) -> Tap:
-        port = await self._stack.enter_async_context(listening(self._serve))
-        self.url = f"redis://127.0.0.1:{port}"
+        scheme = "redis"
+        if isinstance(self._beyond, redis.RedisCluster):
+            scheme = "redis+cluster"
+            beyond = [node.port for node in self._beyond.get_primaries()]
+        else:
+            beyond = [self._beyond.connection_pool.connection_kwargs["port"]]
+        for port in beyond:
+            serve = functools.partial(self._serve, port)
+            self._ports[port] = await self._stack.enter_async_context(listening(serve))
+        self.url = f"{scheme}://127.0.0.1:{self._ports[port]}"
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self._stack.aclose()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, beyond = await asyncio.open_connection(self._server["host"], self._server["port"])
+    async def _serve(
+        self, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        there, beyond = await asyncio.open_connection("127.0.0.1", port)
         answers = asyncio.ensure_future(self._answer(there, writer))
         role = ""
         try:
@@ -217,5 +230,8 @@ class Tap:
 
     async def _answer(self, there: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await there.read(65536):
+            if len(self._ports) > 1:  # CLUSTER SLOTS, that is
+                for port, ours in self._ports.items():
+                    data = data.replace(b":%d\r\n" % port, b":%d\r\n" % ours)
             writer.write(data)
             await writer.drain()

@@ -15,7 +15,9 @@ SEPARATOR = b"<MUTEX_KEY_SEP>"
 
 def main(url: str, service: str) -> None:
     lbs, group = f"{service}-input", f"{service}-group"
-    with redis.Redis.from_url(url) as client:
+    of_cluster = url.startswith("redis+cluster://")
+    kind = redis.RedisCluster if of_cluster else redis.Redis
+    with kind.from_url(url.replace("+cluster", "")) as client:
         rows = client.xpending_range(lbs, group, "-", "+", 100_000)
         sys.stdout.write('{"what": "ready"}\n')
         sys.stdout.flush()

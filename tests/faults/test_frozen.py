@@ -87,10 +87,10 @@ async def test_frozen_but_not_taken_over_it_stays_the_owner(start, service):
 
 
 @pytest.mark.slow
-async def test_frozen_between_reading_and_locking(start, redis_url, service):
+async def test_frozen_between_reading_and_locking(start, service):
     """The entries are pending for it, and were put back, when it gets to lock them."""
     gate = AtTheLock()
-    async with Tap(redis_url, gate) as tap:
+    async with Tap(service.redis, gate) as tap:
         for i in range(COUNT):
             service.announce(f"s{i}")
         zombie = await start("zombie", url=tap.url).ready()
@@ -113,10 +113,10 @@ async def test_frozen_between_reading_and_locking(start, redis_url, service):
         zombie.kill()
 
 
-async def test_what_was_put_back_before_it_was_locked_is_not_told(consumer, redis_url, service):
+async def test_what_was_put_back_before_it_was_locked_is_not_told(consumer, service):
     """The strict side of the above: ownership is not announced where somebody else has it."""
     gate = AtTheLock()
-    async with Tap(redis_url, gate) as tap:
+    async with Tap(service.redis, gate) as tap:
         late = consumer("late", url=tap.url, heartbeat_interval=0.4, auto_claim=False)
         notes = await late.init()
         entry_id = service.announce("s1")

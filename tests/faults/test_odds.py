@@ -261,7 +261,7 @@ class Undertaker:
         tally = recovery.Tally()
         await self.recoverer._walk(0, tally)
         assert self.came
-        await self.recoverer._link.close()
+        await self.recoverer._topology.close()
         return tally
 
 

@@ -145,8 +145,9 @@ async def test_closing_in_between_says_what_is_lost(
     assert service.entries() == [entry_id]  # so that it can be announced again
 
 
-async def test_a_connection_cut_between_the_steps(consumer, service, url, ghosts, server):
-    async with Proxy(server.port) as proxy:
+@pytest.mark.only("single", "sentinel", reason="cuts the connection to one server")
+async def test_a_connection_cut_between_the_steps(consumer, service, url, ghosts):
+    async with Proxy(service.redis.connection_pool.connection_kwargs["port"]) as proxy:
         heard = Heard()
         leader = consumer(
             url=proxy.url.replace("://", "://app:x@"), recovery=SCAN_ONLY, recorder=heard
