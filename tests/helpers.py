@@ -107,6 +107,10 @@ class Service:
             if value is not None
         }
 
+    def locks_together(self) -> dict[str, str]:
+        """Such as are there at one and the same time."""
+        return self.locks()  # their values are read in one step
+
     def ttls(self, keys: list[str]) -> list[int]:
         """The milliseconds that keys have left; negative: none."""
         script = (

@@ -86,6 +86,11 @@ class ClusterService(Service):
     def locks(self) -> dict[str, str]:
         return {k: v for held in locks_by_master(self._cluster).values() for k, v in held.items()}
 
+    def locks_together(self) -> dict[str, str]:
+        # Masters are asked one after the other: what is seen before and after was there in between.
+        before = self.locks()
+        return {key: value for key, value in self.locks().items() if key in before}
+
 
 class SentinelService(Service):
     """As `Service`, at whom Sentinels name the master."""

@@ -138,7 +138,7 @@ class Consumer(Process):
 class Watch:
     """Looks at all locks many times a second: no stream may have two at any time.
 
-    All locks are read in one step (MGET), so what is seen together was there together.
+    What is seen together was there together.
     """
 
     def __init__(self, service: Service) -> None:
@@ -162,7 +162,7 @@ class Watch:
 
     async def _watch(self) -> None:
         while True:
-            locks = self._service.locks()
+            locks = self._service.locks_together()
             counts = Counter(key.rpartition(SEPARATOR)[0] for key in locks)
             for name, count in counts.items():
                 if count > 1:
