@@ -17,7 +17,7 @@ from relstream.errors import DeadlineExceeded, ProtocolError, RelstreamError, Re
 from relstream.lbs import INPUT_FIELD, SEPARATOR, UNPARSEABLE, Names
 from relstream.net.connection import Backoff, explained_by_failover
 from relstream.notifications import MAX_WAITING_BYTES
-from relstream.put_back import PUT, discard
+from relstream.put_back import PUT, TOO_LATE, discard
 
 if TYPE_CHECKING:
     from relstream.config import RecoveryConfig, RetryConfig
@@ -96,9 +96,7 @@ class Intake:
         *,
         notifications: Notifications,
         room: Room,
-        take: Callable[
-            [list[Entry], float], Awaitable[tuple[list[Entry], list[tuple[Entry, ReplyError]]]]
-        ],
+        take: Callable[..., Awaitable[tuple[list[Entry], list[tuple[Entry, ReplyError]]]]],
         audit: Callable[[], Awaitable[None]],
         hand_back: Callable[[list[bytes]], Awaitable[list[bytes]]],
         unlock: Callable[[list[bytes]], Awaitable[list[bytes]]],
@@ -135,6 +133,7 @@ class Intake:
         # tried again long before others may take them for a dead owner's.
         self._refused: list[Entry] = []
         self._refused_since = self._again_at = 0.0
+        self._refused_asked_at = 0.0  # when the first of them was asked for
         soon = max(recovered_after, 0.1)
         self._refused_for = soon / 3
         self._refusals = Backoff(retry.initial_delay, min(retry.max_delay, 2.0, soon / 4))
@@ -356,13 +355,24 @@ class Intake:
         finally:
             self._room.give_back(sum(map(len, batches)))
 
-    async def _lock(self, entries: list[Entry], asked_at: float) -> list[Entry]:
+    async def _lock(
+        self, entries: list[Entry], asked_at: float, *, again: bool = False
+    ) -> list[Entry]:
         """Takes locks; returns entries of new streams. What is refused for now is `_refused`."""
         self._locking.append(entries)
         try:
-            new, refusals = await self._take_leases(entries, asked_at)
+            new, refusals = await self._take_leases(entries, asked_at, again=again)
+            late = [entry for entry, error in refusals if error is TOO_LATE]
+            if late:
+                self._count = max(self._count // 8, 1)  # it may have been too large a reply
+                stay = set(await self._hand_back(entry_ids(late)))
+                refusals = [
+                    (entry, error)
+                    for entry, error in refusals
+                    if error is not TOO_LATE or entry.id in stay
+                ]
         except RelstreamError:  # the locks may be ours, or not
-            self._keep(entries)
+            self._keep(entries, asked_at)
             raise
         finally:
             self._locking.remove(entries)
@@ -373,7 +383,7 @@ class Intake:
         if waiting:
             if not self._refusals.failures:
                 self._logger.warning("locks are refused for now, trying again: %s", refusals[-1][1])
-            self._keep(waiting)
+            self._keep(waiting, asked_at)
             self._try_later()
         elif not self._refused:
             self._refusals.reset()
@@ -388,9 +398,11 @@ class Intake:
         )
         return new
 
-    def _keep(self, entries: list[Entry]) -> None:
+    def _keep(self, entries: list[Entry], asked_at: float) -> None:
         if not self._refused:
             self._refused_since = asyncio.get_running_loop().time()
+            self._refused_asked_at = asked_at
+        self._refused_asked_at = min(self._refused_asked_at, asked_at)
         self._refused += entries
 
     def _try_later(self) -> None:
@@ -401,13 +413,13 @@ class Intake:
     async def _take_refused(self) -> None:
         """Tries once more to lock what was refused."""
         room = max(self._room.share(), 0)
-        since = self._refused_since
+        since, asked_at = self._refused_since, self._refused_asked_at
         failure: RelstreamError | None = None
         fitting, self._refused = self._refused[:room], self._refused[room:]
         if fitting:
             self._room.set_aside(len(fitting))
             try:
-                self._notifications.added(await self._lock(fitting, -math.inf))
+                self._notifications.added(await self._lock(fitting, asked_at, again=True))
             except RelstreamError as error:
                 failure = error
             finally:

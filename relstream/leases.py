@@ -33,6 +33,7 @@ from relstream.errors import RelstreamError, ReplyError
 from relstream.lbs import SEPARATOR, Names, partition_of, split_lock_key
 from relstream.net.connection import Backoff, raise_first
 from relstream.net.topology import NamedMaster
+from relstream.put_back import TOO_LATE
 from relstream.scripts import (
     RELEASE,
     RELEASE_ONE,
@@ -449,7 +450,7 @@ class Keeper:
             if ours:
                 ids = [key.rpartition(SEPARATOR)[2] for key in ours]
                 link = topology.link(names.lbs)
-                found |= await pending_for(link, names, self._consumer, ours, ids)
+                found.update(await pending_for(link, names, self._consumer, ours, ids))
         return found
 
     def _partition(self, lock_key: bytes) -> int:
@@ -459,19 +460,22 @@ class Keeper:
 
 async def pending_for(
     link: KeyLink, names: Names, consumer: str, keys: list[bytes], ids: list[bytes]
-) -> set[bytes]:
-    """Those of `keys` whose ids are pending for the consumer (XPENDING, ranges of one id)."""
+) -> dict[bytes, int]:
+    """Those of `keys` whose ids are pending for the consumer, and for how many ms they were.
+
+    By XPENDING, ranges of one id.
+    """
     ask = Template(b"XPENDING", names.lbs, names.group, ITEM, ITEM, 1)
     replies = await link.pipeline(ask.pack(ids), len(ids), decode=PENDING)
     me = consumer.encode()
-    found = set()
+    found = {}
     for key, page in zip(keys, replies, strict=True):
         if isinstance(page, ReplyError):
             if page.code == "NOGROUP":
                 continue
             raise page
         if len(page) and page[0][1] == me:
-            found.add(key)
+            found[key] = page[0][2]
     return found
 
 
@@ -488,6 +492,7 @@ class Leases:
         names: Names,
         consumer: str,
         *,
+        single: bool,
         recovered_after: float,
         keeper: Keeper,
         on_drop: Callable[[], None],
@@ -498,6 +503,8 @@ class Leases:
         self._names = names
         self._consumer = consumer
         self._keeper = keeper
+        self._single = single
+        self._recovered_after_ms = recovered_after * 1000
         self._doubtful_after = recovered_after * DOUBTFUL_AFTER
         self._on_drop = on_drop
         self._recorder = recorder
@@ -514,19 +521,20 @@ class Leases:
         return list(self._owned.values())
 
     async def take(
-        self, entries: list[Entry], asked_at: float
+        self, entries: list[Entry], asked_at: float, *, again: bool = False
     ) -> tuple[list[Entry], list[tuple[Entry, ReplyError]]]:
         """Locks entries just read; returns those that bring a new stream.
 
         An entry whose lock somebody holds stays pending, and so do those that the server refused,
-        which are returned with these refusals. `asked_at` is when the read was sent
-        (loop time): if that is long ago, others may have recovered the entries in the meantime, or
-        we have locked them ourselves, and not heard of it.
+        which are returned with these refusals, or with `TOO_LATE`. `asked_at` is when the read was
+        sent (loop time): if that is long ago, others may have recovered the entries in the
+        meantime. `again`: we may have locked them ourselves, and not heard of it.
         """
         start = time.perf_counter()
         keys = lock_keys(entries)
         replies = await self._locks.acquire(keys)
-        if asyncio.get_running_loop().time() - asked_at > self._doubtful_after:
+        late = asyncio.get_running_loop().time() - asked_at > self._doubtful_after
+        if late or again:
             replies = await self._confirmed(entries, keys, replies)
         new, locked, refusal = grant(entries, replies, self._owned)
         if locked:
@@ -543,7 +551,10 @@ class Leases:
     async def _confirmed(
         self, entries: list[Entry], keys: list[bytes], replies: list[Any]
     ) -> list[Any]:
-        """`replies`, for what is locked by us and pending for us since."""
+        """`replies`, for what is locked by us and pending for us since.
+
+        On a cluster not for longer than after which it may be recovered: `TOO_LATE`.
+        """
         held = [key for key, reply in zip(keys, replies, strict=True) if reply is None]
         mine = list(compress(held, await self._locks.held(held, known=True) if held else ()))
         # Not just to be found: the keeper's next turn may come after their end.
@@ -552,17 +563,15 @@ class Leases:
         replies = [b"OK" if key in ours else r for key, r in zip(keys, replies, strict=True)]
         ids = entry_ids(entries)
         still = await pending_for(self._link, self._names, self._consumer, keys, ids)
-        late = [
-            key
+        most = math.inf if self._single else self._recovered_after_ms
+        late = {
+            key: TOO_LATE if key in still else None
             for key, reply in zip(keys, replies, strict=True)
-            if reply == b"OK" and key not in still
-        ]
+            if reply == b"OK" and still.get(key, math.inf) >= most
+        }
         if late:
-            await self._locks.release(late)
-        return [
-            None if reply == b"OK" and key not in still else reply
-            for key, reply in zip(keys, replies, strict=True)
-        ]
+            await self._locks.release(list(late))
+        return [late.get(key, reply) for key, reply in zip(keys, replies, strict=True)]
 
     async def unlock(self, keys: list[bytes]) -> list[bytes]:
         """Deletes locks that are ours; returns those that were not."""

@@ -62,6 +62,7 @@ class Partition:
             locks,
             names,
             consumer,
+            single=commands.single,
             recovered_after=recovered_after,
             keeper=keeper,
             on_drop=notifications.room_made.set,

@@ -53,6 +53,10 @@ ADD_AGAIN = 2.0
 
 PUT, LOST, ALIVE, NOT_BY_SCRIPT, REFUSED = 1, 0, 2, -1, -2
 
+# On a cluster, whoever recovers an entry sees that its lock is free a moment before it takes it
+# away. One locked in between would have two owners: it goes back instead, by one of the two.
+TOO_LATE = ReplyError("TRYAGAIN it may be recovered as a dead owner's just now")
+
 
 async def read_entries(link: KeyLink, names: Names, ids: Iterable[bytes]) -> list[Batch]:
     """Entries of the LBS by their ids, a batch of one or none each (XRANGE)."""

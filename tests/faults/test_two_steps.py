@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from helpers import SEPARATOR, eventually, names, nothing_comes, take
@@ -103,7 +104,8 @@ async def test_memory_that_runs_out_between_the_steps_of_a_scan(
     consumer, service, url, ghosts, full_in_between
 ):
     heard = Heard()
-    notes = await consumer(url=url, recovery=SCAN_ONLY, recorder=heard).init()
+    patient = replace(SCAN_ONLY, min_idle_time=1.0)
+    notes = await consumer(url=url, heartbeat_interval=2.0, recovery=patient, recorder=heard).init()
     await eventually(lambda: service.pending("ghost") != ghosts)
     await nothing_comes(notes, 0.5)
     assert service.entries() == ghosts

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import threading
 import time
 
@@ -26,9 +25,9 @@ from helpers import (
     take,
 )
 
-from relstream import LBSInfo, StreamNotOwned
+from relstream import LBSInfo, RecoveryConfig, StreamNotOwned
 from relstream._core import announcements
-from relstream.leases import Keeper
+from relstream.leases import Keeper, Locks
 
 
 def lock(name: str, entry_id: str) -> str:
@@ -255,6 +254,34 @@ async def test_the_end_of_renewal_ends_the_client(consumer, service, monkeypatch
     assert "keeper failed: a mistake of ours" in last.additional_info["info"]
 
 
+async def test_what_is_locked_late_may_be_anothers_already(
+    consumer, service, deployment, monkeypatch
+):
+    """On a cluster, where nobody can look at a lock and put its entry back in one step."""
+    acquire = Locks.acquire
+    delays = [1.2 * QUICK]
+
+    async def late(locks, keys):
+        if delays:
+            await asyncio.sleep(delays.pop())
+        return await acquire(locks, keys)
+
+    monkeypatch.setattr(Locks, "acquire", late)
+    quick = RecoveryConfig(reconciliation_interval=3600, min_idle_time=QUICK)
+    notes = await consumer(auto_claim=False, heartbeat_interval=8 * QUICK, recovery=quick).init()
+    entry_id = service.announce("s1")
+    ((_, payload, _),) = await take(notes, 1)
+    assert (payload.id_in_lbs == entry_id) == (deployment != "cluster")
+    ((_, fields),) = service.redis.xrange(service.lbs)
+    assert b"_retry_count" not in fields  # nobody had owned it
+    assert len(service.locks()) == 1
+    # How long a read has waited for it is no matter.
+    await asyncio.sleep(1.2 * QUICK)
+    entry_id = service.announce("s2")
+    ((_, payload, _),) = await take(notes, 1)
+    assert payload.id_in_lbs == entry_id
+
+
 async def test_renewal_ends_however_often_it_is_cancelled(consumer, caplog):
     client = consumer()
     notes = await client.init()
@@ -364,6 +391,7 @@ async def test_a_lock_taken_unheard_of_is_ours_for_its_full_time(consumer, servi
     leases = client._partitions[0].leases
     read = batch_of(resp_entry(entry_id.encode(), b"lbs-input", b'{"DataStreamName":"s1"}'))
     entries, _, _ = announcements(read, b"lbs-input", SEPARATOR.encode(), json.loads)
-    new, refusals = await leases.take(entries, -math.inf)
+    now = asyncio.get_running_loop().time()
+    new, refusals = await leases.take(entries, now, again=True)
     assert (len(new), refusals) == (1, [])
     assert service.redis.pttl(lock("s1", entry_id)) > 1000 * HEARTBEAT / 2

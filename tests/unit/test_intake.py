@@ -121,12 +121,12 @@ class Setting:
         await self.task
 
 
-async def granting(entries: list[Entry], asked_at: float) -> Any:
+async def granting(entries: list[Entry], asked_at: float, **how: Any) -> Any:
     return entries, []
 
 
 def refusing(code: str) -> Take:
-    async def take(entries: list[Entry], asked_at: float) -> Any:
+    async def take(entries: list[Entry], asked_at: float, **how: Any) -> Any:
         return [], [(entry, ReplyError(f"{code} not now")) for entry in entries]
 
     return take
@@ -135,7 +135,7 @@ def refusing(code: str) -> Take:
 async def test_a_batch_is_taken_though_the_one_before_it_fails() -> None:
     failed = False
 
-    async def take(entries: list[Entry], asked_at: float) -> Any:
+    async def take(entries: list[Entry], asked_at: float, **how: Any) -> Any:
         nonlocal failed
         if not failed:
             failed = True
@@ -173,7 +173,7 @@ async def test_what_is_refused_is_put_back_on_leaving() -> None:
 
 
 async def test_of_several_masters_one_that_refuses_keeps_the_others_streams_from_nobody() -> None:
-    async def take(entries: list[Entry], asked_at: float) -> Any:
+    async def take(entries: list[Entry], asked_at: float, **how: Any) -> Any:
         odd = [entry for entry in entries if int(entry.data_stream_name[1:]) % 2]
         even = [entry for entry in entries if entry not in odd]
         return even, [(entry, ReplyError("OOM not now")) for entry in odd]
@@ -189,7 +189,7 @@ async def test_of_several_masters_one_that_refuses_bounds_what_is_kept(monkeypat
     monkeypatch.setattr(intake, "MOST_REFUSED", 5)
     kept = 0
 
-    async def take(entries: list[Entry], asked_at: float) -> Any:
+    async def take(entries: list[Entry], asked_at: float, **how: Any) -> Any:
         nonlocal kept
         odd = [entry for entry in entries if int(entry.data_stream_name[1:]) % 2]
         kept = max(kept, len(setting.intake._refused) + len(odd))
@@ -221,7 +221,7 @@ async def test_a_reply_that_takes_too_long_is_asked_for_in_parts() -> None:
 
 
 async def test_one_server_that_refuses_all_in_a_row_is_not_all_of_them() -> None:
-    async def take(entries: list[Entry], asked_at: float) -> Any:
+    async def take(entries: list[Entry], asked_at: float, **how: Any) -> Any:
         odd = [entry for entry in entries if server(entry.lock_key) == "odd"]
         even = [entry for entry in entries if entry not in odd]
         return even, [(entry, ReplyError("OOM not now")) for entry in odd]
@@ -254,7 +254,7 @@ async def test_a_full_batch_that_is_refused_goes_back_in_time_too() -> None:
 
 
 async def test_what_can_not_even_be_tried_goes_back_all_the_same() -> None:
-    async def take(entries: list[Entry], asked_at: float) -> Any:
+    async def take(entries: list[Entry], asked_at: float, **how: Any) -> Any:
         raise ConnectionLost("cut")
 
     setting = Setting(batch(1, 30), take=take)
@@ -266,7 +266,7 @@ async def test_what_can_not_even_be_tried_goes_back_all_the_same() -> None:
 async def test_without_room_what_was_refused_waits_its_time() -> None:
     """Nothing is asked again and again of a server for what can be taken by nobody."""
 
-    async def take(entries: list[Entry], asked_at: float) -> Any:
+    async def take(entries: list[Entry], asked_at: float, **how: Any) -> Any:
         return entries[:4], [(entry, ReplyError("MASTERDOWN not now")) for entry in entries[4:]]
 
     setting = Setting(batch(1, 10), take=take, single=False, queue=4)
@@ -278,7 +278,7 @@ async def test_without_room_what_was_refused_waits_its_time() -> None:
 
 
 async def test_a_cancellation_is_heeded_though_there_is_room_at_the_same_moment() -> None:
-    async def take(entries: list[Entry], asked_at: float) -> Any:
+    async def take(entries: list[Entry], asked_at: float, **how: Any) -> Any:
         return entries[:4], [(entry, ReplyError("MASTERDOWN not now")) for entry in entries[4:]]
 
     for tick in range(20):
