@@ -146,6 +146,22 @@ class Service:
     def entries(self) -> list[str]:
         return [entry_id.decode() for entry_id, _ in self.redis.xrange(self.lbs)]
 
+    def bury(self, count: int) -> list[str]:
+        """Dead letters of streams `s0`, `s1`, …, as recovery leaves them; their ids."""
+        with self.redis.pipeline(transaction=False) as pipe:
+            for i in range(count):
+                pipe.xadd(
+                    self.dlq,
+                    {
+                        "lbs-input": f'{{"DataStreamName":"s{i}","Info":{{"n":{i}}}}}',
+                        "other": "kept",
+                        "_retry_count": "4",
+                        "_dlq_reason": "max_retries_exceeded",
+                        "_source_id": f"1-{i}",
+                    },
+                )
+            return [entry_id.decode() for entry_id in pipe.execute()]
+
     def put_back(self, entry_id: str) -> str:
         """What another consumer does with an entry whose owner seems dead."""
         ((_, fields),) = self.redis.xrange(self.lbs, entry_id, entry_id)

@@ -12,24 +12,8 @@ from relstream import ClientClosed, DeadLetters, InvalidOption, ReplyError
 from relstream.net.connection import Link
 
 
-def bury(service, count):
-    return [
-        service.redis.xadd(
-            service.dlq,
-            {
-                "lbs-input": f'{{"DataStreamName":"s{i}","Info":{{"n":{i}}}}}',
-                "other": "kept",
-                "_retry_count": "4",
-                "_dlq_reason": "max_retries_exceeded",
-                "_source_id": f"1-{i}",
-            },
-        ).decode()
-        for i in range(count)
-    ]
-
-
 async def test_letters_are_listed_with_all_that_is_known(service, redis_url):
-    ids = bury(service, 250)
+    ids = service.bury(250)
     odd = service.redis.xadd(service.dlq, {"x": b"\xff", "_dlq_reason": "unparseable"}).decode()
     async with DeadLetters(redis_url, "svc") as letters:
         listed = [letter async for letter in letters]
@@ -40,7 +24,7 @@ async def test_letters_are_listed_with_all_that_is_known(service, redis_url):
 
 
 async def test_replay_announces_anew_with_no_retries(consumer, service, redis_url):
-    bury(service, 250)
+    service.bury(250)
     async with DeadLetters(redis_url, "svc") as letters:
         assert await letters.replay() == 250
         assert await letters.replay() == 0
@@ -56,7 +40,7 @@ async def test_replay_announces_anew_with_no_retries(consumer, service, redis_ur
 
 
 async def test_some_are_replayed_and_some_purged(service, redis_url):
-    ids = bury(service, 4)
+    ids = service.bury(4)
     async with DeadLetters(redis_url, "svc") as letters:
         assert await letters.replay([ids[1], "9-9"]) == 1
         assert await letters.purge([ids[0]]) == 1
@@ -70,7 +54,7 @@ async def test_some_are_replayed_and_some_purged(service, redis_url):
 
 
 async def test_a_replay_that_is_refused_loses_nothing(service, redis_url):
-    bury(service, 3)
+    service.bury(3)
     service.redis.set(service.lbs, "in the way")
     async with DeadLetters(redis_url, "svc") as letters:
         with pytest.raises(Exception, match="WRONGTYPE"):
@@ -79,7 +63,7 @@ async def test_a_replay_that_is_refused_loses_nothing(service, redis_url):
 
 
 async def test_a_replay_that_is_partly_refused_keeps_the_rest(service, redis_url):
-    bury(service, 3)
+    service.bury(3)
     service.redis.xadd(service.lbs, {"x": "y"}, f"{2**64 - 1}-{2**64 - 2}")  # one more can be added
     async with DeadLetters(redis_url, "svc") as letters:
         with pytest.raises(ReplyError, match="ID"):
@@ -89,7 +73,7 @@ async def test_a_replay_that_is_partly_refused_keeps_the_rest(service, redis_url
 
 
 async def test_what_comes_in_meanwhile_is_left_for_the_next_time(service, redis_url):
-    bury(service, 3)
+    service.bury(3)
     seen = []
     async with DeadLetters(redis_url, "svc") as letters:
         async for letter in letters:
@@ -111,7 +95,7 @@ async def test_interrupted_at_any_command_it_loses_none(
     service, redis_url, monkeypatch, what, command
 ):
     """And is finished by another go."""
-    bury(service, 250)
+    service.bury(250)
     wanted = {f"s{i}" for i in range(250)}
     sent = 0
     pipeline = Link.pipeline

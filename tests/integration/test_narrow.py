@@ -257,13 +257,8 @@ async def test_renewals_leave_the_server_time_for_others(consumer, service, monk
         await eventually(spread)
 
 
-def bury(service, count):
-    for i in range(count):
-        service.redis.xadd(service.dlq, {"lbs-input": f'{{"DataStreamName":"s{i}"}}'})
-
-
 async def test_a_connection_cut_between_adding_and_deleting_loses_none(proxy, service):
-    bury(service, 250)
+    service.bury(250)
     async with DeadLetters(proxy.url, "svc") as letters:
         assert await letters.replay(["1-1"]) == 0  # it is connected
         proxy.cut_at, proxy.refusing = b"XDEL", True
