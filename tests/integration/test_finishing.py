@@ -92,6 +92,32 @@ async def test_what_was_lost_can_be_told_out_of_memory(consumer, service, monkey
     assert names(await take(notes, 1, DISOWNED)) == ["s0"]
 
 
+@pytest.mark.parametrize("locked", [True, False], ids=["locked", "not-locked-yet"])
+@pytest.mark.parametrize("give_up", ["done_stream", "release"])
+async def test_what_a_stranger_gave_to_another_under_its_old_id_is_the_others(
+    consumer, service, monkeypatch, give_up, locked
+):
+    """XCLAIM, once our lock is gone: the entry is pending, but not for us."""
+    client, notes, ids = await _owning(consumer, service, monkeypatch, 2)
+    lock = f"s0{SEPARATOR}{ids[0]}"
+    service.redis.delete(lock)
+    service.redis.xclaim(service.lbs, service.group, "c2", 0, [ids[0]])
+    theirs = {lock: "c2"} if locked else {}
+    for key, owner in theirs.items():
+        service.redis.set(key, owner, px=60_000)
+    fields = service.redis.xrange(service.lbs, ids[0], ids[0])
+    with pytest.raises(StreamNotOwned, match="lost"):
+        await getattr(client, give_up)("s0")
+    assert names(await take(notes, 1, DISOWNED)) == ["s0"]
+    assert service.pending("c2") == [ids[0]]
+    assert service.redis.xrange(service.lbs, ids[0], ids[0]) == fields
+    # What has only lost its lock is ours still.
+    service.redis.delete(f"s1{SEPARATOR}{ids[1]}")
+    await client.done_stream("s1")
+    assert service.entries() == service.pending() == [ids[0]]
+    assert service.locks() == theirs
+
+
 @pytest.mark.only("single", reason="needs a URL for another user")
 @pytest.mark.parametrize("denied", [["-evalsha"], ["resetkeys", "~svc-input", f"~*{SEPARATOR}*"]])
 async def test_where_one_step_is_forbidden_three_do(
