@@ -124,8 +124,9 @@ def endpoint_of(source: str | redis.asyncio.Redis) -> Endpoint:
     settings = pool.connection_kwargs
     for setting in ("socket_timeout", "socket_connect_timeout"):
         seconds = settings.get(setting)
-        if seconds is not None and not 0 < seconds < math.inf:
-            raise InvalidOption("redis", shown, f"{setting} above 0 seconds, not {seconds}")
+        number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+        if seconds is not None and not (number and 0 < seconds < math.inf):
+            raise InvalidOption("redis", shown, f"{setting} above 0 seconds, not {seconds!r}")
     provider = parsed.credential_provider
     return Endpoint(
         host=parsed.host if isinstance(parsed, Connection) else "",

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import math
 import os
 import socket
 import ssl
@@ -263,6 +264,14 @@ async def test_a_ready_client_is_taken_over(redis_url, redis_sync):
         assert not await speaks_resp3(link)
 
 
+@pytest.mark.parametrize("setting", ["socket_timeout", "socket_connect_timeout"])
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, -math.inf, -1, 0, 0.0, True, False, "5"])
+def test_a_ready_client_with_a_timeout_that_can_not_be(setting, seconds):
+    client = redis.asyncio.Redis(**{setting: seconds})
+    with pytest.raises(InvalidOption, match=rf"^redis=.*: expected {setting} above 0 seconds"):
+        endpoint_of(client)
+
+
 async def test_a_ready_client_on_a_unix_socket(make_server):
     path = make_server(unix_socket=True).url.removeprefix("unix://")
     async with linked(redis.asyncio.Redis(unix_socket_path=path, db=1)) as link:
@@ -404,6 +413,13 @@ async def test_wrong_path(tmp_path, name):
     assert name in message
 
 
+@pytest.mark.parametrize("setting", ["socket_timeout", "socket_connect_timeout"])
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-inf", "-1", "0", "1e999", "True", "soon"])
+def test_a_url_with_a_timeout_that_can_not_be(setting, seconds):
+    with pytest.raises(InvalidOption, match=rf"^redis=.*: expected .*{setting}"):
+        endpoint_of(f"redis://localhost?{setting}={seconds}")
+
+
 @pytest.mark.parametrize(
     ("url", "why"),
     [
@@ -418,7 +434,6 @@ async def test_wrong_path(tmp_path, name):
         ("redis://localhost?db=first", "db"),
         ("redis://localhost?db=-1", "0 or more"),
         ("redis://localhost?colour=red", "colour"),
-        ("redis://localhost?socket_timeout=soon", "socket_timeout"),
         ("redis://localhost?protocol=4", "protocol"),
         ("redis://[::1", "percent-encode"),
         ("unix://", "path"),
