@@ -30,7 +30,7 @@ def make(url="redis://localhost", service="svc", **options):
     return StreamClient(url, service, **({"consumer_id": "c"} | options))
 
 
-NUMBERS = ["1", None, True, math.nan, math.inf, -1, 0, 10**400]
+NUMBERS = ["1", None, True, False, math.nan, math.inf, -math.inf, -1, 0, 10**400]
 
 
 class Telling:

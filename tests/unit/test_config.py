@@ -49,7 +49,7 @@ def test_bounds(option, least, most):
 
 
 @pytest.mark.parametrize("option", [option for option, _, _ in BOUNDS])
-@pytest.mark.parametrize("bad", ["1", None, True, math.nan, math.inf, -math.inf, 1j, [1]])
+@pytest.mark.parametrize("bad", ["1", None, True, False, math.nan, math.inf, -math.inf, 1j, [1]])
 def test_wrong_types(option, bad):
     with pytest.raises(InvalidOption, match=rf"^{option}="):
         make(option, bad)
