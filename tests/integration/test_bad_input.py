@@ -456,16 +456,34 @@ async def test_a_load_balancer_stream_that_is_no_stream(consumer, service, redis
     assert [n async for n in notes] == []
 
 
-async def test_a_leader_key_that_is_none(consumer, service, logged):
-    service.redis.rpush("svc-input-reconciler", "text")
-    entry_id = service.announce("s1")
-    service.redis.xgroup_create(service.lbs, service.group, "0")
-    service.redis.xreadgroup(service.group, "ghost", {service.lbs: ">"})
+@pytest.mark.parametrize("when", ["before", "while-it-leads"])
+@pytest.mark.parametrize("kind", ["list", "text"])
+async def test_a_leader_key_that_is_none(consumer, service, logged, kind, when):
+    key = "svc-input-reconciler"
+
+    def it_is_said():
+        # Again and again: who has just seen that it leads may yet prolong whatever is there.
+        pipe = service.redis.pipeline(transaction=True)
+        pipe.delete(key)
+        (pipe.set if kind == "text" else pipe.rpush)(key, "x")
+        pipe.execute()
+        return "the key 'svc-input-reconciler' is in use" in "".join(logged())
+
+    if when == "before":
+        assert not it_is_said()
     notes = await consumer(heartbeat_interval=0.5).init()
-    await eventually(lambda: "the key 'svc-input-reconciler' is in use" in "".join(logged()))
-    assert service.pending("ghost") == [entry_id]
-    service.redis.delete("svc-input-reconciler")
-    assert names(await take(notes, 1)) == ["s1"]
+    if when == "while-it-leads":
+        await eventually(lambda: service.redis.get(key) == b"c1")
+    await eventually(it_is_said)
+    pipe = service.redis.pipeline(transaction=True)  # or c1 would read it
+    pipe.xadd(service.lbs, {"lbs-input": '{"DataStreamName": "s1"}'})
+    pipe.xreadgroup(service.group, "ghost", {service.lbs: ">"})
+    entry_id = pipe.execute()[0].decode()
+    assert service.pending("ghost") == service.entries() == [entry_id]
+    service.redis.delete(key)
+    (got,) = await take(notes, 1)
+    assert got.payload.data_stream_name == "s1"
+    assert got.payload.id_in_lbs > entry_id
 
 
 async def test_a_dead_letter_stream_that_is_no_stream(consumer, service, logged):
