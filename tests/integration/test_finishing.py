@@ -118,6 +118,18 @@ async def test_what_a_stranger_gave_to_another_under_its_old_id_is_the_others(
     assert service.locks() == theirs
 
 
+async def test_what_another_holds_the_lock_of_is_not_finished(consumer, service, monkeypatch):
+    """Whoever it is pending for: the other relies on the lock."""
+    client, notes, ids = await _owning(consumer, service, monkeypatch, 1)
+    lock = f"s0{SEPARATOR}{ids[0]}"
+    service.redis.set(lock, "c2", px=60_000)
+    with pytest.raises(StreamNotOwned, match="lost"):
+        await client.done_stream("s0")
+    assert names(await take(notes, 1, DISOWNED)) == ["s0"]
+    assert service.entries() == service.pending() == ids
+    assert service.locks() == {lock: "c2"}
+
+
 @pytest.mark.only("single", reason="needs a URL for another user")
 @pytest.mark.parametrize("denied", [["-evalsha"], ["resetkeys", "~svc-input", f"~*{SEPARATOR}*"]])
 async def test_where_one_step_is_forbidden_three_do(

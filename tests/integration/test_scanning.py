@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from dataclasses import replace
 
 import pytest
-from helpers import SEPARATOR, Heard, Monitor, eventually
+from helpers import SEPARATOR, Heard, Monitor, Renewals, eventually
 
 from relstream import RecoveryConfig, recovery
 from relstream.errors import ReplyError
@@ -28,11 +29,11 @@ def own(service, count, consumer="slow"):
         pipe.execute()
 
 
-def orphan(service, count):
+def orphan(service, count, consumer="ghost"):
     pipe = service.redis.pipeline(transaction=False)
     for i in range(count):
         pipe.xadd(service.lbs, {"lbs-input": f'{{"DataStreamName": "dead{i}"}}'})
-    pipe.xreadgroup(service.group, "ghost", {service.lbs: ">"}, count=count)
+    pipe.xreadgroup(service.group, consumer, {service.lbs: ">"}, count=count)
     pipe.execute()
 
 
@@ -97,6 +98,47 @@ async def test_others_have_their_turns(consumer, service, monkeypatch):
     assert scans(heard) == [(0, 50_000, 0)]
     assert max(parts.values()) <= recovery.PAGES
     assert len(parts) >= 50_000 / 500 / recovery.PAGES
+
+
+@pytest.mark.parametrize(
+    ("auto_claim", "most"),
+    [(False, recovery.PAGES_AHEAD + 1), (True, recovery.PAGES)],
+    ids=["scan", "scan-and-dead-consumers"],
+)
+async def test_pages_under_way_are_bounded(consumer, service, monkeypatch, auto_claim, most):
+    """Or all that is pending would be in memory, when the server is slow to put it back."""
+    service.redis.xgroup_create(service.lbs, service.group, "0", mkstream=True)
+    for ghost in range(4):
+        orphan(service, 100, f"ghost{ghost}")
+    await asyncio.sleep(0.06)
+    stuck, goes_on = 0, asyncio.Event()
+    recover = recovery.Recoverer._recover
+
+    async def get_stuck(recoverer, *args):
+        nonlocal stuck
+        stuck += 1
+        try:
+            await goes_on.wait()
+        finally:
+            stuck -= 1
+        return await recover(recoverer, *args)
+
+    monkeypatch.setattr(recovery.Recoverer, "_recover", get_stuck)
+    client = consumer(
+        heartbeat_interval=1.0,
+        auto_claim=auto_claim,
+        max_streams=1,
+        recovery=replace(ONCE, batch_size=10),
+    )
+    await client.init()
+    await eventually(lambda: stuck == most)
+    # Whoever leads does so while the pages wait: there was time enough for more.
+    renewals = Renewals(service, ["svc-input-reconciler"])
+    await eventually(lambda: renewals.seen() == 4)
+    assert stuck == most
+    goes_on.set()
+    await eventually(lambda: not any(service.pending(f"ghost{i}") for i in range(4)))
+    assert len(service.entries()) == 400
 
 
 async def test_a_first_scan_that_breaks_off_is_recorded(consumer, service, monkeypatch):
