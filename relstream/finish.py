@@ -340,17 +340,24 @@ class Finisher:
     async def _lost(self, entries: list[Entry], acked: list[int], again: bool) -> set[Entry]:
         """Those of `entries` that were not pending, and that we did not acknowledge before.
 
-        If the lock is ours still, nobody can have taken the entry: an earlier try, whose answer got
-        lost, has acknowledged it. So it has if the entry is still there: what is put back for
-        another owner is deleted in the same step.
+        If the lock of one is ours and it is still there, an earlier try, whose answer got lost, has
+        acknowledged it, or the group is gone: what is put back for another owner is deleted. Where
+        that takes several steps the lock alone proves nothing at first: it may have been taken anew
+        just after it was seen free. In a second try one of the two is enough.
         """
-        doubtful = [entry for entry, count in zip(entries, acked, strict=True) if not count]
+        doubtful = [
+            entry
+            for entry, count in zip(entries, acked, strict=True)
+            if not count and not entry.acked
+        ]
         held = await self._locks.held(lock_keys(doubtful))
-        lost = {entry for entry, ours in zip(doubtful, held, strict=True) if not ours}
-        if again:
-            for entry in list(lost):
-                if await self._link.execute(b"XDEL", self._names.lbs, entry.id):
-                    lost.remove(entry)
+        lost = set()
+        for entry, ours in zip(doubtful, held, strict=True):
+            if again and ours:
+                continue
+            hope = again or ours
+            if not hope or not await self._link.execute(b"XDEL", self._names.lbs, entry.id):
+                lost.add(entry)
         return lost
 
     async def _hand_over(self, endings: Endings, entries: list[Entry], call: _Call) -> None:

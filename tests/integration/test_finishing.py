@@ -158,3 +158,30 @@ async def test_where_one_step_is_forbidden_three_do(
     assert ("~{svc-input}-finished-*" in said[0]) == (denied[0] == "resetkeys")
     await client.done_stream("s3")
     assert [*service.redis.scan_iter(match="{svc-input}-finished-*")] == []
+
+
+@pytest.mark.only("single", reason="needs a URL for another user")
+async def test_a_lock_taken_anew_too_late_finishes_nothing_in_steps(
+    consumer, service, redis_url, monkeypatch
+):
+    """Another saw that it was free, and put the entry back when it was taken already."""
+
+    async def nothing(*args: object) -> None:
+        pass
+
+    monkeypatch.setattr(Keeper, "_renew_all", nothing)
+    service.redis.acl_setuser(
+        "joe", enabled=True, nopass=True, keys=["*"], channels=["*"],
+        commands=["+@all", "-evalsha"],
+    )  # fmt: skip
+    client = consumer(url=redis_url.replace("//", "//joe:x@"), heartbeat_interval=60, max_streams=1)
+    notes = await client.init()
+    entry_id = service.announce("s0")
+    await take(notes, 1)
+    assert service.locks() == {f"s0{SEPARATOR}{entry_id}": "c1"}
+    new_id = service.put_back(entry_id)
+    service.redis.xreadgroup(service.group, "c2", {service.lbs: ">"})
+    with pytest.raises(StreamNotOwned, match="lost"):
+        await client.done_stream("s0")
+    assert names(await take(notes, 1, DISOWNED)) == ["s0"]
+    assert service.entries() == service.pending("c2") == [new_id]
