@@ -209,6 +209,28 @@ async def test_the_answer_to_the_first_step_gets_lost(consumer, service, url, by
     await nothing_comes(notes, 0.5)
 
 
+@pytest.mark.parametrize("carried_out", [True, False], ids=["carried-out", "not-carried-out"])
+@pytest.mark.parametrize("by", ["client", "application"])
+async def test_finishing_is_tried_again_when_the_answer_gets_lost(
+    consumer, service, url, by, carried_out
+):
+    """By whomever: that the entry is not pending any more is what the first try did."""
+    retry = RetryConfig(max_retries=0 if by == "application" else -1, initial_delay=0.01)
+    owner = consumer("owner", url=url, retry=retry, recovery=LEAVE_ALONE)
+    notes = await owner.init()
+    service.announce("s0")
+    await take(notes, 1)
+    finisher = owner._partitions[0].finisher
+    losing = finisher._link = Losing(finisher._link, carried_out)
+    if by == "application":
+        with pytest.raises(ConnectionLost):
+            await owner.done_stream("s0")
+    await owner.done_stream("s0")
+    assert losing.lost
+    assert (service.entries(), service.pending(), service.locks()) == ([], [], {})
+    await nothing_comes(notes, 0.5)
+
+
 class Dead:
     """A link over which nothing is answered any more from the first XACK on."""
 
