@@ -62,6 +62,9 @@ WINDOWS = 8
 # The part of the time after which others recover an entry that was read and is not locked yet: from
 # then on they may have.
 DOUBTFUL_AFTER = 0.75
+# Seconds within which an entry is always locked in time, on a cluster; else some settings would let
+# nothing be owned at all.
+SOONEST = 0.1
 # The part of the renewal period over which its windows are spread, so that the server can serve
 # others in between; the rest of the period is reserve.
 SPREAD = 0.5
@@ -504,7 +507,7 @@ class Leases:
         self._consumer = consumer
         self._keeper = keeper
         self._single = single
-        self._recovered_after_ms = recovered_after * 1000
+        self._recovered_after_ms = max(recovered_after, SOONEST) * 1000
         self._doubtful_after = recovered_after * DOUBTFUL_AFTER
         self._on_drop = on_drop
         self._recorder = recorder
