@@ -133,7 +133,8 @@ class Recoverer:
         self._fruitless: dict[bytes, tuple[float, float]] = {}
         # What of each is not sampled any more: up to this id nothing can be done about it.
         self._passed: dict[bytes, bytes] = {}
-        self._held: set[bytes] = set()  # sampled entries whose locks were held at the last look
+        # Of each consumer sampled entries whose locks were held, when some were last.
+        self._held: dict[bytes, set[bytes]] = {}
         self._patient_until = 0.0
         self._next_scan = 0.0
         self._scanned = False
@@ -337,6 +338,7 @@ class Recoverer:
             for start in range(0, len(ids), size):
                 try:
                     await self._recover_ids(ids[start : start + size], expired)
+                    self._complained.discard("recovered")
                 except ReplyError as error:  # looks and scans find them
                     if explained_by_failover(error):
                         raise
@@ -432,6 +434,8 @@ class Recoverer:
         self, ids: Ids, page_size: int | None = None, locks: Container[bytes] | None = None
     ) -> Tally:
         tally = Tally()
+        if not len(ids):  # nor is it to wait for others' pages
+            return tally
         async with self._pages:
             async for part, batches in self._entries.read(ids, page_size):
                 tally += await self._recover(part, batches, locks)
@@ -457,6 +461,7 @@ class Recoverer:
         owners = {row[b"name"] for row in map(_mapping, rows) if row[b"pending"]}
         self._passed = {name: upto for name, upto in self._passed.items() if name in owners}
         self._fruitless = {name: how for name, how in self._fruitless.items() if name in owners}
+        self._held = {name: held for name, held in self._held.items() if name in owners}
         consumers = sorted(owners - self._walks.keys())
         asking = [
             pack(
@@ -486,12 +491,14 @@ class Recoverer:
         keys = list(known.values())
         values = await self._values(pack(b"MGET", *keys), lambda: keys) if keys else []
         locks = dict(zip(known, values, strict=True))
-        before = self._held
-        self._held = {entry_id for entry_id, value in locks.items() if value is not None}
         # One without a known lock can't be read, or is gone.
         free = {n: [i for i in ids if locks.get(i) is None] for n, ids in samples.items()}
         now = asyncio.get_running_loop().time()
         for name, ids in free.items():
+            held = set(samples[name]).difference(ids)
+            died = not self._held.get(name, held).isdisjoint(ids)
+            if held or died:
+                self._held[name] = held
             if not ids:
                 if samples[name]:  # it is well
                     self._fruitless.pop(name, None)
@@ -499,7 +506,7 @@ class Recoverer:
             # Not again and again while nothing can be done about it, as when the dead-letter stream
             # can't be written; but at once when one was held before, and its owner died.
             again_at, _ = self._fruitless.get(name, (now, 0.0))
-            if now >= again_at or not before.isdisjoint(ids):
+            if now >= again_at or died:
                 # Meanwhile others are looked at: this may take long.
                 self._walks[name] = asyncio.ensure_future(self._walk_through(name, len(ids)))
             else:  # what is behind them is sampled next: it may be alive, and die
@@ -510,6 +517,7 @@ class Recoverer:
         tally = Tally()
         try:
             await self._walk(self._ttl_ms, tally, name)
+            self._complained.discard("recovered")
         except ReplyError as error:
             if error.code == "NOGROUP" or explained_by_failover(error):
                 raise
