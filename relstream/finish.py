@@ -272,7 +272,10 @@ class Finisher:
             for place in missed:
                 held[abs(place) - 1] = False
         else:
-            lost = await self._taken(lost, entries, held)
+            # One that is there, and locked by us, was lost with its group: who puts an entry back
+            # deletes it in the same step.
+            pairs = zip(entries, held, strict=True)
+            lost -= await self._deleted([entry for entry, ours in pairs if ours and entry in lost])
             held = [ours and e not in lost for e, ours in zip(entries, held, strict=True)]
             with contextlib.suppress(RelstreamError):  # finished it is, and the lock expires
                 await self._locks.delete(
@@ -284,19 +287,13 @@ class Finisher:
                     self._recorder.lock_release(entry.data_stream_name, ours)
         return lost
 
-    async def _taken(self, lost: set[Entry], entries: list[Entry], held: list[bool]) -> set[Entry]:
-        """Those of `lost`, which were not pending, that somebody took; the others are deleted.
-
-        One that is there, and locked by us, was lost with its group: who puts an entry back deletes
-        it in the same step.
-        """
-        ours = [e for e, mine in zip(entries, held, strict=True) if mine and e in lost]
-        if not ours:
-            return lost
-        ids = entry_ids(ours)
-        deleted = await self._link.pipeline(self._delete.pack(ids), len(ids))
-        counts = zip(ours, raise_first(deleted), strict=True)
-        return lost - {entry for entry, count in counts if count}
+    async def _deleted(self, entries: list[Entry]) -> set[Entry]:
+        """Deletes entries; returns those that were there."""
+        ids = entry_ids(entries)
+        counts = (
+            raise_first(await self._link.pipeline(self._delete.pack(ids), len(ids))) if ids else []
+        )
+        return {entry for entry, count in zip(entries, counts, strict=True) if count}
 
     async def _forbidden(self, refusal: ReplyError, receipt: bytes) -> None:
         """Whether it is for good that the script must not be run, or for one of these locks."""
@@ -351,14 +348,9 @@ class Finisher:
             if not count and not entry.acked
         ]
         held = await self._locks.held(lock_keys(doubtful))
-        lost = set()
-        for entry, ours in zip(doubtful, held, strict=True):
-            if again and ours:
-                continue
-            hope = again or ours
-            if not hope or not await self._link.execute(b"XDEL", self._names.lbs, entry.id):
-                lost.add(entry)
-        return lost
+        pairs = list(zip(doubtful, held, strict=True))
+        lost = {entry for entry, ours in pairs if not (again and ours)}
+        return lost - await self._deleted([entry for entry, ours in pairs if again != ours])
 
     async def _hand_over(self, endings: Endings, entries: list[Entry], call: _Call) -> None:
         held = await self._locks.held(lock_keys(entries), known=True)

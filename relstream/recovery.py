@@ -112,6 +112,7 @@ class Recoverer:
         self._mark = self._consumer if auto_claim else SCANS_ONLY + self._consumer
         self._ttl_ms = round(heartbeat * 1000)
         self._leadership = max(min(heartbeat, LEADERSHIP), LEADERSHIP / 2)
+        self._leadership_ms = round(self._leadership * 1000)
         self._recovery = recovery
         self._auto_claim = auto_claim
         self._recorder = recorder
@@ -250,7 +251,7 @@ class Recoverer:
             self._logger.debug("leadership could not be given up, and expires: %s", error)
 
     async def _try_to_lead(self) -> bool:
-        take = (b"SET", self._names.leader, self._mark, b"PX", round(self._leadership * 1000))
+        take = (b"SET", self._names.leader, self._mark, b"PX", self._leadership_ms)
         packed = pack(*take, b"NX") + pack(b"GET", self._names.leader)
         taken, leader = await self._leader.pipeline(packed, 2)
         if isinstance(leader, ReplyError):
@@ -273,10 +274,7 @@ class Recoverer:
             return await self._try_to_lead()
         if leader != self._mark:
             return False
-        prolonged = await self._leader.execute(
-            b"PEXPIRE", self._names.leader, round(self._leadership * 1000)
-        )
-        return bool(prolonged)
+        return bool(await self._leader.execute(b"PEXPIRE", self._names.leader, self._leadership_ms))
 
     async def _look_whether_it_is_back(self) -> None:
         """Raises unless the load balancer stream can be read; the leader key may be elsewhere."""
@@ -309,9 +307,8 @@ class Recoverer:
             asked_at = loop.time()
             if not await self._still_leads():
                 return
-            if (
-                loop.time() - asked_at > self._leadership
-            ):  # the server, or this process, stood still
+            # The server, or this process, stood still.
+            if loop.time() - asked_at > self._leadership:
                 self._be_patient()
                 return
             await asyncio.sleep(self._leadership / 4)
@@ -459,9 +456,10 @@ class Recoverer:
                 return
             raise
         owners = {row[b"name"] for row in map(_mapping, rows) if row[b"pending"]}
-        self._passed = {name: upto for name, upto in self._passed.items() if name in owners}
-        self._fruitless = {name: how for name, how in self._fruitless.items() if name in owners}
-        self._held = {name: held for name, held in self._held.items() if name in owners}
+        remembered: tuple[dict[bytes, Any], ...] = (self._passed, self._fruitless, self._held)
+        for each in remembered:
+            for name in each.keys() - owners:
+                del each[name]
         consumers = sorted(owners - self._walks.keys())
         asking = [
             pack(
