@@ -84,6 +84,8 @@ async def work(link: Link, service: str) -> dict[str, list[bytes]]:
                 b"c",
                 some[0],
                 RECEIPT_MS,
+                their_ids[0],
+                their_ids[-1],
                 *their_ids,
             )
             for some, their_ids in zip(parts(locks, BATCH), parts(ids, BATCH), strict=True)

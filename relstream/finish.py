@@ -16,6 +16,7 @@ from relstream._core import (
     Ids,
     Template,
     entry_ids,
+    id_range,
     key_slot,
     lock_keys,
     pack,
@@ -246,19 +247,14 @@ class Finisher:
     async def _finish_at_once(self, entries: list[Entry], call: _Call) -> set[Entry] | None:
         """Finishes by the script; returns entries that were lost, None where it can't be.
 
-        A cluster has the locks elsewhere: they are looked at meanwhile, and deleted then. What
-        was acknowledged is delivered to nobody, so nobody can have taken its lock in between.
+        A cluster has the locks elsewhere: they are released then.
         """
         self._written.add(call.receipt)
-        locks = lock_keys(entries)
-        held = [True] * len(locks)
-        keys = [self._names.lbs, call.receipt, *(locks if self._single else ())]
+        locks = lock_keys(entries) if self._single else []
+        keys = [self._names.lbs, call.receipt, *locks]
         args = [self._names.group, self._consumer.encode(), call.token, b"%d" % RECEIPT_MS]
-        finishing = run(self._link, FINISH, [(keys, args + entry_ids(entries))])
-        if self._single:
-            (reply,) = await finishing
-        else:
-            (reply,), held = await _together(finishing, self._locks.held(locks, known=True))
+        args += id_range(entries)
+        (reply,) = await run(self._link, FINISH, [(keys, args + entry_ids(entries))])
         if isinstance(reply, ReplyError):
             if reply.code == "TRYAGAIN" and not call.again:
                 return None  # its slot moves: receipt and stream are in different places
@@ -268,24 +264,23 @@ class Finisher:
             return None
         missed = list(map(int, reply[len(call.token) :].split()))
         lost = {entries[-place - 1] for place in missed if place < 0}
-        if self._single:
-            for place in missed:
-                held[abs(place) - 1] = False
-        else:
-            # One that is there, and locked by us, was lost with its group: who puts an entry back
-            # deletes it in the same step.
-            pairs = zip(entries, held, strict=True)
-            lost -= await self._deleted([entry for entry, ours in pairs if ours and entry in lost])
-            held = [ours and e not in lost for e, ours in zip(entries, held, strict=True)]
-            with contextlib.suppress(RelstreamError):  # finished it is, and the lock expires
-                await self._locks.delete(
-                    [lock for lock, ours in zip(locks, held, strict=True) if ours]
-                )
-        if self._recorder is not None:
-            for entry, ours in zip(entries, held, strict=True):
+        if not self._single:
+            lost -= await self._lost_with_group([entry for entry in entries if entry in lost])
+            await self._unlock([entry for entry in entries if entry not in lost])
+        elif self._recorder is not None:
+            missing = {abs(place) - 1 for place in missed}
+            for place, entry in enumerate(entries):
                 if entry not in lost:
-                    self._recorder.lock_release(entry.data_stream_name, ours)
+                    self._recorder.lock_release(entry.data_stream_name, place not in missing)
         return lost
+
+    async def _lost_with_group(self, entries: list[Entry]) -> set[Entry]:
+        """Deletes those that are there and locked by us, and returns them.
+
+        They were lost with their group: who puts an entry back deletes it in the same step.
+        """
+        held = await self._locks.held(lock_keys(entries), known=True)
+        return await self._deleted([e for e, ours in zip(entries, held, strict=True) if ours])
 
     async def _deleted(self, entries: list[Entry]) -> set[Entry]:
         """Deletes entries; returns those that were there."""

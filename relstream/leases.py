@@ -131,12 +131,8 @@ class Locks:
         if failed is not None:
             return failed[0] + failed[1]
         held = await self.held(keys)
-        await self.delete([key for key, mine in zip(keys, held, strict=True) if mine])
+        await self._each(self._delete, list(compress(keys, held)))
         return [key for key, mine in zip(keys, held, strict=True) if not mine]
-
-    async def delete(self, keys: list[bytes]) -> None:
-        """Deletes locks that were seen to be ours, and that nobody can have taken since."""
-        await self._each(self._delete, keys)
 
     async def _run(
         self, many: Script, one: Script, keys: list[bytes], *args: bytes | int

@@ -73,30 +73,41 @@ return value == ARGV[1] and redis.call('DEL', KEYS[1]) or value and -1 or 0
 """)
 
 # KEYS: the load balancer stream, a receipt, then, where one server has all, the lock of each entry;
-# ARGV: group, consumer, a token, ms for which the receipt is kept, the entries' ids. XACK, XDEL and
-# the release, all in one step. An entry whose lock is ours is ours, one whose lock is another's is
-# not; one without, only if it is pending for us. Returns the token, then the places whose given
-# locks were not ours: negative where the entry was lost. The receipt keeps that for a call that is
-# sent again, as its answer got lost. About 6 us a stream.
+# ARGV: group, consumer, a token, ms for which the receipt is kept, the least and the greatest of
+# the entries' ids, the ids. XACK, XDEL and the release, all in one step. An entry whose lock is
+# ours is ours, one whose lock is another's is not; one without, only if it is pending for us. That
+# is asked for all at once, at 0.5 us each, as most often little else is pending between them; what
+# is behind twice as many is asked for one by one, at 3.7 us. Returns the token, then the places
+# whose given locks were not ours: negative where the entry was lost. The receipt keeps that for a
+# call that is sent again, as its answer got lost. About 6 us a stream.
 FINISH = Script("""\
 local call, unpack, stream, group, token = redis.call, unpack, KEYS[1], ARGV[1], ARGV[3]
 local values = call('MGET', unpack(KEYS, 2))
 if values[1] and string.sub(values[1], 1, #token) == token then
   return values[1]
 end
+local size = 2 * (#ARGV - 6)
+local pending, all = nil, nil
 local ids, locks, others = {}, {}, {}
-for i = 1, #ARGV - 4 do
-  local id, holder, mine = ARGV[i + 4], values[i + 1], nil
+for i = 1, #ARGV - 6 do
+  local id, holder, mine = ARGV[i + 6], values[i + 1], nil
   if not holder then
-    mine = redis.pcall('XPENDING', stream, group, id, id, 1, ARGV[2])
-    if mine.err and not string.find(mine.err, 'NOGROUP', 1, true) then
-      return mine
+    if not pending then
+      local page = redis.pcall('XPENDING', stream, group, ARGV[5], ARGV[6], size, ARGV[2])
+      if page.err and not string.find(page.err, 'NOGROUP', 1, true) then
+        return page
+      end
+      pending, all = {}, #page < size
+      for j = 1, #page do
+        pending[page[j][1]] = true
+      end
     end
+    mine = pending[id] or not all and call('XPENDING', stream, group, id, id, 1, ARGV[2])[1]
   end
   if holder == ARGV[2] then
     ids[#ids + 1] = id
     locks[#locks + 1] = KEYS[i + 2]
-  elseif holder or #mine == 0 then
+  elseif not mine then
     others[#others + 1] = -i
   else
     ids[#ids + 1] = id

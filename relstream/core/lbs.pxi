@@ -302,6 +302,19 @@ def entry_ids(list entries not None):
     return [_id_bytes(entry._id) for entry in entries]
 
 
+def id_range(list entries not None):
+    """The least and the greatest id of these entries, of which there is at least one."""
+    cdef Id least = (<Entry>entries[0])._id
+    cdef Id greatest = least
+    cdef Entry entry
+    for entry in entries:
+        if _compare(entry._id, least) < 0:
+            least = entry._id
+        if _compare(greatest, entry._id) < 0:
+            greatest = entry._id
+    return _id_bytes(least), _id_bytes(greatest)
+
+
 def enter(dict table not None, list keys not None):
     """Enters these keys into a dict, each with None."""
     for key in keys:

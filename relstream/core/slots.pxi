@@ -17,8 +17,7 @@ cdef void _fill_crc_table() noexcept:
 _fill_crc_table()
 
 
-def key_slot(bytes key not None):
-    """The slot (0 to 16383) of `key` in a Redis Cluster."""
+cdef int _slot(bytes key) noexcept:
     cdef const char* at = PyBytes_AS_STRING(key)
     cdef Py_ssize_t size = PyBytes_GET_SIZE(key)
     cdef const char* opened = <const char*>memchr(at, c'{', size)
@@ -35,6 +34,11 @@ def key_slot(bytes key not None):
     return crc & 0x3FFF
 
 
+def key_slot(bytes key not None):
+    """The slot (0 to 16383) of `key` in a Redis Cluster."""
+    return _slot(key)
+
+
 def by_owner(list keys not None, list places not None, list owners not None):
     """Which owner serves which keys: `[(owner, places), …]`, of the `places` in `keys`.
 
@@ -46,7 +50,7 @@ def by_owner(list keys not None, list places not None, list owners not None):
     cdef object owner
     cdef Py_ssize_t n = 0
     for place in places:
-        owner = owners[key_slot(<bytes?>keys[place])]
+        owner = owners[_slot(<bytes?>keys[place])]
         if not found or found[n] is not owner:
             n = 0
             while n < len(found) and found[n] is not owner:

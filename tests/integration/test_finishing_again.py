@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from helpers import SEPARATOR, take
 
@@ -31,6 +33,30 @@ async def test_the_same_entry_of_another_owner_is_left_alone(owner, service, end
         await getattr(owner, end)("s1")
     assert (service.entries(), service.pending("other")) == ([entry_id], [entry_id])
     assert service.redis.get(lock) == b"other"
+
+
+@pytest.mark.parametrize("step", [1, 2, 9])
+async def test_what_is_ours_is_found_whatever_else_is_pending(consumer, service, step):
+    """All at once where little is pending in between, one by one where much is; in any order."""
+    client = consumer(auto_claim=False, heartbeat_interval=60, recovery=LEAVE_ALONE)
+    notes = await client.init()
+    ids = {f"s{i}": service.announce(f"s{i}") for i in range(60)}
+    await take(notes, 60)
+    ended = sorted(list(ids)[::step], key=lambda name: name[::-1])
+    lost = [name for i, name in enumerate(ended) if i % 3 == 0]
+    for name in ended:  # one server looks at what is pending only where no lock is
+        service.redis.delete(f"{name}{SEPARATOR}{ids[name]}")
+    others = [ids[name] for name in lost]
+    service.redis.xclaim(service.lbs, service.group, "other", 0, others, justid=True)
+    outcomes = await asyncio.gather(
+        *(client.done_stream(name) for name in ended), return_exceptions=True
+    )
+    told = [name for name, how in zip(ended, outcomes, strict=True) if how is not None]
+    assert told == lost
+    assert all(isinstance(how, StreamNotOwned) for how in outcomes if how is not None)
+    left = [ids[name] for name in ids if name not in ended or name in lost]
+    assert service.entries() == left
+    assert sorted(service.pending("other")) == sorted(others)
 
 
 async def test_a_try_in_steps_is_repeated_in_steps(owner, service):
