@@ -24,13 +24,19 @@ cdef class Entry:
     @property
     def id_in_lbs(self):
         """The entry's id as text, as notifications carry it."""
-        cdef char text[41]
-        cdef char* start = _write_id_before(text + 41, self._id)
-        return PyUnicode_DecodeASCII(start, text + 41 - start, NULL)
+        return self._id_text()
 
     @property
     def info(self):
         """The Info object, until it is handed to the application."""
+        return self._info_object()
+
+    cdef str _id_text(self):
+        cdef char text[41]
+        cdef char* start = _write_id_before(text + 41, self._id)
+        return PyUnicode_DecodeASCII(start, text + 41 - start, NULL)
+
+    cdef object _info_object(self):
         if type(self._info) is bytes:
             self._info = self._loads(self._info)
         return self._info
@@ -193,21 +199,20 @@ cdef Entry _plain_announcement(const char* at, const char* end, loads):
 cdef object _announcement(Batch batch, int64_t index, bytes field, bytes separator, loads):
     """What an entry announces, as an `Entry`; or, as text, why it announces nothing."""
     cdef Located* located = &batch._at[index]
-    cdef bytes raw = batch._value(located, field)
+    cdef Py_ssize_t size
+    cdef const char* raw = batch._find(located, field, &size)
     cdef dict message
     cdef Entry entry
-    if raw is None:
+    if raw == NULL:
         return f"no field {field.decode()}"
-    entry = _plain_announcement(
-        PyBytes_AS_STRING(raw), PyBytes_AS_STRING(raw) + PyBytes_GET_SIZE(raw), loads
-    )
+    entry = _plain_announcement(raw, raw + size, loads)
     if entry is not None:
-        entry.cost = PyBytes_GET_SIZE(raw)
+        entry.cost = size
         entry._id = located.id
         entry.lock_key = _lock_key(entry.data_stream_name, separator, located.id)
         return entry
     try:
-        decoded = loads(raw)
+        decoded = loads(PyBytes_FromStringAndSize(raw, size))
     except ValueError as error:
         return f"not JSON: {error}"
     if type(decoded) is not dict:
@@ -226,7 +231,7 @@ cdef object _announcement(Batch batch, int64_t index, bytes field, bytes separat
     entry = Entry.__new__(Entry)
     entry.data_stream_name = name
     entry._info = info
-    entry.cost = PyBytes_GET_SIZE(raw)
+    entry.cost = size
     entry._id = located.id
     try:
         entry.lock_key = _lock_key(<str>name, separator, located.id)
@@ -273,7 +278,7 @@ def grant(list entries not None, list replies not None, dict owned not None):
         reply = replies[i]
         if reply is None:
             continue
-        if isinstance(reply, ReplyError):
+        if type(reply) is ReplyError:
             refusal = reply
             continue
         locks.append(entry.lock_key)
@@ -409,16 +414,19 @@ cdef class Endings:
                 future.set_result(None)
 
 
-cdef inline object _named_tuple(type kind, tuple values):
-    """A `typing.NamedTuple` of this kind, without a call of Python code."""
-    cdef Py_ssize_t i
+cdef inline object _named_tuple(type kind, Py_ssize_t size, first, second, third=None):
+    """A `typing.NamedTuple` of two or three values, without a call of Python code."""
+    cdef object made
     if PY_VERSION_HEX >= 0x030E0000:  # tuples keep their hash, which is not ours to set up
-        return tuple.__new__(kind, values)
-    cdef object made = PyType_GenericAlloc(kind, len(values))
-    for i in range(len(values)):
-        value = values[i]
-        Py_INCREF(value)  # SET_ITEM takes one over
-        PyTuple_SET_ITEM(made, i, value)
+        return tuple.__new__(kind, (first, second, third)[:size])
+    made = PyType_GenericAlloc(kind, size)
+    Py_INCREF(first)  # SET_ITEM takes one over
+    PyTuple_SET_ITEM(made, 0, first)
+    Py_INCREF(second)
+    PyTuple_SET_ITEM(made, 1, second)
+    if size == 3:
+        Py_INCREF(third)
+        PyTuple_SET_ITEM(made, 2, third)
     return made
 
 
@@ -484,9 +492,11 @@ cdef class Deliveries:
 
     cdef object _tell(self, Entry entry):
         cdef object payload = _named_tuple(
-            self._info, (entry.data_stream_name, entry.id_in_lbs)
+            self._info, 2, entry.data_stream_name, entry._id_text()
         )
-        cdef object told = _named_tuple(self._notification, (self._kind, payload, entry.info))
+        cdef object told = _named_tuple(
+            self._notification, 3, self._kind, payload, entry._info_object()
+        )
         entry._info = entry._loads = None
         entry.delivered = True
         return told

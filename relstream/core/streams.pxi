@@ -230,11 +230,16 @@ cdef class Batch:
         return name
 
     cdef bytes _value(self, Located* entry, bytes wanted):
-        """The value of one field (the last of that name), without building the others; or None."""
+        """The value of one field, without building the others; or None."""
+        cdef Py_ssize_t size
+        cdef const char* found = self._find(entry, wanted, &size)
+        return None if found == NULL else PyBytes_FromStringAndSize(found, size)
+
+    cdef const char* _find(self, Located* entry, bytes wanted, Py_ssize_t* found_size) noexcept:
+        """Where the value of a field (the last of that name) is; NULL if there is none."""
         cdef const char* at = PyBytes_AS_STRING(self._raw) + entry.offset
         cdef const char* end = PyBytes_AS_STRING(self._raw) + PyBytes_GET_SIZE(self._raw)
         cdef const char* found = NULL
-        cdef Py_ssize_t found_size = 0
         cdef int64_t i, size
         cdef bint match
         for i in range(entry.pairs):
@@ -245,9 +250,9 @@ cdef class Batch:
             size = _header(&at)
             if match:
                 found = at
-                found_size = size
+                found_size[0] = size
             at += size + 2
-        return None if found == NULL else PyBytes_FromStringAndSize(found, found_size)
+        return found
 
     def __getitem__(self, Py_ssize_t index):
         cdef Located* entry = self._entry(index)

@@ -73,8 +73,9 @@ class Relstream:
     async def own(self, n: int) -> list[str]:
         self._notifications = await self._client.init()
         names: list[str] = []
+        added = NotificationType.STREAM_ADDED  # looking that up is slow before Python 3.12
         async for note in self._notifications:
-            if note.type is NotificationType.STREAM_ADDED:
+            if note.type is added:
                 names.append(note.payload.data_stream_name)
                 if len(names) == n:
                     break
