@@ -35,7 +35,8 @@ from relstream.keyspace import NEEDED, SETTING, ClusterEvents, ExpiryEvents
 from relstream.lbs import Names, partition_of, split_lock_key
 from relstream.leases import Keeper, Locks
 from relstream.net.connection import observe
-from relstream.net.topology import NamedMaster, SlotTable, deployment_of
+from relstream.net.deployment import deployment_of
+from relstream.net.topology import NamedMaster, SlotTable
 from relstream.notifications import LBSInfo, Notifications
 from relstream.partition import Partition
 from relstream.recorder import Recorder, SafeRecorder, is_recorder

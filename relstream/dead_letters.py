@@ -23,7 +23,7 @@ from relstream.lbs import (
     retry_count,
 )
 from relstream.net.connection import raise_first
-from relstream.net.topology import deployment_of
+from relstream.net.deployment import deployment_of
 
 if TYPE_CHECKING:
     import redis.asyncio

@@ -52,7 +52,8 @@ except ImportError:  # there is none for Windows
     from asyncio import new_event_loop
 
 if TYPE_CHECKING:
-    from relstream.net.topology import Deployment, Guide, KeyLink, Topology
+    from relstream.net.deployment import Deployment
+    from relstream.net.topology import Guide, KeyLink, Topology
     from relstream.recorder import SafeRecorder
 
 # Locks renewed, and pending entries compared, between two looks at what else there is to do.

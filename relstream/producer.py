@@ -12,7 +12,7 @@ from relstream.errors import ClientClosed, InvalidOption
 from relstream.lbs import INPUT_FIELD, Names, message, partition_of
 from relstream.leases import chunks
 from relstream.net.connection import raise_first
-from relstream.net.topology import deployment_of
+from relstream.net.deployment import deployment_of
 
 if TYPE_CHECKING:
     import redis.asyncio

@@ -20,7 +20,8 @@ from typing import Any, NoReturn
 import psutil
 
 from relstream import Producer
-from relstream.net.topology import ClusterTopology, KeyLink, Topology, deployment_of
+from relstream.net.deployment import deployment_of
+from relstream.net.topology import ClusterTopology, KeyLink, Topology
 
 RELSTREAM = "relstream"
 PEER = "redis-py"

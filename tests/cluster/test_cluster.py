@@ -42,7 +42,7 @@ from relstream import (
 )
 from relstream._core import ITEM, Template
 from relstream.errors import ReplyError
-from relstream.net.topology import deployment_of
+from relstream.net.deployment import deployment_of
 from relstream.server import TLSFiles
 from relstream.servers import Cluster, Node
 

@@ -11,13 +11,8 @@ from redis.asyncio.cluster import ClusterNode
 
 from relstream import InvalidOption
 from relstream.net.connection import Endpoint
-from relstream.net.topology import (
-    ClusterTopology,
-    NamedMaster,
-    SingleTopology,
-    SlotTable,
-    deployment_of,
-)
+from relstream.net.deployment import deployment_of
+from relstream.net.topology import ClusterTopology, NamedMaster, SingleTopology, SlotTable
 
 
 def addresses(endpoints: tuple[Endpoint, ...]) -> list[tuple[str, int]]:

@@ -17,7 +17,7 @@ from relstream._core import pack
 from relstream.bench.measure import RELSTREAM, Figures, Job, Metric, Scenario, link
 from relstream.errors import RelstreamError
 from relstream.lbs import SEPARATOR
-from relstream.net.topology import deployment_of
+from relstream.net.deployment import deployment_of
 from relstream.notifications import Notifications
 from relstream.servers import Cluster, Node
 

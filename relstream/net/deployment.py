@@ -1,0 +1,165 @@
+"""Where Redis is, read off a URL or a client: one server, one that Sentinels name, or a cluster."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import redis.asyncio
+from redis.asyncio.sentinel import SentinelConnectionPool
+
+from relstream.errors import InvalidOption
+from relstream.net.connection import Endpoint, Link, endpoint_of, without_secrets
+from relstream.net.topology import (
+    ClusterTopology,
+    Guide,
+    NamedMaster,
+    SingleTopology,
+    SlotTable,
+    Topology,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """Where Redis is, and what kind of it. Holds no connection; may be shared between threads."""
+
+    endpoint: Endpoint
+    """What all servers have in common; of a single server also its address."""
+    nodes: tuple[Endpoint, ...] = ()
+    """Nodes of a cluster to start from."""
+    sentinels: tuple[Endpoint, ...] = ()
+    master_name: str = ""
+    """What the Sentinels call the master."""
+    remap: Callable[[tuple[str, int]], tuple[str, int]] | None = None
+    """Where to connect, for an address that a node or a Sentinel gave (NAT)."""
+
+    @property
+    def heals(self) -> bool:
+        """Whether a lost master is replaced: then it is worth waiting for."""
+        return bool(self.nodes or self.sentinels)
+
+    def patient(self, timeout: float) -> Deployment:
+        """The same, waiting for so many seconds at most, for a connection as for a reply."""
+        bounded = replace(
+            self.endpoint,
+            timeout=min(self.endpoint.timeout, timeout),
+            connect_timeout=min(self.endpoint.connect_timeout, timeout),
+        )
+        return replace(self, endpoint=bounded)
+
+    def guide(self, other: Guide = None) -> Guide:
+        """What knows where masters are, for all that is opened on one event loop.
+
+        `other` belongs to another loop: what it has found may be asked, too.
+        """
+        if self.nodes:
+            known = other.nodes if isinstance(other, SlotTable) else []
+            return SlotTable(replace(self, nodes=(*self.nodes, *known)))
+        return NamedMaster(self) if self.sentinels else None
+
+    def open(self, role: str, guide: Guide = None) -> Topology:
+        """What carries commands, over connections that CLIENT LIST shows under this role.
+
+        Nothing is connected yet. What is opened on one event loop may share a `guide`.
+        """
+        if self.nodes:
+            slots = guide if isinstance(guide, SlotTable) else SlotTable(self)
+            return ClusterTopology(self.endpoint.named(role), slots)
+        return SingleTopology(self.link(role, guide=guide))
+
+    def link(
+        self, role: str, on_push: Callable[[Any], None] | None = None, guide: Guide = None
+    ) -> Link:
+        """A link to the master, where there is but one."""
+        master = guide if isinstance(guide, NamedMaster) else None
+        if master is None and self.sentinels:
+            master = NamedMaster(self)
+        return Link(self.endpoint.named(role), on_push=on_push, master=master)
+
+
+def deployment_of(source: object) -> Deployment:
+    """Reads off a URL or a `redis.asyncio` client where Redis is, and whether it is a cluster.
+
+    URLs: those of `endpoint_of`; `redis+sentinel://[user:password@]host:port,host:port/name[/db]`;
+    `redis+cluster://[user:password@]host:port,host:port`; `rediss+…` for TLS. Raises
+    `InvalidOption`, as `endpoint_of` does.
+    """
+    if isinstance(source, str):
+        scheme, plus, rest = source.partition("+")
+        kind, _, rest = rest.partition("://")
+        if plus and scheme in ("redis", "rediss") and kind in ("sentinel", "cluster"):
+            return _of_many_hosts(source, scheme, kind, rest)
+    if isinstance(source, redis.asyncio.RedisCluster):
+        return _of_cluster(source)
+    if isinstance(source, redis.asyncio.Redis):
+        pool = source.connection_pool
+        if isinstance(pool, SentinelConnectionPool):
+            return _of_sentinel(source, pool)
+    return Deployment(endpoint=endpoint_of(cast("str | redis.asyncio.Redis", source)))
+
+
+def _of_many_hosts(url: str, scheme: str, kind: str, rest: str) -> Deployment:
+    credentials, at, address = rest.rpartition("@")
+    hosts, _, path = re.sub(r"\?.*", "", address).partition("/")
+    query = address.partition("?")[2]
+    sentinel_query = "&".join(
+        part.removeprefix("sentinel_") for part in query.split("&") if part.startswith("sentinel_")
+    )
+    query = "&".join(part for part in query.split("&") if not part.startswith("sentinel_"))
+    shown = without_secrets(url)
+    name, _, db = path.partition("/")
+    if kind == "cluster" and (path.strip("/") not in ("", "0") or re.search(r"(^|&)db=", query)):
+        raise InvalidOption("redis", shown, "no database: a cluster has only one")
+    if kind == "sentinel" and not name:
+        raise InvalidOption("redis", shown, f"{scheme}+sentinel://host:port,host:port/master name")
+
+    def endpoint(host: str, login: str, path: str, settings: str) -> Endpoint:
+        try:
+            return endpoint_of(f"{scheme}://{login}{host}{path}{'?' if settings else ''}{settings}")
+        except InvalidOption as error:
+            raise InvalidOption("redis", shown, error.expected) from None
+
+    every = hosts.split(",")
+    if not all(every) or re.search("@.*,", credentials):
+        wanted = f"{scheme}+{kind}://user:password@host:port,host:port: the password once"
+        raise InvalidOption("redis", shown, wanted)
+    if kind == "cluster":
+        nodes = tuple(endpoint(host, credentials + at, "", query) for host in every)
+        return Deployment(endpoint=nodes[0], nodes=nodes)
+    default = [host if re.search(r":\d+$", host) else f"{host}:26379" for host in every]
+    sentinels = tuple(endpoint(host, "", "", sentinel_query) for host in default)
+    common = endpoint("localhost", credentials + at, f"/{db}" if db else "", query)
+    return Deployment(endpoint=common, sentinels=sentinels, master_name=name)
+
+
+def _of_cluster(client: redis.asyncio.RedisCluster) -> Deployment:
+    nodes = []
+    for node in client.nodes_manager.startup_nodes.values():
+        pool = redis.asyncio.ConnectionPool(
+            connection_class=node.connection_class, **node.connection_kwargs
+        )
+        nodes.append(endpoint_of(redis.asyncio.Redis(connection_pool=pool)))
+    remap = client.nodes_manager.address_remap
+    return Deployment(endpoint=nodes[0], nodes=tuple(nodes), remap=remap)
+
+
+def _of_sentinel(client: redis.asyncio.Redis, pool: SentinelConnectionPool) -> Deployment:
+    if not pool.is_master:
+        raise InvalidOption("redis", client, "a client made by master_for, not slave_for")
+    settings = dict(pool.connection_kwargs)
+    settings.pop("connection_pool", None)
+    tls = issubclass(pool.connection_class, redis.asyncio.SSLConnection)
+    plain = redis.asyncio.ConnectionPool(
+        connection_class=redis.asyncio.SSLConnection if tls else redis.asyncio.Connection,
+        **settings,
+    )
+    forced = pool.sentinel_manager._force_master_ip
+    return Deployment(
+        endpoint=endpoint_of(redis.asyncio.Redis(connection_pool=plain)),
+        remap=(lambda address: (forced, address[1])) if forced else None,
+        sentinels=tuple(endpoint_of(sentinel) for sentinel in pool.sentinel_manager.sentinels),
+        master_name=pool.service_name,
+    )
