@@ -17,6 +17,7 @@ from relstream._core import (
     Entry,
     PendingPage,
     announcements,
+    id_range,
 )
 
 SEPARATOR = b"<MUTEX_KEY_SEP>"
@@ -237,6 +238,15 @@ def test_lock_keys_byte_for_byte(name: str, id_: bytes) -> None:
     [one], _, _ = read(entry(id_, b"lbs-input", orjson.dumps({"DataStreamName": name})))
     assert one.data_stream_name == name
     assert one.lock_key == name.encode() + SEPARATOR + id_
+
+
+def test_the_range_of_ids_whatever_their_order() -> None:
+    message = b'{"DataStreamName":"a"}'
+    ids = [b"9-2", b"10-0", b"9-10", b"%d-%d" % (2**64 - 1, 2**64 - 1), b"9-1"]
+    for order in (ids, ids[::-1], sorted(ids)):
+        entries, _, _ = read(*(entry(id_, b"lbs-input", message) for id_ in order))
+        assert id_range(entries) == (b"9-1", ids[3])
+        assert id_range(entries[:1]) == (order[0], order[0])
 
 
 # --- what is owned --------------------------------------------------------------------------------

@@ -85,6 +85,15 @@ async def test_a_master_that_hung_up_may_be_back_without_locks() -> None:
         assert outages.shadowed([b"a", b"b"]) == {b"a"}
 
 
+async def test_a_master_that_refused_a_question_is_in_the_dark_for_a_lease() -> None:
+    masters = Masters("a", "b")
+    async with watched(masters) as outages:
+        outages.refused([b"a"])
+        assert outages.shadowed([b"a", b"b"]) == {b"a"}
+        await asyncio.sleep(LEASE)
+        assert outages.shadowed([b"a", b"b"]) == set()
+
+
 async def test_who_did_not_listen_takes_nobody_for_silent() -> None:
     async with watched(Masters("a", "b")) as outages:
         for _ in range(10):
