@@ -286,9 +286,10 @@ class Keeper:
     async def _main(self) -> None:
         guide = self._deployment.guide(self._guide)
         topology = self._deployment.open(f"{self._consumer}:renew", guide)
+        replaced = guide.replaced if isinstance(guide, NamedMaster) else asyncio.Event()
         tasks = [
             asyncio.ensure_future(self._stopping.wait()),
-            asyncio.ensure_future(self._renew_for_ever(topology)),
+            asyncio.ensure_future(self._renew_for_ever(topology, replaced)),
         ]
         if isinstance(guide, NamedMaster):  # a master that was replaced may go on for long
             tasks.append(asyncio.ensure_future(guide.run()))
@@ -303,7 +304,7 @@ class Keeper:
             await self._end_rounds()
             await topology.close()
 
-    async def _renew_for_ever(self, topology: Topology) -> None:
+    async def _renew_for_ever(self, topology: Topology, replaced: asyncio.Event) -> None:
         loop = asyncio.get_running_loop()
         locks = Locks(topology, self._consumer, round(self._ttl * 1000), self._logger)
         period = self._ttl / 2
@@ -313,6 +314,7 @@ class Keeper:
         prepared = False
         while not self._app_loop.is_closed():  # else there is nobody left to own anything
             start = loop.time()
+            replaced.clear()
             try:
                 if not prepared:
                     await locks.prepare()
@@ -333,7 +335,10 @@ class Keeper:
                     len(self._keys), loop.time() - start, period,
                 )  # fmt: skip
             due = max(due + period, loop.time())
-            await asyncio.sleep(due - loop.time())
+            # What a former master has renewed since it was replaced was renewed in vain.
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(replaced.wait(), due - loop.time())
+                due = loop.time()
 
     async def _renew_all(self, topology: Topology, locks: Locks, spread: float) -> None:
         """Renews all; of several servers one that is silent keeps none of the others' waiting."""

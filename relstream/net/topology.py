@@ -51,8 +51,9 @@ REDIRECTS = 8
 PAUSE = 0.05
 # Asking for the slots, or for the master, in seconds: there are others to ask.
 ASK_TIMEOUT = 1.0
-# Seconds between two questions for the master's name while all seems well.
-LOOK_EVERY = 1.5
+# Seconds between two questions for the master's name while all seems well: a former master goes on
+# serving who does not ask, and leases renewed there are lost at the end of their two seconds.
+LOOK_EVERY = 1.0
 # Seconds without an answer until the next one is asked as well.
 ASK_NEXT = 0.2
 # Seconds for which a former master may still answer what it was sent.
@@ -173,6 +174,8 @@ class NamedMaster:
         self._address: tuple[str, int] | None = None
         self._watched = False
         self._looked = 0.0
+        self.replaced = asyncio.Event()
+        """Set when another server became the master; whoever waits for that clears it."""
 
     def join(self, link: Link) -> None:
         """This one is to leave a master that was replaced."""
@@ -232,6 +235,8 @@ class NamedMaster:
         That may be paused, or cut off from its replicas and Sentinels alone, and go on for long.
         """
         if address != self._address:
+            if self._address is not None:
+                self.replaced.set()
             self._address = address
             for link in list(self._links):
                 link.leave_for(address)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -374,6 +375,28 @@ async def test_a_graceful_failover_costs_nobody_a_stream(service, consumer, sent
     assert [e for _, e in service.redis.xrange(service.lbs) if b"_retry_count" in e] == []
     await asyncio.gather(*(client.done_stream(name) for name in wanted))
     assert (service.locks(), service.entries()) == ({}, [])
+
+
+@pytest.mark.slow
+async def test_leases_are_renewed_at_once_on_another_master(service, consumer, sentinels):
+    """What the former one has renewed since it was replaced was renewed in vain."""
+    client = consumer(heartbeat_interval=20.0)
+    notes = await client.init()
+    announce(service, 3)
+    await take(notes, 3)
+    locked = time.monotonic()
+    locks = list(service.locks())
+    assert service.redis.wait(2, 4000) == 2
+    await asyncio.to_thread(sentinels.failover)
+    service.follow()
+
+    def renewed() -> bool:
+        left = 20_000 - 1000 * (time.monotonic() - locked)
+        return min(service.ttls(locks)) > left + 500
+
+    await eventually(lambda: time.monotonic() - locked > 1, 5)
+    await eventually(renewed, 5)  # long before it is due
+    await client.done()
 
 
 @pytest.mark.slow

@@ -44,10 +44,10 @@ async def test_what_is_ours_is_found_whatever_else_is_pending(consumer, service,
     await take(notes, 60)
     ended = sorted(list(ids)[::step], key=lambda name: name[::-1])
     lost = [name for i, name in enumerate(ended) if i % 3 == 0]
-    for name in ended:  # one server looks at what is pending only where no lock is
-        service.redis.delete(f"{name}{SEPARATOR}{ids[name]}")
     others = [ids[name] for name in lost]
     service.redis.xclaim(service.lbs, service.group, "other", 0, others, justid=True)
+    for name in ended:  # one server looks at what is pending only where no lock is
+        service.redis.delete(f"{name}{SEPARATOR}{ids[name]}")
     outcomes = await asyncio.gather(
         *(client.done_stream(name) for name in ended), return_exceptions=True
     )
