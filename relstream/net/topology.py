@@ -52,7 +52,7 @@ PAUSE = 0.05
 # Asking for the slots, or for the master, in seconds: there are others to ask.
 ASK_TIMEOUT = 1.0
 # Seconds between two questions for the master's name while all seems well: a former master goes on
-# serving who does not ask, and leases renewed there are lost at the end of their two seconds.
+# serving who does not ask, and leases renewed there are lost.
 LOOK_EVERY = 1.0
 # Seconds without an answer until the next one is asked as well.
 ASK_NEXT = 0.2
