@@ -131,7 +131,7 @@ class Locks:
         failed = await self._run(RELEASE, RELEASE_ONE, keys, self._value)
         if failed is not None:
             return failed[0] + failed[1]
-        held = await self.held(keys)
+        held = await self.held(keys, known=not self._topology.single)
         await self._each(self._delete, list(compress(keys, held)))
         return [key for key, mine in zip(keys, held, strict=True) if not mine]
 

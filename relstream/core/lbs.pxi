@@ -309,6 +309,8 @@ def entry_ids(list entries not None):
 
 def id_range(list entries not None):
     """The least and the greatest id of these entries, of which there is at least one."""
+    if not entries:
+        raise ValueError("no entries, expected at least one")
     cdef Id least = (<Entry>entries[0])._id
     cdef Id greatest = least
     cdef Entry entry

@@ -45,6 +45,8 @@ def by_owner(list keys not None, list places not None, list owners not None):
     `owners` names the owner of each of the 16384 slots, always by the same object: they are told
     apart by identity, which costs less than comparing them.
     """
+    if len(owners) != 16384:
+        raise ValueError(f"owners of {len(owners)} slots, expected 16384")
     cdef list found = []
     cdef list groups = []
     cdef object owner

@@ -247,6 +247,8 @@ def test_the_range_of_ids_whatever_their_order() -> None:
         entries, _, _ = read(*(entry(id_, b"lbs-input", message) for id_ in order))
         assert id_range(entries) == (b"9-1", ids[3])
         assert id_range(entries[:1]) == (order[0], order[0])
+    with pytest.raises(ValueError, match="at least one"):
+        id_range([])
 
 
 # --- what is owned --------------------------------------------------------------------------------

@@ -73,3 +73,9 @@ def test_keys_by_their_owners(some: list[bytes], data: st.DataObject) -> None:
     for place in places:
         expected.setdefault(owners[peer(some[place])], []).append(place)
     assert found == list(expected.items())
+
+
+@pytest.mark.parametrize("slots", [0, 7, 16385])
+def test_owners_are_those_of_all_slots(slots: int) -> None:
+    with pytest.raises(ValueError, match=f"owners of {slots} slots, expected 16384"):
+        by_owner([b"a"], [0], [None] * slots)
