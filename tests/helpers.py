@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -89,6 +91,7 @@ class Service:
         self.lbs = f"{name}-input"
         self.group = f"{name}-group"
         self.dlq = f"{name}-input-dlq"
+        self._orphans = itertools.count()
 
     def other(self, name: str) -> Service:
         """The state of another service in the same place."""
@@ -141,6 +144,20 @@ class Service:
             for name in names:
                 pipe.xadd(self.lbs, {"lbs-input": f'{{"DataStreamName": "{name}", "Info": null}}'})
             pipe.config_set("maxmemory", 1)
+            return [entry_id.decode() for entry_id in pipe.execute()[:-1]]
+
+    def orphan(self, count: int, consumer: str = "ghost", **fields: str) -> list[str]:
+        """Streams `s0`, `s1`, … that a consumer has read, and done no more with; their ids.
+
+        In one step, or one that lives could read them. The next call's names go on from there.
+        """
+        with contextlib.suppress(redis.ResponseError):  # it exists
+            self.redis.xgroup_create(self.lbs, self.group, "0", mkstream=True)
+        with self.redis.pipeline(transaction=True) as pipe:
+            for i in itertools.islice(self._orphans, count):
+                value = f'{{"DataStreamName": "s{i}", "Info": null}}'
+                pipe.xadd(self.lbs, {"lbs-input": value, **fields})
+            pipe.xreadgroup(self.group, consumer, {self.lbs: ">"}, count=count)
             return [entry_id.decode() for entry_id in pipe.execute()[:-1]]
 
     def entries(self) -> list[str]:

@@ -109,13 +109,8 @@ async def test_a_blocked_read_follows_its_slot(cluster, service, consumer, monke
 async def test_a_replica_promoted_while_thousands_are_put_back(cluster, service, consumer):
     count = 3000
     master = cluster.master_of(service.lbs)
-    pipe = master.client.pipeline(transaction=False)
     wanted = [f"s{i}" for i in range(count)]
-    for name in wanted:
-        pipe.xadd(service.lbs, {"lbs-input": f'{{"DataStreamName":"{name}","Info":null}}'})
-    pipe.execute()
-    service.redis.xgroup_create(service.lbs, service.group, "0")
-    service.redis.xreadgroup(service.group, "ghost", {service.lbs: ">"}, count=count)
+    service.orphan(count)
     assert master.call("WAIT", 1, 4000) == 1
     recovery = RecoveryConfig(
         min_idle_time=0.0, reconciliation_interval=0.5, batch_size=20, max_retries=100

@@ -15,16 +15,6 @@ from relstream import NotificationType, RecoveryConfig, StreamNotOwned, recovery
 SCAN_ONLY = RecoveryConfig(reconciliation_interval=0.3, min_idle_time=0.2, batch_size=50)
 
 
-def orphan(service, count, prefix="s", consumer="ghost", **fields):
-    """Streams read by a consumer that died before it could do anything with them."""
-    for i in range(count):
-        service.announce(f"{prefix}{i}", **fields)
-    if not service.redis.xinfo_groups(service.lbs):
-        service.redis.xgroup_create(service.lbs, service.group, "0")
-    service.redis.xreadgroup(service.group, consumer, {service.lbs: ">"}, count=count)
-    return service.pending(consumer)
-
-
 class Ear:
     """Hears all that a client tells, in the background."""
 
@@ -64,7 +54,7 @@ async def listen():
 
 
 async def test_scripts_flushed_between_all_that_uses_them(consumer, service):
-    orphan(service, 30)
+    service.orphan(30)
     service.redis.script_flush()
     client = consumer(recovery=SCAN_ONLY)
     notes = await client.init()
@@ -78,7 +68,7 @@ async def test_scripts_flushed_between_all_that_uses_them(consumer, service):
     await asyncio.gather(*[client.release(f"s{i}") for i in range(10, 20)])
     assert sorted(names(await take(notes, 10))) == [f"s{i}" for i in range(10, 20)]
     service.redis.script_flush()
-    orphan(service, 30, "t")
+    service.orphan(30)
     assert len(await take(notes, 30)) == 30
     await nothing_comes(notes, 0.3)
 
@@ -94,7 +84,7 @@ async def test_scripts_flushed_all_the_time(consumer, service):
             flushes += 1
             await asyncio.sleep(0.01)
 
-    orphan(service, 300)
+    service.orphan(300)
     flushing = asyncio.ensure_future(flush())
     try:
         pages = RecoveryConfig(reconciliation_interval=0.3, min_idle_time=0.2, batch_size=10)
@@ -158,7 +148,7 @@ async def test_a_group_destroyed_while_nobody_reads(consumer, service, listen):
 
 
 async def test_a_group_destroyed_while_recovering(consumer, service, listen):
-    orphan(service, 200)
+    service.orphan(200)
     pages = RecoveryConfig(reconciliation_interval=0.3, min_idle_time=0.2, batch_size=5)
     ear = listen(await consumer(recovery=pages).init())
     await eventually(lambda: len(ear.told) >= 5)
@@ -225,7 +215,7 @@ async def test_an_entry_deleted_just_before_it_is_finished(consumer, service):
 
 async def test_dead_letters_come_once_where_nothing_crashes(consumer, service):
     """The scan at start and the look for the dead come upon the same entries at the same time."""
-    orphan(service, 100, _retry_count="3")
+    service.orphan(100, _retry_count="3")
     for _ in range(100):
         service.redis.xadd(service.lbs, {"lbs-input": "no JSON"})
     service.redis.xreadgroup(service.group, "ghost", {service.lbs: ">"}, count=100)
@@ -291,7 +281,7 @@ async def test_what_its_owner_finishes_while_it_is_buried_is_no_dead_letter(
 async def test_whose_owner_comes_back_while_it_is_buried_is_no_dead_letter(
     consumer, service, scripts
 ):
-    (entry_id,) = orphan(service, 1, _retry_count="3", consumer="owner")
+    (entry_id,) = service.orphan(1, "owner", _retry_count="3")
     scanning = consumer("scanning")
 
     async def come_back():
@@ -307,7 +297,7 @@ async def test_whose_owner_comes_back_while_it_is_buried_is_no_dead_letter(
 
 
 async def test_what_another_buried_first_is_buried_once(consumer, service):
-    ids = orphan(service, 3, _retry_count="3")
+    ids = service.orphan(3, _retry_count="3")
     first, second = consumer("first"), consumer("second")
 
     async def be_late():
@@ -324,7 +314,7 @@ async def test_what_another_buried_first_is_buried_once(consumer, service):
 
 async def test_what_one_pass_is_burying_another_one_leaves(consumer, service):
     """Both may be the same consumer's: if it dies now, one copy is there too many, and not two."""
-    orphan(service, 1, _retry_count="3")
+    service.orphan(1, _retry_count="3")
     client = consumer("c1")
 
     async def pass_by():
@@ -343,7 +333,7 @@ def consumers(service):
 async def test_dead_consumers_are_removed(consumer, service, monkeypatch):
     monkeypatch.setattr(recovery, "REMOVE_AFTER", 0.5)
     monkeypatch.setattr(recovery, "REMOVE_EVERY", 0.05)
-    (entry_id,) = orphan(service, 1, consumer="slow")  # owned, however long ago it was seen
+    (entry_id,) = service.orphan(1, "slow")  # owned, however long ago it was seen
     service.redis.set(f"s0{SEPARATOR}{entry_id}", "slow")
     for name in ("dead", "empty"):
         service.redis.xgroup_createconsumer(service.lbs, service.group, name)

@@ -15,17 +15,6 @@ LEADER = "svc-input-reconciler"
 COUNT = 600
 
 
-def orphan(service, count=COUNT):
-    """Streams read by a consumer that died; returns `(name, id)` of each."""
-    service.redis.xgroup_create(service.lbs, service.group, "0", mkstream=True)
-    pipe = service.redis.pipeline(transaction=False)
-    for i in range(count):
-        pipe.xadd(service.lbs, {"lbs-input": f'{{"DataStreamName": "s{i}", "Info": null}}'})
-    ids = [entry_id.decode() for entry_id in pipe.execute()]
-    service.redis.xreadgroup(service.group, "ghost", {service.lbs: ">"}, count=count)
-    return [(f"s{i}", entry_id) for i, entry_id in enumerate(ids)]
-
-
 def assert_put_back_once(service, count=COUNT):
     entries = service.redis.xrange(service.lbs)
     announced = Counter(fields[b"lbs-input"].split(b'"')[3].decode() for _, fields in entries)
@@ -54,11 +43,11 @@ async def test_in_one_process(consumer, service, many_leaders):
     # One that owns nothing can't take back what it has just put back.
     at_once = RecoveryConfig(reconciliation_interval=0.1, min_idle_time=0.2, batch_size=7)
     clients = [consumer(f"c{i}", recovery=at_once, max_streams=1) for i in range(4)]
-    orphans = orphan(service)
+    orphans = [LBSInfo(f"s{i}", entry_id) for i, entry_id in enumerate(service.orphan(COUNT))]
     for client in clients:
         await client.init()
     # A page of each, over and over, while all of them scan.
-    claims = [client.claim(LBSInfo(*which)) for which in orphans for client in clients[:2]]
+    claims = [client.claim(each) for each in orphans for client in clients[:2]]
     outcomes = await asyncio.gather(*claims, return_exceptions=True)
     assert {type(outcome) for outcome in outcomes} <= {type(None), AlreadyClaimed}
     assert outcomes.count(None) <= COUNT
@@ -74,13 +63,9 @@ async def test_each_entry_claimed_by_many_at_once(consumer, service):
         await client.init()
     blockers = [service.announce(f"blocker{i}") for i in range(3)]  # now nobody reads any more
     await eventually(lambda: len(service.locks()) == 3)
-    for i in range(20):
-        service.announce(f"s{i}")
-    service.redis.xreadgroup(service.group, "ghost", {service.lbs: ">"}, count=20)
-    orphans = [(f"s{i}", entry_id) for i, entry_id in enumerate(service.pending("ghost"))]
-    for which in orphans:
+    for i, entry_id in enumerate(service.orphan(20)):
         outcomes = await asyncio.gather(
-            *[client.claim(LBSInfo(*which)) for client in clients for _ in range(3)],
+            *[client.claim(LBSInfo(f"s{i}", entry_id)) for client in clients for _ in range(3)],
             return_exceptions=True,
         )
         assert outcomes.count(None) == 1, outcomes
@@ -100,7 +85,7 @@ async def test_in_several_processes(
         commands=["+@all", "+@scripting" if scripts else "-@scripting"],
     )  # fmt: skip
     url = redis_url.replace("://", "://app:x@")
-    orphans = orphan(service)
+    orphans = [*enumerate(service.orphan(COUNT))]
     orphaned = time.monotonic()
     foreign = [start_reference() for _ in range(2 * with_reference)]
     for process in foreign:
@@ -117,9 +102,9 @@ async def test_in_several_processes(
     await asyncio.sleep(orphaned + at_once["min_idle_time"] - time.monotonic())
     for process in foreign:
         process.tell("go")
-    for name, entry_id in reversed(orphans):
+    for i, entry_id in reversed(orphans):
         for process in processes:
-            process.tell(f"claim {name} {entry_id}")
+            process.tell(f"claim s{i} {entry_id}")
     notes = await mine.init()
     for process in processes:
         await process.heard("claim", COUNT)

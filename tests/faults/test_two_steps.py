@@ -31,10 +31,7 @@ def url(service, redis_url):
 @pytest.fixture
 def ghosts(service):
     """Entries that a consumer has read that died."""
-    ids = [service.announce(f"s{i}") for i in range(10)]
-    service.redis.xgroup_create(service.lbs, service.group, "0")
-    service.redis.xreadgroup(service.group, "ghost", {service.lbs: ">"}, count=100)
-    return ids
+    return service.orphan(10)
 
 
 class Heard:

@@ -77,10 +77,7 @@ async def test_out_of_memory_a_consumer_does_not_take_what_it_can_not_lock(consu
 
 
 async def test_what_a_former_life_held_beyond_the_limit_goes_to_others(consumer, service):
-    for i in range(30):
-        service.announce(f"s{i}")
-    service.redis.xgroup_create(service.lbs, service.group, "0")
-    service.redis.xreadgroup(service.group, "c1", {service.lbs: ">"}, count=30)
+    service.orphan(30, "c1")
     got = names(await take(await consumer("c1", max_streams=5, auto_claim=False).init(), 5))
     got += names(await take(await consumer("c2", auto_claim=False).init(), 25))
     assert sorted(got) == sorted(f"s{i}" for i in range(30))

@@ -383,18 +383,16 @@ async def test_a_finish_that_failed_leaves_one_ownership_though_it_was_announced
 
 
 async def test_a_lock_taken_unheard_of_is_ours_for_its_full_time(consumer, service):
-    service.redis.xgroup_create(service.lbs, service.group, "0", mkstream=True)
-    entry_id = service.announce("s1")
-    service.redis.xreadgroup(service.group, "other", {service.lbs: ">"})
+    (entry_id,) = service.orphan(1, "other")
     client = consumer("c1", auto_claim=False)
     await client.init()
     service.redis.xclaim(service.lbs, service.group, "c1", 0, [entry_id])
     # Its reply was lost, and so was all hope in it but for half a second.
-    service.redis.set(lock("s1", entry_id), "c1", px=500)
+    service.redis.set(lock("s0", entry_id), "c1", px=500)
     leases = client._partitions[0].leases
-    read = batch_of(resp_entry(entry_id.encode(), b"lbs-input", b'{"DataStreamName":"s1"}'))
+    read = batch_of(resp_entry(entry_id.encode(), b"lbs-input", b'{"DataStreamName":"s0"}'))
     entries, _, _ = announcements(read, b"lbs-input", SEPARATOR.encode(), json.loads)
     now = asyncio.get_running_loop().time()
     new, refusals = await leases.take(entries, now, again=True)
     assert (len(new), refusals) == (1, [])
-    assert service.redis.pttl(lock("s1", entry_id)) > 1000 * HEARTBEAT / 2
+    assert service.redis.pttl(lock("s0", entry_id)) > 1000 * HEARTBEAT / 2

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 
 import pytest
-import redis
 from helpers import SEPARATOR, eventually, names, nothing_comes, take
 
 from relstream import AlreadyClaimed, LBSInfo, RecoveryConfig, recovery
@@ -16,21 +14,6 @@ from relstream.errors import ReplyError
 NO_SCANS = RecoveryConfig(reconciliation_interval=3600, min_idle_time=3600)
 # Locks so short that what was just read counts as forgotten soon.
 SHORT = 0.5
-
-
-def orphan(service, *streams, consumer="ghost", **fields):
-    """Streams that were read by a consumer that died before it had their locks; returns the ids.
-
-    In one step, as others read, too.
-    """
-    with contextlib.suppress(redis.ResponseError):  # it exists
-        service.redis.xgroup_create(service.lbs, service.group, "0", mkstream=True)
-    with service.redis.pipeline(transaction=True) as pipe:
-        for name in streams:
-            pipe.xadd(service.lbs, {"lbs-input": f'{{"DataStreamName": "{name}"}}', **fields})
-        pipe.xreadgroup(service.group, consumer, {service.lbs: ">"}, count=len(streams))
-        *ids, _ = pipe.execute()
-    return [entry_id.decode() for entry_id in ids]
 
 
 async def test_a_walk_that_takes_long_holds_up_no_other(consumer, service, monkeypatch):
@@ -45,13 +28,13 @@ async def test_a_walk_that_takes_long_holds_up_no_other(consumer, service, monke
         await asyncio.Event().wait()
 
     monkeypatch.setattr(recovery.Recoverer, "_walk", endless)
-    orphan(service, "s0", consumer="stuck")
+    service.orphan(1, "stuck")
     notes = await consumer(heartbeat_interval=SHORT, recovery=NO_SCANS).init()
     await asyncio.wait_for(under_way.wait(), 10)
-    orphan(service, "s1")
+    service.orphan(1)
     assert names(await take(notes, 1)) == ["s1"]
     # Nor does it hold up what events tell.
-    (entry_id,) = orphan(service, "s2", consumer="stuck")
+    (entry_id,) = service.orphan(1, "stuck")
     service.redis.set(f"s2{SEPARATOR}{entry_id}", "stuck", px=1)
     assert names(await take(notes, 1)) == ["s2"]
     assert len(service.pending("stuck")) == 1
@@ -61,7 +44,7 @@ async def test_the_longer_nothing_can_be_done_the_less_it_is_tried(consumer, ser
     monkeypatch.setattr(recovery, "LOOK_EVERY", 0.01)
     monkeypatch.setattr(recovery, "LOOK_AGAIN", 0.02)
     service.redis.set(service.dlq, "in the way")
-    stuck = orphan(service, "s0", _retry_count="3")
+    stuck = service.orphan(1, _retry_count="3")
     client = consumer(heartbeat_interval=SHORT, recovery=NO_SCANS)
     await client.init()
     recoverer = client._partitions[0].recoverer
@@ -78,8 +61,8 @@ async def test_behind_what_nothing_can_be_done_about_a_death_is_seen_at_once(
     """However long the pause has grown with which the former is tried."""
     monkeypatch.setattr(recovery, "LOOK_AGAIN", 3600.0)
     service.redis.set(service.dlq, "in the way")
-    stuck = orphan(service, "s0", "s1", "s2", "s3", consumer="owner", _retry_count="3")
-    ids = orphan(service, "s4", "s5", consumer="owner")
+    stuck = service.orphan(4, "owner", _retry_count="3")
+    ids = service.orphan(2, "owner")
     locks = [f"{name}{SEPARATOR}{i}" for name, i in zip(("s4", "s5"), ids, strict=True)]
     for lock in locks:
         service.redis.set(lock, "owner")
@@ -105,7 +88,7 @@ async def test_a_scan_that_broke_off_is_repeated_soon(consumer, service, monkeyp
         await walk(recoverer, *args)
 
     monkeypatch.setattr(recovery.Recoverer, "_walk", breaking_off)
-    orphan(service, "s0")
+    service.orphan(1)
     await asyncio.sleep(0.05)
     once = RecoveryConfig(reconciliation_interval=3600, min_idle_time=0.01)
     notes = await consumer(auto_claim=False, recovery=once).init()
@@ -119,7 +102,7 @@ async def test_an_id_alone_makes_no_death(consumer, service):
     notes = await client.init()
     await eventually(lambda: client._partitions[0].recoverer._leading)
     # As if it had been read, and were about to be locked.
-    (entry_id,) = orphan(service, "s0", consumer="busy")
+    (entry_id,) = service.orphan(1, "busy")
     service.redis.set(f"other{SEPARATOR}{entry_id}", "whoever", px=1)
     with pytest.raises(AlreadyClaimed, match="another stream"):
         await client.claim(LBSInfo("other", entry_id))
@@ -131,7 +114,7 @@ async def test_an_id_alone_makes_no_death(consumer, service):
 
 async def test_each_kind_of_trouble_is_said(consumer, service, caplog):
     """Also when another was there before, and passed."""
-    orphan(service, "s0")
+    service.orphan(1)
     client = consumer(heartbeat_interval=SHORT, recovery=NO_SCANS)
     recoverer = client._partitions[0].recoverer
     recoverer._complain(1, "put back", ReplyError("OOM as it was"))
@@ -139,7 +122,7 @@ async def test_each_kind_of_trouble_is_said(consumer, service, caplog):
     await take(notes, 1)
     recoverer._complain(1, "put back", ReplyError("OOM as it is again"))
     service.redis.set(service.dlq, "in the way")
-    orphan(service, "s1", _retry_count="3")
+    service.orphan(1, _retry_count="3")
     await eventually(lambda: f"dead-letter stream {service.dlq}" in caplog.text)
     assert caplog.text.count("can't be put back") == 2
 

@@ -274,11 +274,7 @@ async def test_a_full_queue_stops_reading_but_not_renewing(consumer, service):
 
 
 async def test_a_consumer_that_comes_back_resumes_what_its_former_self_held(consumer, service):
-    for i in range(5):
-        service.announce(f"s{i}")
-    service.redis.xgroup_create(service.lbs, service.group, "0")
-    service.redis.xreadgroup(service.group, "c1", {service.lbs: ">"}, count=5)
-    held = f"s0{SEPARATOR}{service.pending('c1')[0]}"
+    held = f"s0{SEPARATOR}{service.orphan(5, 'c1')[0]}"
     service.redis.set(held, "c1", px=60_000)  # died a moment ago
     notes = await consumer("c1", heartbeat_interval=QUICK, auto_claim=False).init()
     assert names(await take(notes, 4)) == ["s1", "s2", "s3", "s4"]

@@ -13,23 +13,12 @@ from relstream import AlreadyClaimed, InvalidOption, LBSInfo, RecoveryConfig, re
 SCAN_ONLY = RecoveryConfig(reconciliation_interval=0.3, min_idle_time=0.5, batch_size=50)
 
 
-def orphan(service, count, *, consumer="ghost", **fields):
-    """Streams that were read by a consumer that died before it could do anything with them."""
-    first = len(service.entries())
-    for i in range(first, first + count):
-        service.announce(f"s{i}", **fields)
-    if not service.redis.exists(service.lbs) or not service.redis.xinfo_groups(service.lbs):
-        service.redis.xgroup_create(service.lbs, service.group, "0", mkstream=True)
-    service.redis.xreadgroup(service.group, consumer, {service.lbs: ">"}, count=count)
-    return service.pending(consumer)
-
-
 def retries(service):
     return [fields.get(b"_retry_count") for _, fields in service.redis.xrange(service.lbs)]
 
 
 async def test_orphans_are_found_by_the_scan_alone(consumer, service):
-    orphan(service, 120)
+    service.orphan(120)
     notes = await consumer(auto_claim=False, recovery=SCAN_ONLY).init()
     assert sorted(names(await take(notes, 120))) == sorted(f"s{i}" for i in range(120))
     assert set(retries(service)) == {b"1"}
@@ -38,7 +27,7 @@ async def test_orphans_are_found_by_the_scan_alone(consumer, service):
 
 
 async def test_orphans_are_found_by_looking_before_any_scan(consumer, service):
-    orphan(service, 120)
+    service.orphan(120)
     # Its scans look at what was idle for 30 s only.
     notes = await consumer(heartbeat_interval=2.0).init()
     assert len(await take(notes, 120)) == 120
@@ -46,10 +35,10 @@ async def test_orphans_are_found_by_looking_before_any_scan(consumer, service):
 
 
 async def test_slow_but_living_owners_are_left_alone_however_many_stand_before(consumer, service):
-    living = orphan(service, 60, consumer="slow")
+    living = service.orphan(60, "slow")
     for i, entry_id in enumerate(living):
         service.redis.set(f"s{i}{SEPARATOR}{entry_id}", "slow")
-    dead = orphan(service, 10)
+    dead = service.orphan(10)
     # Who looks for deaths would find them without a scan.
     notes = await consumer(auto_claim=False, recovery=SCAN_ONLY).init()
     got = await take(notes, 10)
@@ -60,7 +49,7 @@ async def test_slow_but_living_owners_are_left_alone_however_many_stand_before(c
 
 
 async def test_too_many_retries_make_a_dead_letter(consumer, service):
-    (entry_id,) = orphan(service, 1, _retry_count="3", other="kept")
+    (entry_id,) = service.orphan(1, _retry_count="3", other="kept")
     notes = await consumer(recovery=SCAN_ONLY).init()
     await eventually(lambda: not service.entries())  # it is added there before it is deleted here
     ((_, letter),) = service.redis.xrange(service.dlq)
@@ -74,13 +63,13 @@ async def test_too_many_retries_make_a_dead_letter(consumer, service):
 
 @pytest.mark.parametrize("count", ["", "x", "-5", "1.5"])
 async def test_a_malformed_retry_count_reads_as_none(consumer, service, count):
-    orphan(service, 1, _retry_count=count)
+    service.orphan(1, _retry_count=count)
     await take(await consumer(recovery=SCAN_ONLY).init(), 1)
     assert retries(service) == [b"1"]
 
 
 async def test_no_retries_at_all(consumer, service):
-    orphan(service, 3)
+    service.orphan(3)
     none = RecoveryConfig(reconciliation_interval=0.3, min_idle_time=0.2, max_retries=0)
     await consumer(recovery=none).init()
     await eventually(lambda: not service.entries())
@@ -89,8 +78,8 @@ async def test_no_retries_at_all(consumer, service):
 
 async def test_an_unwritable_dead_letter_stream_loses_nothing(consumer, service):
     service.redis.set(service.dlq, "in the way")
-    ids = orphan(service, 1, _retry_count="3")
-    orphan(service, 1)
+    ids = service.orphan(1, _retry_count="3")
+    service.orphan(1)
     notes = await consumer(recovery=SCAN_ONLY).init()
     assert names(await take(notes, 1)) == ["s1"]
     await asyncio.sleep(0.5)
@@ -108,14 +97,14 @@ async def test_a_refused_dead_letter_stays_pending(consumer, service, redis_url,
     url = redis_url.replace("://", "://app:x@")
     await consumer(url=url, recovery=SCAN_ONLY, recorder=heard).init()
     if why == "memory":
-        ids = orphan(service, 2, _retry_count="3")
+        ids = service.orphan(2, _retry_count="3")
         service.redis.config_set("maxmemory", 1)
     else:
         service.redis.acl_setuser(
             "app", reset_keys=True, channels=["*"], commands=["+@all"], enabled=True, nopass=True,
             keys=[service.lbs, "svc-input-reconciler", f"*{SEPARATOR}*"],
         )  # fmt: skip
-        ids = orphan(service, 2, _retry_count="3")
+        ids = service.orphan(2, _retry_count="3")
     scans = len(heard.calls("reconciliation_scan"))
     await eventually(lambda: len(heard.calls("reconciliation_scan")) > scans + 2)
     assert service.pending("ghost") == service.entries() == ids
@@ -144,11 +133,11 @@ class Heard:
 
 @pytest.mark.parametrize("scripts", [True, False])
 async def test_the_recorder_hears_of_recovery(consumer, service, redis_url, scripts):
-    living = orphan(service, 2, consumer="slow")
+    living = service.orphan(2, "slow")
     for i, entry_id in enumerate(living):
         service.redis.set(f"s{i}{SEPARATOR}{entry_id}", "slow")
-    orphan(service, 3)  # s2 to s4
-    orphan(service, 1, _retry_count="3")
+    service.orphan(3)  # s2 to s4
+    service.orphan(1, _retry_count="3")
     service.redis.acl_setuser(
         "app", enabled=True, nopass=True, keys=["*"], channels=["*"],
         commands=["+@all", "+@scripting" if scripts else "-@scripting"],
@@ -192,7 +181,7 @@ async def test_the_recorder_hears_of_recovery(consumer, service, redis_url, scri
 
 
 async def test_an_entry_that_can_not_be_added_stays_pending(consumer, service):
-    ids = orphan(service, 3)
+    ids = service.orphan(3)
     service.redis.execute_command("XSETID", service.lbs, f"{2**64 - 1}-{2**64 - 1}")
     heard = Heard()
     notes = await consumer(auto_claim=False, recovery=SCAN_ONLY, recorder=heard).init()
@@ -220,13 +209,8 @@ async def test_a_burst_of_expiries_is_recovered_by_events_alone(consumer, servic
     monkeypatch.setattr(recovery.Recoverer, "_look", no_look)
     count = 5000
     pipe = service.redis.pipeline()
-    for i in range(count):
-        pipe.xadd(service.lbs, {"lbs-input": f'{{"DataStreamName": "s{i}"}}'})
-    ids = pipe.execute()
-    service.redis.xgroup_create(service.lbs, service.group, "0")
-    service.redis.xreadgroup(service.group, "ghost", {service.lbs: ">"}, count=count)
-    for i, entry_id in enumerate(ids):
-        pipe.set(f"s{i}{SEPARATOR}{entry_id.decode()}", "ghost", px=2000)
+    for i, entry_id in enumerate(service.orphan(count)):
+        pipe.set(f"s{i}{SEPARATOR}{entry_id}", "ghost", px=2000)
     pipe.execute()
     notes = await consumer(queue_size=count).init()
     got: set[str] = set()
@@ -240,7 +224,7 @@ async def test_a_burst_of_expiries_is_recovered_by_events_alone(consumer, servic
 
 
 async def test_what_vanished_is_acknowledged(consumer, service):
-    ids = orphan(service, 3)
+    ids = service.orphan(3)
     service.redis.xdel(service.lbs, ids[1])
     notes = await consumer(recovery=SCAN_ONLY).init()
     assert sorted(names(await take(notes, 2))) == ["s0", "s2"]
@@ -249,7 +233,7 @@ async def test_what_vanished_is_acknowledged(consumer, service):
 
 async def test_claim_puts_back_what_is_free(consumer, service):
     client = consumer(auto_claim=False)
-    (entry_id,) = orphan(service, 1)
+    (entry_id,) = service.orphan(1)
     notes = await client.init()
     await client.claim(LBSInfo("s0", entry_id))
     (got,) = await take(notes, 1)
@@ -264,7 +248,7 @@ async def test_claim_puts_back_what_is_free(consumer, service):
 
 async def test_several_claims_at_once_put_back_once(consumer, service):
     clients = [consumer(f"c{i}", auto_claim=False, max_streams=1) for i in range(3)]
-    (entry_id,) = orphan(service, 1)
+    (entry_id,) = service.orphan(1)
     for client in clients:
         await client.init()
     outcomes = await asyncio.gather(
@@ -326,10 +310,10 @@ async def test_scripts_forbidden_by_acl(consumer, service, redis_url):
         "noscripts", enabled=True, nopass=True, keys=["*"], channels=["*"],
         commands=["+@all", "-@scripting"],
     )  # fmt: skip
-    living = orphan(service, 5, consumer="slow")
+    living = service.orphan(5, "slow")
     for i, entry_id in enumerate(living):
         service.redis.set(f"s{i}{SEPARATOR}{entry_id}", "slow")
-    orphan(service, 30)
+    service.orphan(30)
     url = redis_url.replace("://", "://noscripts:x@")
     notes = await consumer(url=url, recovery=SCAN_ONLY).init()
     assert len(await take(notes, 30)) == 30
@@ -338,7 +322,7 @@ async def test_scripts_forbidden_by_acl(consumer, service, redis_url):
 
 
 async def test_recovery_goes_on_out_of_memory(consumer, service):
-    orphan(service, 20)
+    service.orphan(20)
     # What can't be locked is put back again and again.
     notes = await consumer(recovery=replace(SCAN_ONLY, max_retries=1000)).init()
     service.redis.config_set("maxmemory", 1)

@@ -15,25 +15,11 @@ from relstream.errors import ReplyError
 ONCE = RecoveryConfig(reconciliation_interval=3600, min_idle_time=0.05, batch_size=500)
 
 
-def own(service, count, consumer="slow"):
+def own(service, count):
     """Streams of a consumer that lives, however long it has been busy with them."""
-    service.redis.xgroup_create(service.lbs, service.group, "0", mkstream=True)
-    for start in range(0, count, 10_000):
-        pipe = service.redis.pipeline(transaction=False)
-        names = [f"s{i}" for i in range(start, min(start + 10_000, count))]
-        for name in names:
-            pipe.xadd(service.lbs, {"lbs-input": f'{{"DataStreamName": "{name}"}}'})
-        for name, entry_id in zip(names, pipe.execute(), strict=True):
-            pipe.set(f"{name}{SEPARATOR}{entry_id.decode()}", consumer)
-        pipe.xreadgroup(service.group, consumer, {service.lbs: ">"}, count=len(names))
-        pipe.execute()
-
-
-def orphan(service, count, consumer="ghost"):
     pipe = service.redis.pipeline(transaction=False)
-    for i in range(count):
-        pipe.xadd(service.lbs, {"lbs-input": f'{{"DataStreamName": "dead{i}"}}'})
-    pipe.xreadgroup(service.group, consumer, {service.lbs: ">"}, count=count)
+    for i, entry_id in enumerate(service.orphan(count, "slow")):
+        pipe.set(f"s{i}{SEPARATOR}{entry_id}", "slow")
     pipe.execute()
 
 
@@ -44,7 +30,7 @@ def scans(heard):
 @pytest.mark.only("single", reason="looks at one server's commands")
 async def test_every_command_is_bounded(consumer, service):
     own(service, 3000)
-    orphan(service, 250)
+    service.orphan(250)
     await asyncio.sleep(0.06)
     heard = Heard()
     client = consumer(auto_claim=False, max_streams=1, recovery=ONCE, recorder=heard)
@@ -107,9 +93,8 @@ async def test_others_have_their_turns(consumer, service, monkeypatch):
 )
 async def test_pages_under_way_are_bounded(consumer, service, monkeypatch, auto_claim, most):
     """Or all that is pending would be in memory, when the server is slow to put it back."""
-    service.redis.xgroup_create(service.lbs, service.group, "0", mkstream=True)
     for ghost in range(4):
-        orphan(service, 100, f"ghost{ghost}")
+        service.orphan(100, f"ghost{ghost}")
     await asyncio.sleep(0.06)
     stuck, goes_on = 0, asyncio.Event()
     recover = recovery.Recoverer._recover
