@@ -35,6 +35,7 @@ def decoded(data: bytes, decode: int) -> Any:
     reader.feed(data)
     out: list[Any] = []
     assert reader.fill(out, 1, decode) == 1
+    assert reader.buffered == 0
     return out[0]
 
 

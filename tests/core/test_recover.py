@@ -6,29 +6,14 @@ from typing import Any
 
 import orjson
 import pytest
-from core.resp import array, bulk, entry
+from core.resp import array, batch_of, bulk, decoded, entry
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relstream._core import ENTRIES, OBJECT, PENDING, Batch, Ids, Plan, Reader, announcements
+from relstream._core import OBJECT, PENDING, Batch, Ids, Plan, announcements
 from relstream.lbs import INPUT_FIELD, RETRY_FIELD, SEPARATOR, replace_fields, retry_count
 
 GOOD = b'{"DataStreamName":"a","Info":null}'
-
-
-def decoded(data: bytes, decode: int) -> Any:
-    reader = Reader()
-    reader.feed(data)
-    out: list[Any] = []
-    assert reader.fill(out, 1, decode) == 1
-    assert not reader.buffered
-    return out[0]
-
-
-def batch_of(*entries: bytes) -> Batch:
-    batch = decoded(array(*entries), ENTRIES)
-    assert isinstance(batch, Batch)
-    return batch
 
 
 def plan(ids: list[bytes], *batches: Batch, loads: Any = orjson.loads) -> Plan:

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 import pytest
-from core.resp import array, bulk, entry, mapping
+from core.resp import array, bulk, decoded, entry, mapping
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,15 +15,6 @@ from relstream.errors import ProtocolError, ReplyError
 
 NULLS = [b"_\r\n", b"*-1\r\n"]
 MAX = 2**64 - 1
-
-
-def decoded(data: bytes, decode: int) -> Any:
-    reader = Reader()
-    reader.feed(data)
-    out: list[Any] = []
-    assert reader.fill(out, 1, decode) == 1
-    assert reader.buffered == 0
-    return out[0]
 
 
 def pending(id: bytes, consumer: bytes, idle: int, deliveries: int) -> bytes:  # noqa: A002
