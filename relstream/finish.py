@@ -391,15 +391,7 @@ class Finisher:
         return returned
 
     async def _unlock(self, entries: list[Entry]) -> None:
-        locks = lock_keys(entries)
-        try:
-            missed = await self._locks.release(locks)
-        except RelstreamError as error:
-            if self._single:
-                raise
-            # One master that can't be reached keeps nothing from being finished or handed over.
-            self._logger.debug("some locks could not be released, and expire: %s", error)
-            missed = locks
+        missed = await self._locks.release(lock_keys(entries))
         if self._recorder is not None:
             missing = set(missed)
             for entry in entries:

@@ -11,7 +11,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from relstream._core import (
     forget,
     grant,
     lock_keys,
+    scatter,
 )
 from relstream.errors import RelstreamError, ReplyError
 from relstream.lbs import SEPARATOR, Names, partition_of, split_lock_key
@@ -95,7 +96,7 @@ class Locks:
 
     async def prepare(self) -> None:
         """Opens the connection and loads the script, so that the first renewal need not wait."""
-        await self._topology.load((RENEW if self._topology.single else RENEW_ONE).source)
+        await self._topology.everywhere((RENEW if self._topology.single else RENEW_ONE).load)
 
     async def acquire(self, keys: list[bytes]) -> list[Any]:
         """For each lock b"OK", None (it is held) or a `ReplyError`."""
@@ -110,77 +111,96 @@ class Locks:
 
     async def renew(self, keys: list[bytes]) -> tuple[list[bytes], list[bytes]]:
         """Gives locks that are ours their full time again; returns those gone, and those taken."""
-        failed = await self._run(RENEW, RENEW_ONE, keys, self._value, self._ttl_ms)
-        if failed is not None:
-            return failed
-        values = await self._topology.each(self._get.pack, keys)
-        for value in values:
-            if isinstance(value, ReplyError) and value.transient:
-                raise value
-        ours = [key for key, value in zip(keys, values, strict=True) if value == self._value]
-        extended = await self._each(self._extend, ours)
-        gone = [key for key, value in zip(keys, values, strict=True) if value is None]
-        gone += [key for key, found in zip(ours, extended, strict=True) if not found]
-        # One that we may not even read any more (ACL) can't be held either.
-        mine = (self._value, None)
-        taken = [key for key, value in zip(keys, values, strict=True) if value not in mine]
+        ask = self._run(RENEW, RENEW_ONE, self._extend, keys, self._value, self._ttl_ms)
+        outcomes = raise_first(await ask)
+        gone = [key for key, outcome in zip(keys, outcomes, strict=True) if outcome == 0]
+        taken = [key for key, outcome in zip(keys, outcomes, strict=True) if outcome < 0]
         return gone, taken
 
     async def release(self, keys: list[bytes]) -> list[bytes]:
-        """Deletes locks that are ours; returns those that were not."""
-        failed = await self._run(RELEASE, RELEASE_ONE, keys, self._value)
-        if failed is not None:
-            return failed[0] + failed[1]
-        held = await self.held(keys, known=not self._topology.single)
-        await self._each(self._delete, list(compress(keys, held)))
-        return [key for key, mine in zip(keys, held, strict=True) if not mine]
+        """Deletes locks that are ours; returns those that were not.
+
+        On a cluster those that could not be deleted are among them: they expire, and keep nothing
+        from being finished or handed over.
+        """
+        try:
+            outcomes = await self._run(RELEASE, RELEASE_ONE, self._delete, keys, self._value)
+        except RelstreamError as error:
+            if self._topology.single:
+                raise
+            outcomes = [error] * len(keys)
+        failure = next((outcome for outcome in outcomes if isinstance(outcome, Exception)), None)
+        if failure is not None:
+            if self._topology.single:
+                raise failure
+            self._logger.debug("some locks could not be released, and expire: %s", failure)
+        return [key for key, outcome in zip(keys, outcomes, strict=True) if outcome != 1]
 
     async def _run(
-        self, many: Script, one: Script, keys: list[bytes], *args: bytes | int
-    ) -> tuple[list[bytes], list[bytes]] | None:
-        """Runs a script on these locks; returns those gone, and those that are others'.
+        self, many: Script, one: Script, step: Template, keys: list[bytes], *args: bytes | int
+    ) -> list[Any]:
+        """Runs a script on these locks; where it is forbidden GET and then `step` do.
 
-        None where scripts are forbidden, for these or for all.
+        For each lock 1 (done), 0 (gone), -1 (another's) or a `ReplyError`.
         """
-        gone: list[bytes] = []
-        taken: list[bytes] = []
         if self._scripts_forbidden:
-            return None
+            return await self._in_steps(step, keys)
         if self._topology.single:
-            parts = list(chunks(keys, SCRIPT_KEYS))
-            link = self._topology.link(b"")
-            replies = await run(link, many, [(part, args) for part in parts])
-            if self._forbidden(replies):
-                return None
-            for part, places in zip(parts, raise_first(replies), strict=True):
-                for place in places:
-                    (gone if place > 0 else taken).append(part[abs(place) - 1])
+            outcomes = await self._run_on_many(many, keys, args)
         else:
-            replies = await run_each(self._topology, one, keys, args)
-            if self._forbidden(replies):
-                return None
-            for key, reply in zip(keys, raise_first(replies), strict=True):
-                if reply != 1:
-                    (taken if reply else gone).append(key)
-        return gone, taken
+            outcomes = await run_each(self._topology, one, keys, args)
+        if first_error(outcomes) is None:
+            return outcomes
+        refused = [
+            place
+            for place, outcome in enumerate(outcomes)
+            if isinstance(outcome, ReplyError) and outcome.code == "NOPERM"
+        ]
+        # About one of these locks: for once.
+        refusal = next((outcomes[p] for p in refused if not outcomes[p].about_keys), None)
+        if refusal is not None and not self._scripts_forbidden:
+            self._scripts_forbidden = True
+            self._logger.warning(
+                "a script is forbidden (%s): locks are renewed and released by two commands each; "
+                "grant +evalsha, +script|load, +mget, +pexpire and +del to make that one atomic "
+                "step",
+                refusal,
+            )
+        if refused:
+            steps = await self._in_steps(step, [keys[place] for place in refused])
+            scatter(outcomes, refused, steps)
+        return outcomes
 
-    def _forbidden(self, replies: list[Any]) -> bool:
-        """Whether the user may not run scripts: then two commands a lock do, not atomically."""
-        for reply in replies if first_error(replies) is not None else ():
-            if isinstance(reply, ReplyError) and reply.code == "NOPERM":
-                if reply.about_keys:
-                    return True  # one of these locks: for once, one by one
-                self._scripts_forbidden = True
-                self._logger.warning(
-                    "scripts are forbidden (%s): locks are renewed and released by two commands "
-                    "each; grant +evalsha, +script|load and +mget to make that one atomic step",
-                    reply,
-                )
-                break
-        return self._scripts_forbidden
+    async def _run_on_many(
+        self, script: Script, keys: list[bytes], args: Sequence[bytes | int]
+    ) -> list[Any]:
+        parts = list(chunks(keys, SCRIPT_KEYS))
+        replies = await run(self._topology.link(b""), script, [(part, args) for part in parts])
+        outcomes: list[Any] = []
+        for part, places in zip(parts, replies, strict=True):
+            if isinstance(places, ReplyError):
+                outcomes += [places] * len(part)
+                continue
+            done = [1] * len(part)
+            for place in places:
+                done[abs(place) - 1] = 0 if place > 0 else -1
+            outcomes += done
+        return outcomes
 
-    async def _each(self, command: Template, keys: list[bytes]) -> list[Any]:
-        return raise_first(await self._topology.each(command.pack, keys))
+    async def _in_steps(self, step: Template, keys: list[bytes]) -> list[Any]:
+        """What a script does, by two commands a lock, not atomically."""
+        values = await self._topology.each(self._get.pack, keys)
+        ours = [key for key, value in zip(keys, values, strict=True) if value == self._value]
+        done = iter(await self._topology.each(step.pack, ours))
+        outcomes: list[Any] = []
+        for value in values:
+            if value == self._value:
+                outcomes.append(next(done))
+            elif isinstance(value, ReplyError) and value.transient:
+                outcomes.append(value)
+            else:  # one that we may not even read any more (ACL) can't be held either
+                outcomes.append(0 if value is None else -1)
+        return outcomes
 
 
 class Keeper:
@@ -317,7 +337,8 @@ class Keeper:
             replaced.clear()
             try:
                 if not prepared:
-                    await locks.prepare()
+                    # Of several servers one may hang: leases on others are not kept waiting.
+                    await _within(period / 2, locks.prepare())
                     prepared = True
                 await self._renew_all(topology, locks, period * SPREAD)
             except RelstreamError as error:
@@ -336,8 +357,8 @@ class Keeper:
                 )  # fmt: skip
             due = max(due + period, loop.time())
             # What a former master has renewed since it was replaced was renewed in vain.
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(replaced.wait(), due - loop.time())
+            await _within(due - loop.time(), replaced.wait())
+            if replaced.is_set():
                 due = loop.time()
 
     async def _renew_all(self, topology: Topology, locks: Locks, spread: float) -> None:
@@ -461,6 +482,22 @@ class Keeper:
     def _partition(self, lock_key: bytes) -> int:
         name = lock_key.rpartition(SEPARATOR)[0].decode()
         return partition_of(name, len(self._partitions))
+
+
+async def _within(seconds: float, work: Coroutine[Any, Any, object]) -> None:
+    """Waits so long for it, and cancels it then.
+
+    Not `asyncio.wait_for`, which may swallow that we are cancelled ourselves.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+    if not task.cancelled():
+        task.result()
 
 
 async def pending_for(

@@ -528,10 +528,6 @@ class Link:
             packed, replies, decode=decode, timeout=timeout or self.endpoint.timeout
         )
 
-    async def load(self, source: str) -> Any:
-        """Makes a script known to the server (SCRIPT LOAD); returns the reply."""
-        return (await self.pipeline(pack(b"SCRIPT", b"LOAD", source), 1))[0]
-
     async def execute(
         self, *args: bytes | str | int, decode: int = OBJECT, timeout: float | None = None
     ) -> Any:

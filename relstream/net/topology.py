@@ -28,6 +28,7 @@ from relstream.errors import (
     ConnectionFailed,
     ConnectionLost,
     PermissionDenied,
+    ProtocolError,
     RelstreamError,
     ReplyError,
 )
@@ -128,7 +129,6 @@ class KeyLink(Protocol):
     async def execute(
         self, *args: bytes | str | int, decode: int = OBJECT, timeout: float | None = None
     ) -> Any: ...
-    async def load(self, source: str) -> Any: ...
 
 
 class Topology(Protocol):
@@ -158,8 +158,8 @@ class Topology(Protocol):
     def apart(self, keys: list[bytes]) -> dict[Endpoint | None, list[bytes]]:
         """Keys by the servers that have them, as far as is known."""
 
-    async def load(self, source: str) -> Any:
-        """Makes a script known to every server (SCRIPT LOAD). Returns the reply of one of them."""
+    async def everywhere(self, command: bytes) -> None:
+        """Sends a packed command to every server, of which one at least has to answer."""
 
     async def close(self) -> None:
         """Closes all connections."""
@@ -271,7 +271,6 @@ class SingleTopology:
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self.load = link.load
         self.close = link.close
 
     def link(self, key: bytes) -> Link:
@@ -287,6 +286,9 @@ class SingleTopology:
 
     def apart(self, keys: list[bytes]) -> dict[Endpoint | None, list[bytes]]:
         return {None: keys} if keys else {}
+
+    async def everywhere(self, command: bytes) -> None:
+        await self._link.pipeline(command, 1)
 
 
 @dataclass
@@ -427,6 +429,8 @@ class SlotTable:
                 raise PermissionDenied(f"{node}: {error}: grant +cluster|slots") from None
             raise
         for start, end, master, *replicas in sorted(ranges, key=itemgetter(0)):
+            if not 0 <= start <= end < SLOTS:
+                raise ProtocolError(f"{node} tells of slots {start} to {end}, of {SLOTS}")
             owner = self._address(master, node)
             view.owners[start : end + 1] = [owner] * (end + 1 - start)
             view.masters.append(owner)
@@ -734,20 +738,17 @@ class ClusterTopology:
         known = host not in ("", "?")
         return self.slots.at(host if known else self.slots.masters[0].host, int(port))
 
-    async def load(self, source: str) -> Any:
+    async def everywhere(self, command: bytes) -> None:
         await self.slots.fresh()
-        command = pack(b"SCRIPT", b"LOAD", source)
         parts = await asyncio.gather(
             *(self._start(master, command, 1, OBJECT) for master in self.slots.masters),
             return_exceptions=True,
         )
         if any(isinstance(part, ConnectionFailed) for part in parts):
             self.slots.doubt()
-        replies = [part[0] for part in parts if not isinstance(part, BaseException)]
-        good = [reply for reply in replies if not isinstance(reply, ReplyError)]
-        if not replies:
-            raise next(part for part in parts if isinstance(part, BaseException))
-        return (good or replies)[0]
+        failures = [part for part in parts if isinstance(part, BaseException)]
+        if len(failures) == len(parts):
+            raise failures[0]
 
     async def close(self) -> None:
         self._closed = True
@@ -770,7 +771,6 @@ class _ClusterLink:
         self._cluster = cluster
         self._slot = key_slot(key)
         self.endpoint = cluster.endpoint
-        self.load = cluster.load
 
     @property
     def alive(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from cluster.observing import ClusterService, EveryMaster, subscriptions
-from helpers import EXPIRED, SEPARATOR, Renewals, eventually, names, nothing_comes, take
+from helpers import EXPIRED, SEPARATOR, Heard, Renewals, eventually, names, nothing_comes, take
 
 from relstream import ClientClosed, StreamClient
 from relstream.servers import Cluster, Node
@@ -203,6 +203,45 @@ async def test_a_master_that_is_silent_is_left_for_its_successor(cluster, servic
     assert names(await take(notes, 1, timeout=10)) == ["after"]
     await asyncio.wait_for(client.done_stream("after"), 10)
     assert len(promoted.call("XRANGE", service.lbs, "-", "+")) == 1
+
+
+@pytest.mark.slow
+async def test_scripts_are_loaded_only_where_they_are_missing(lasting, apart, consumer):
+    """Not on a master that hangs, which would be waited for."""
+    victim, *healthy = sorted(lasting.masters(), key=lambda node: node is apart.lbs_master)
+    lives = [tag_on(lasting, node) for node in healthy]
+    url = f"{url_of(lasting)}?socket_timeout=60"
+    client = consumer(url, apart.lbs.removesuffix("-input"), heartbeat_interval=30.0)
+    notes = await client.init()
+    wanted = announce(apart, *(f"{tag}{i}" for i in range(5) for tag in lives))
+    await take(notes, 10)
+    victim.pause()
+    try:
+        for node in healthy:
+            node.call("SCRIPT", "FLUSH")
+        await asyncio.wait_for(asyncio.gather(*map(client.done_stream, wanted)), 10)
+    finally:
+        victim.resume()
+    assert (apart.entries(), apart.pending(), apart.locks()) == ([], [], {})
+
+
+@pytest.mark.slow
+async def test_the_recorder_hears_which_locks_could_not_be_released(lasting, apart, consumer):
+    victim, *healthy = sorted(lasting.masters(), key=lambda node: node is apart.lbs_master)
+    tags = [tag_on(lasting, node) for node in (victim, *healthy)]
+    recorder = Heard()
+    url = f"{url_of(lasting)}?socket_timeout=1"
+    client = consumer(url, apart.lbs.removesuffix("-input"), recorder=recorder)
+    notes = await client.init()
+    wanted = announce(apart, *(f"{tag}{i}" for i in range(5) for tag in tags))
+    await take(notes, 15)
+    victim.pause()
+    try:
+        await asyncio.gather(*map(client.done_stream, wanted))
+    finally:
+        victim.resume()
+    released = {event[1]: event[2] for event in recorder.events if event[0] == "lock_release"}
+    assert released == {name: not name.startswith(tags[0]) for name in wanted}
 
 
 # --- reset_topology -------------------------------------------------------------------------------

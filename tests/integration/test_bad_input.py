@@ -432,7 +432,7 @@ async def test_a_server_without_scripts(consumer, make_server, logged):
         assert names(await take(notes, 1)) == ["s0"]
         await client.done_stream("s0")
         assert (service.entries(), service.pending(), service.locks()) == ([], [], {})
-    assert any("scripts are forbidden" in line for line in logged())
+    assert any("a script is forbidden" in line for line in logged())
 
 
 # --- keys of the wrong type -------------------------------------------------------------------

@@ -153,7 +153,7 @@ async def test_where_one_step_is_forbidden_three_do(
     service.put_back(ids[2])
     with pytest.raises(StreamNotOwned):
         await client.done_stream("s2")
-    said = [text for text in caplog.messages if " steps" in text or "scripts are forbidden" in text]
+    said = [text for text in caplog.messages if " steps" in text or "a script is forbidden" in text]
     assert len(said) == 1
     assert ("~{svc-input}-finished-*" in said[0]) == (denied[0] == "resetkeys")
     await client.done_stream("s3")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from relstream.errors import ReplyError
+from relstream.errors import ConnectionFailed, ReplyError
 from relstream.net import topology
 from relstream.net.connection import Endpoint
 from relstream.net.deployment import deployment_of
@@ -51,6 +51,17 @@ async def test_where_a_master_is(slots: Any, said: bytes | None, host: str) -> N
     assert [(node.host, node.port) for node in slots.masters] == [(host, 7001)]
     assert slots.owners[0] is slots.masters[0]
     assert slots.owners[1] is None
+
+
+@pytest.mark.parametrize(("first", "last"), [(-1, 0), (1, 0), (0, 16384), (2**62, 2**62)])
+async def test_slots_that_there_are_not_are_not_believed(slots: Any, first: int, last: int) -> None:
+    slots.rows = of_masters([b"10.0.0.1", 7001, b"id", []])
+    await slots.refresh()
+    slots.rows = [*slots.rows, [first, last, [b"10.0.0.2", 7002, b"id", []]]]
+    with pytest.raises(ConnectionFailed, match=f"tells of slots {first} to {last}, of 16384"):
+        await slots.refresh()
+    assert [node.port for node in slots.masters] == [7001]
+    assert len(slots.owners) == 16384
 
 
 @pytest.mark.parametrize(
