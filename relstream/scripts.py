@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from relstream._core import ITEM, Template, first_error, pack
+from relstream._core import ITEM, Template, first_error, pack, scatter
 from relstream.errors import ReplyError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class Script:
     """A script, known to the server by its digest (EVALSHA)."""
 
     def __init__(self, source: str) -> None:
+        self.source = source
         self.load = pack(b"SCRIPT", b"LOAD", source)
         digest = hashlib.sha1(source.encode(), usedforsecurity=False)
         self.digest = digest.hexdigest().encode()
@@ -197,20 +198,19 @@ async def run(
 async def run_packed(link: KeyLink, script: Script, commands: Sequence[bytes]) -> list[Any]:
     """The same for packed EVALSHA commands."""
     replies = await link.pipeline(b"".join(commands), len(commands))
-    unknown = [
-        i
-        for i, reply in enumerate(replies)
-        if isinstance(reply, ReplyError) and reply.code == "NOSCRIPT"
-    ]
-    if unknown:
-        (loaded,) = await link.pipeline(script.load, 1)
-        if isinstance(loaded, ReplyError):  # forbidden, say: so is running it
-            for i in unknown:
-                replies[i] = loaded
-            return replies
-        again = await link.pipeline(b"".join([commands[i] for i in unknown]), len(unknown))
-        for i, reply in zip(unknown, again, strict=True):
-            replies[i] = reply
+    for everywhere in (False, True):
+        missing = _missing(replies)
+        if not missing:
+            break
+        if everywhere:  # the slot is on its way, and only a command with a key is sent after it
+            loaded = await link.everywhere(script.load)
+        else:
+            (loaded,) = await link.pipeline(script.load, 1)
+        again = [loaded] * len(missing)
+        if not isinstance(loaded, ReplyError):  # forbidden, say: so is running it
+            packed = b"".join([commands[place] for place in missing])
+            again = await link.pipeline(packed, len(missing))
+        scatter(replies, missing, again)
     return replies
 
 
@@ -220,23 +220,37 @@ async def run_each(
     """Runs a script once for each key, wherever that is; else as `run`."""
     command = Template(b"EVALSHA", script.digest, 1, ITEM, *args)
     replies = await topology.each(command.pack, keys)
+    missing = _missing(replies)
+    if missing:
+        # Loaded where it is missing, and nowhere else: another master may be one that hangs.
+        parts = list(topology.apart([keys[place] for place in missing]).values())
+        firsts = [part[0] for part in parts]
+        loaded = await topology.each(lambda some: script.load * len(some), firsts)
+        refused = {
+            key: reply
+            for part, reply in zip(parts, loaded, strict=True)
+            if isinstance(reply, ReplyError)  # forbidden, say: so is running it
+            for key in part
+        }
+        for place in missing:
+            replies[place] = refused.get(keys[place], replies[place])
+        missing = [place for place in missing if keys[place] not in refused]
+        again = await topology.each(command.pack, [keys[place] for place in missing])
+        scatter(replies, missing, again)
+        missing = _missing(replies)
+    if missing:  # as above
+        await topology.everywhere(script.load)
+        again = await topology.each(command.pack, [keys[place] for place in missing])
+        scatter(replies, missing, again)
+    return replies
+
+
+def _missing(replies: list[Any]) -> list[int]:
+    """Places of replies that say that the script is unknown."""
     if first_error(replies) is None:
-        return replies
-    unknown = {
-        keys[place]: place
+        return []
+    return [
+        place
         for place, reply in enumerate(replies)
         if isinstance(reply, ReplyError) and reply.code == "NOSCRIPT"
-    }
-    # Loaded where it is missing, and nowhere else: another master may be one that hangs.
-    parts = list(topology.apart(list(unknown)).values())
-    loaded = await topology.each(lambda some: script.load * len(some), [part[0] for part in parts])
-    again: list[bytes] = []
-    for part, reply in zip(parts, loaded, strict=True):
-        if isinstance(reply, ReplyError):  # forbidden, say: so is running it
-            for key in part:
-                replies[unknown[key]] = reply
-        else:
-            again += part
-    for key, reply in zip(again, await topology.each(command.pack, again), strict=True):
-        replies[unknown[key]] = reply
-    return replies
+    ]
