@@ -12,7 +12,8 @@ from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_FromStringAndS
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
 from cpython.memoryview cimport PyMemoryView_FromObject
-from cpython.ref cimport Py_INCREF
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF, Py_INCREF
 from cpython.tuple cimport PyTuple_SET_ITEM
 from cpython.version cimport PY_VERSION_HEX
 from cpython.unicode cimport PyUnicode_AsUTF8AndSize, PyUnicode_DecodeASCII, PyUnicode_DecodeUTF8
@@ -26,6 +27,18 @@ from relstream.errors import ProtocolError, ReplyError
 
 cdef extern from "Python.h":
     object PyType_GenericAlloc(type kind, Py_ssize_t size)
+
+    ctypedef enum PySendResult:
+        PYGEN_RETURN
+        PYGEN_ERROR
+        PYGEN_NEXT
+
+    PySendResult PyIter_Send(object, object, PyObject**) except PYGEN_ERROR
+    ctypedef PySendResult (*sendfunc)(PyObject*, PyObject*, PyObject**)
+    ctypedef struct AsyncMethods "PyAsyncMethods":
+        sendfunc am_send
+    ctypedef struct TypeWithAsync "PyTypeObject":
+        AsyncMethods* tp_as_async
 
 include "core/reader.pxi"
 include "core/streams.pxi"

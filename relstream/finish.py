@@ -175,24 +175,22 @@ class Finisher:
         """Tries until it works, as often as `retry` allows. Trying again is safe."""
         backoff = Backoff(self._retry.initial_delay, self._retry.max_delay)
         entries = endings.entries()
-        locks = lock_keys(entries)
         owned = end != self._hand_back_others
         call = _Call(self._receipts.pop())
         try:
             while True:
                 # Not renewed meanwhile, so that a lock just released does not look lost.
-                self._keeper.drop(locks)
+                self._keeper.drop(entries)
                 try:
                     if end == self._finish and not call.again and len(entries) > len(endings):
                         await self._keep_whole(endings)
                         entries = endings.entries()
-                        locks = lock_keys(entries)
                     if entries:
                         await end(endings, entries, call)
                     return
                 except RelstreamError as error:
                     if owned:
-                        self._keeper.add(locks)
+                        self._keeper.add(entries)
                     passing = explained_by_failover(error)
                     hopeless = isinstance(error, ReplyError) and not passing
                     patience = self._patience if passing else 0.0
@@ -207,7 +205,7 @@ class Finisher:
             raise
         except Exception as error:
             if owned:
-                self._keeper.add(locks)
+                self._keeper.add(entries)
             self._give_up(endings, RelstreamError(f"a mistake of ours: {error!r}"), owned)
             raise
         finally:

@@ -207,8 +207,8 @@ class Keeper:
     """Renews leases every half TTL, over connections of its own.
 
     By default it runs in a thread with an event loop of its own, so that leases outlive an
-    application that blocks its loop. What is exchanged are keys of locks: `add` and `drop` are
-    called on the application's loop, and so is `on_lost`, with locks that are gone.
+    application that blocks its loop. `add` and `drop` are called on the application's loop, and so
+    is `on_lost`, with locks that are gone.
 
     A lock that is gone is taken anew only if the entry is still pending for this very consumer,
     both before and after: it may have been put back under another id, and have another owner.
@@ -238,7 +238,7 @@ class Keeper:
         self._recorder = recorder
         self._threaded = threaded
         # Both threads change it: waking the other one for each batch would cost far more.
-        self._keys: dict[bytes, None] = {}
+        self._kept: dict[Entry, None] = {}
         self._guard = threading.Lock()
         self._app_loop: asyncio.AbstractEventLoop | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -247,15 +247,15 @@ class Keeper:
 
     # --- on the application's loop -------------------------------------------------------------
 
-    def add(self, keys: list[bytes]) -> None:
-        """Renews these, too."""
+    def add(self, entries: list[Entry]) -> None:
+        """Renews the locks of these, too."""
         with self._guard:
-            enter(self._keys, keys)
+            enter(self._kept, entries)
 
-    def drop(self, keys: list[bytes]) -> None:
-        """Renews these no more."""
+    def drop(self, entries: list[Entry]) -> None:
+        """Renews the locks of these no more."""
         with self._guard:
-            discard(self._keys, keys)
+            discard(self._kept, entries)
 
     def stop(self) -> None:
         """Ends `run`, whatever it is doing."""
@@ -353,7 +353,7 @@ class Keeper:
             if loop.time() - start > period:
                 self._logger.warning(
                     "renewing %d leases took %.2f s, and should take %.2f s at most",
-                    len(self._keys), loop.time() - start, period,
+                    len(self._kept), loop.time() - start, period,
                 )  # fmt: skip
             due = max(due + period, loop.time())
             # What a former master has renewed since it was replaced was renewed in vain.
@@ -364,10 +364,10 @@ class Keeper:
     async def _renew_all(self, topology: Topology, locks: Locks, spread: float) -> None:
         """Renews all; of several servers one that is silent keeps none of the others' waiting."""
         with self._guard:
-            held = list(self._keys)
-        for server, keys in topology.apart(held).items():
+            held = list(self._kept)
+        for server, entries in _apart(topology, held):
             if server not in self._rounds:  # else it is not done with what it was sent before
-                work = self._renew_some(topology, locks, keys, spread)
+                work = self._renew_some(topology, locks, entries, spread)
                 self._rounds[server] = asyncio.ensure_future(work)
         if not self._rounds:
             return
@@ -393,7 +393,7 @@ class Keeper:
         await asyncio.gather(*rounds, return_exceptions=True)
 
     async def _renew_some(
-        self, topology: Topology, locks: Locks, held: list[bytes], spread: float
+        self, topology: Topology, locks: Locks, held: list[Entry], spread: float
     ) -> None:
         """Renews these, window by window; several are under way where the server is far away."""
         loop = asyncio.get_running_loop()
@@ -423,14 +423,17 @@ class Keeper:
         if failures:  # all others are renewed all the same
             raise failures[0]
 
-    async def _renew(self, topology: Topology, locks: Locks, window: Sequence[bytes]) -> None:
-        keys = [key for key in window if key in self._keys]
-        if not keys:
+    async def _renew(self, topology: Topology, locks: Locks, window: Sequence[Entry]) -> None:
+        entries = [entry for entry in window if entry in self._kept]
+        if not entries:
             return
+        keys = lock_keys(entries)
         gone, taken = await locks.renew(keys)
         lost = taken + (await self._revive(topology, locks, gone) if gone else [])
+        if lost:
+            missing = set(lost)
+            self.drop([entry for entry in entries if entry.lock_key in missing])
         if lost or self._recorder is not None:
-            self.drop(lost)
             self._tell(keys, lost)
 
     def _tell(self, keys: list[bytes], lost: list[bytes]) -> None:
@@ -482,6 +485,15 @@ class Keeper:
     def _partition(self, lock_key: bytes) -> int:
         name = lock_key.rpartition(SEPARATOR)[0].decode()
         return partition_of(name, len(self._partitions))
+
+
+def _apart(topology: Topology, entries: list[Entry]) -> list[tuple[object, list[Entry]]]:
+    """Entries by the servers that have their locks, as far as is known."""
+    if topology.single:
+        return [(None, entries)] if entries else []
+    by_key = dict(zip(lock_keys(entries), entries, strict=True))
+    parts = topology.apart(list(by_key)).items()
+    return [(server, [by_key[key] for key in keys]) for server, keys in parts]
 
 
 async def _within(seconds: float, work: Coroutine[Any, Any, object]) -> None:

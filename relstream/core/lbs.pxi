@@ -264,10 +264,10 @@ def announcements(Batch batch not None, bytes field not None, bytes separator no
 def grant(list entries not None, list replies not None, dict owned not None):
     """Enters locked entries into the table of owned streams, `{name: first entry}`.
 
-    `replies` are those to the SET of each entry's lock. Returns `(new, locks, refusal)`: entries that
-    brought a new stream, the keys of all locks taken, and the last error reply, or None.
+    `replies` are those to the SET of each entry's lock. Returns `(new, locked, refusal)`: entries
+    that brought a new stream, all whose locks were taken, and the last error reply, or None.
     """
-    cdef list new = [], locks = []
+    cdef list new = [], locked = []
     cdef Entry entry, first
     cdef Py_ssize_t i
     refusal = None
@@ -281,7 +281,7 @@ def grant(list entries not None, list replies not None, dict owned not None):
         if type(reply) is ReplyError:
             refusal = reply
             continue
-        locks.append(entry.lock_key)
+        locked.append(entry)
         first = owned.setdefault(entry.data_stream_name, entry)
         if first is entry:
             new.append(entry)
@@ -292,7 +292,7 @@ def grant(list entries not None, list replies not None, dict owned not None):
             first.again = [entry]
         else:
             first.again.append(entry)
-    return new, locks, refusal
+    return new, locked, refusal
 
 
 def lock_keys(list entries not None):
@@ -503,9 +503,90 @@ cdef class Deliveries:
         entry.delivered = True
         return told
 
-    async def __anext__(self):
-        taken = self._take()
-        return await self._next() if taken is None else taken
+    def __anext__(self):
+        cdef Next next = Next.__new__(Next)
+        next._deliveries = self
+        return next
+
+
+@cython.final
+@cython.freelist(8)
+cdef class Next:
+    """The coroutine `Deliveries.__anext__`.
+
+    One that is compiled from `async def` costs five times as much to make, run and end, and there is
+    one for every notification.
+    """
+
+    cdef Deliveries _deliveries  # None when this has ended
+    cdef object _waiting         # the coroutine that waits, once nothing was there at first
+
+    cdef PySendResult _resume(self, object value, PyObject** result) except PYGEN_ERROR:
+        cdef PySendResult how
+        if self._deliveries is None:
+            raise RuntimeError("cannot reuse already awaited coroutine")
+        if self._waiting is None:
+            taken = self._deliveries._take()
+            if taken is not None:
+                self._deliveries = None
+                Py_INCREF(taken)  # the caller's
+                result[0] = <PyObject*>taken
+                return PYGEN_RETURN
+            self._waiting = self._deliveries._next()
+        try:
+            how = PyIter_Send(self._waiting, value, result)
+        except BaseException:
+            self._deliveries = self._waiting = None
+            raise
+        if how == PYGEN_RETURN:
+            self._deliveries = self._waiting = None
+        return how
+
+    def __await__(self):
+        return self
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return self.send(None)
+
+    def send(self, value):
+        """As of any coroutine."""
+        cdef PyObject* result = NULL
+        cdef PySendResult how = self._resume(value, &result)
+        sent = <object>result
+        Py_DECREF(sent)
+        if how == PYGEN_NEXT:
+            return sent
+        raise StopIteration(sent)
+
+    def throw(self, *exception):
+        """As of any coroutine."""
+        if self._deliveries is None:
+            raise RuntimeError("cannot reuse already awaited coroutine")
+        if self._waiting is None:
+            self._waiting = self._deliveries._next()
+        try:
+            return self._waiting.throw(*exception)
+        except BaseException:
+            self._deliveries = self._waiting = None
+            raise
+
+    def close(self):
+        """As of any coroutine."""
+        waiting, self._deliveries, self._waiting = self._waiting, None, None
+        if waiting is not None:
+            waiting.close()
+
+
+cdef PySendResult _send(object next, object value, PyObject** result) except PYGEN_ERROR:
+    return (<Next>next)._resume(value, result)
+
+
+# What `await` asks for first; there is no way to write it in a class. Without it `__next__` is
+# called, which has to raise what it returns.
+(<TypeWithAsync*><PyObject*>Next).tp_as_async.am_send = <sendfunc><void*>_send
 
 
 def parse_id(bytes text not None):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import inspect
 import json
 import pickle
+import sys
+import weakref
 
 import pytest
 
@@ -238,3 +242,134 @@ async def test_the_next_one_may_be_awaited_in_a_task_of_its_own():
     queue.added(entries("c"))
     await asyncio.wait({never_run})
     assert await said(queue, 1) == [(ADDED, "c")]
+
+
+# --- the coroutine `__anext__` --------------------------------------------------------------------
+
+
+def name_of(note):
+    return note.payload.data_stream_name
+
+
+async def test_awaiting_in_all_ways():
+    async def by_task(coroutine):
+        return await asyncio.create_task(coroutine)
+
+    async def by_loop(notifications):
+        async for note in notifications:
+            return note
+        return None
+
+    async def by_iterator(coroutine):
+        class Awaitable:
+            def __await__(self):
+                return (yield from coroutine.__await__())
+
+        return await Awaitable()
+
+    ways = [
+        lambda notifications: notifications.__anext__(),
+        lambda notifications: anext(notifications, None),
+        lambda notifications: by_task(notifications.__anext__()),
+        lambda notifications: by_iterator(notifications.__anext__()),
+        lambda notifications: asyncio.wait_for(notifications.__anext__(), 1),
+        by_loop,
+    ]
+    for way in ways:
+        for delay in (None, 0.01):
+            notifications = Notifications(10)
+            if delay is None:
+                notifications.added(entries("s1"))
+            else:
+                asyncio.get_running_loop().call_later(delay, notifications.added, entries("s1"))
+            assert name_of(await way(notifications)) == "s1"
+            assert notifications.room == 10
+
+
+async def test_it_is_a_coroutine():
+    notifications = Notifications(10)
+    coroutine = notifications.__anext__()
+    assert asyncio.iscoroutine(coroutine)
+    assert inspect.isawaitable(coroutine)
+    coroutine.close()
+
+
+async def test_stepping_by_hand():
+    notifications = Notifications(10)
+    notifications.added(entries("s1", "s2"))
+    with pytest.raises(StopIteration) as stopped:
+        notifications.__anext__().send(None)
+    assert name_of(stopped.value.value) == "s1"
+    with pytest.raises(StopIteration) as stopped:
+        next(notifications.__anext__())
+    assert name_of(stopped.value.value) == "s2"
+    coroutine = notifications.__anext__()
+    assert asyncio.isfuture(coroutine.send(None))
+    coroutine.close()
+
+
+async def test_a_profiler_changes_nothing():
+    """Python steps coroutines in another way then."""
+    notifications = Notifications(10)
+    notifications.added(entries("s1"))
+    before = sys.gettrace()
+    sys.settrace(lambda *args: None)
+    try:
+        assert name_of(await notifications.__anext__()) == "s1"
+    finally:
+        sys.settrace(before)
+
+
+async def test_what_nobody_waits_for_any_more_is_kept():
+    notifications = Notifications(10)
+    waiting = asyncio.create_task(notifications.__anext__())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    notifications.added(entries("s1"))
+    never_started = asyncio.create_task(notifications.__anext__())
+    never_started.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await never_started
+    notifications.__anext__()  # and never awaited
+    notifications.__anext__().close()
+    assert await said(notifications, 1) == [(ADDED, "s1")]
+
+
+async def test_errors_end_it():
+    notifications = Notifications(10)
+    thrown = notifications.__anext__()
+    with pytest.raises(KeyError):
+        thrown.throw(KeyError("x"))
+    ended = notifications.__anext__()
+    ended.close()
+    used = notifications.__anext__()
+    notifications.added(entries("s1"))
+    await used
+    waited = notifications.__anext__()
+    asyncio.get_running_loop().call_soon(notifications.end, "over")
+    assert (await waited).type is TERMINATED
+    last = notifications.__anext__()
+    with pytest.raises(StopAsyncIteration):
+        await last
+    for coroutine in (thrown, ended, used, waited, last):
+        with pytest.raises(RuntimeError, match="already awaited"):
+            await coroutine
+        with pytest.raises(RuntimeError, match="already awaited"):
+            coroutine.throw(KeyError("x"))
+        coroutine.close()
+
+
+async def test_nothing_is_left_of_those_who_waited():
+    notifications = Notifications(10)
+    left = weakref.WeakSet()
+    for _ in range(3):
+        waiting = asyncio.create_task(notifications.__anext__())
+        left.add(waiting)
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait({waiting})
+    del waiting
+    gc.collect()
+    assert not left
