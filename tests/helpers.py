@@ -33,9 +33,13 @@ class Heard(Recorder):
         self.events: list[tuple[Any, ...]] = []
 
     def __getattribute__(self, name: str) -> Any:
-        if name.startswith("_") or name == "events":
+        if name.startswith("_") or name in ("events", "calls"):
             return super().__getattribute__(name)
         return lambda *args: self.events.append((name, *args))
+
+    def calls(self, what: str) -> list[tuple[Any, ...]]:
+        """The arguments of each time that this was recorded."""
+        return [event[1:] for event in self.events if event[0] == what]
 
 
 async def eventually(condition: Callable[[], object], timeout: float = 20.0) -> None:

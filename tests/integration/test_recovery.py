@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from helpers import ADDED, SEPARATOR, Renewals, eventually, names, nothing_comes, take
+from helpers import ADDED, SEPARATOR, Heard, Renewals, eventually, names, nothing_comes, take
 
 from relstream import AlreadyClaimed, InvalidOption, LBSInfo, RecoveryConfig, recovery
 
@@ -116,19 +116,6 @@ async def test_a_refused_dead_letter_stays_pending(consumer, service, redis_url,
     await eventually(lambda: len(heard.calls("dlq_routing")) == 2)
     assert (service.entries(), service.redis.xlen(service.dlq)) == ([], 2)
     assert heard.calls("dlq_routing") == [(f"s{i}", "max_retries_exceeded") for i in range(2)]
-
-
-class Heard:
-    """A recorder that remembers."""
-
-    def __init__(self):
-        self.all = []
-
-    def calls(self, name):
-        return [args for called, args in self.all if called == name]
-
-    def __getattr__(self, name):
-        return lambda *args: self.all.append((name, args))
 
 
 @pytest.mark.parametrize("scripts", [True, False])

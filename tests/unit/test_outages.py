@@ -49,10 +49,12 @@ class Masters:
 async def watched(masters: Any) -> Any:
     outages = Outages(masters, LEASE)
     task = asyncio.ensure_future(outages.watch())
-    await asyncio.sleep(0.05)
-    yield outages
-    task.cancel()
-    await asyncio.wait({task})
+    try:
+        await asyncio.sleep(0.05)
+        yield outages
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
 
 
 async def test_a_silent_master_is_in_the_dark_for_a_lease_after_its_outage() -> None:
