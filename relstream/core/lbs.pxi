@@ -166,34 +166,34 @@ cdef inline const char* _behind_key(
     return _behind_space(at + 1, end) if at < end and at[0] == c':' else NULL
 
 
-cdef Entry _plain_announcement(const char* at, const char* end, loads):
-    """The entry without its lock; None when this has to be decoded to be understood."""
-    cdef const char* name
-    cdef const char* behind_name
-    cdef const char* info
-    cdef const char* behind_info
-    cdef Entry entry
-    name = _behind_key(_behind_space(at, end), end, c'{', b'"DataStreamName"', 16)
+ctypedef struct Plain:
+    const char* name  # without its quotes
+    Py_ssize_t named
+    const char* info  # an object, or null
+    Py_ssize_t informed
+
+
+cdef bint _plain_announcement(const char* at, const char* end, Plain* out) noexcept nogil:
+    """Where name and Info are; False when this has to be decoded to be understood."""
+    cdef const char* name = _behind_key(
+        _behind_space(at, end), end, c'{', b'"DataStreamName"', 16
+    )
     if name == NULL:
-        return None
-    behind_name = _behind_text(name, end)
-    if behind_name == NULL or behind_name - name == 2:
-        return None
-    info = _behind_key(_behind_space(behind_name, end), end, c',', b'"Info"', 6)
-    if info == NULL or info == end or (info[0] != c'{' and info[0] != c'n'):
-        return None
-    behind_info = _behind_value(info, end, MAX_DEPTH)
-    if behind_info == NULL:
-        return None
-    at = _behind_space(behind_info, end)
-    if at == end or at[0] != c'}' or _behind_space(at + 1, end) != end:
-        return None
-    entry = Entry.__new__(Entry)
-    entry.data_stream_name = PyUnicode_DecodeASCII(name + 1, behind_name - name - 2, NULL)
-    if info[0] == c'{':
-        entry._info = PyBytes_FromStringAndSize(info, behind_info - info)
-        entry._loads = loads
-    return entry
+        return False
+    at = _behind_text(name, end)
+    if at == NULL or at - name == 2:  # no name is empty
+        return False
+    out.name = name + 1
+    out.named = at - name - 2
+    out.info = _behind_key(_behind_space(at, end), end, c',', b'"Info"', 6)
+    if out.info == NULL or out.info == end or (out.info[0] != c'{' and out.info[0] != c'n'):
+        return False
+    at = _behind_value(out.info, end, MAX_DEPTH)
+    if at == NULL:
+        return False
+    out.informed = at - out.info
+    at = _behind_space(at, end)
+    return at < end and at[0] == c'}' and _behind_space(at + 1, end) == end
 
 
 cdef object _announcement(Batch batch, int64_t index, bytes field, bytes separator, loads):
@@ -202,11 +202,16 @@ cdef object _announcement(Batch batch, int64_t index, bytes field, bytes separat
     cdef Py_ssize_t size
     cdef const char* raw = batch._find(located, field, &size)
     cdef dict message
+    cdef Plain plain
     cdef Entry entry
     if raw == NULL:
         return f"no field {field.decode()}"
-    entry = _plain_announcement(raw, raw + size, loads)
-    if entry is not None:
+    if _plain_announcement(raw, raw + size, &plain):
+        entry = Entry.__new__(Entry)
+        entry.data_stream_name = PyUnicode_DecodeASCII(plain.name, plain.named, NULL)
+        if plain.info[0] == c'{':
+            entry._info = PyBytes_FromStringAndSize(plain.info, plain.informed)
+            entry._loads = loads
         entry.cost = size
         entry._id = located.id
         entry.lock_key = _lock_key(entry.data_stream_name, separator, located.id)

@@ -1,97 +1,5 @@
 # Pending entries whose owners may be dead: what is to be done about each, and the commands that do it.
 
-cdef const char* _plain_text(const char* at, const char* end) noexcept nogil:
-    """Behind a JSON string, from its quote on; NULL if it is not one of plain ASCII."""
-    if at == end or at[0] != c'"':
-        return NULL
-    at += 1
-    while at < end:
-        if at[0] == c'"':
-            return at + 1
-        if not 0x20 <= <uint8_t>at[0] < 0x7F or at[0] == c'\\':
-            return NULL
-        at += 1
-    return NULL
-
-
-cdef const char* _literal(const char* at, const char* end, const char* text, Py_ssize_t size) noexcept nogil:
-    """Behind `text`; NULL if something else is there."""
-    return at + size if end - at >= size and memcmp(at, text, size) == 0 else NULL
-
-
-cdef const char* _digits_end(const char* at, const char* end) noexcept nogil:
-    """Behind some digits; NULL if there are none, or many."""
-    cdef const char* first = at
-    while at < end and c'0' <= at[0] <= c'9':
-        at += 1
-    return at if 0 < at - first <= 15 else NULL
-
-
-cdef const char* _plain_value(const char* at, const char* end, int depth) noexcept nogil:
-    """Behind a JSON value; NULL if it is not plain: compact, ASCII, no escapes, small numbers."""
-    cdef const char* first
-    cdef char closing
-    if at == end or depth == 0:
-        return NULL
-    if at[0] == c'"':
-        return _plain_text(at, end)
-    if at[0] == c'{' or at[0] == c'[':
-        closing = c'}' if at[0] == c'{' else c']'
-        at += 1
-        if at < end and at[0] == closing:
-            return at + 1
-        while True:
-            if closing == c'}':
-                at = _plain_text(at, end)
-                if at == NULL or at == end or at[0] != c':':
-                    return NULL
-                at += 1
-            at = _plain_value(at, end, depth - 1)
-            if at == NULL or at == end:
-                return NULL
-            if at[0] == closing:
-                return at + 1
-            if at[0] != c',':
-                return NULL
-            at += 1
-    if at[0] == c't':
-        return _literal(at, end, b"true", 4)
-    if at[0] == c'f':
-        return _literal(at, end, b"false", 5)
-    if at[0] == c'n':
-        return _literal(at, end, b"null", 4)
-    if at[0] == c'-':
-        at += 1
-    first = at
-    at = _digits_end(at, end)
-    if at == NULL or (first[0] == c'0' and at - first > 1):
-        return NULL
-    return _digits_end(at + 1, end) if at < end and at[0] == c'.' else at
-
-
-cdef Py_ssize_t _plain_name(const char* at, const char* end, const char** name) noexcept nogil:
-    """Finds the name in an announcement as producers mostly write it; its size.
-
-    -1 if it is written in another way: then only a decoder of JSON can tell whether it is one. What
-    is accepted here, every decoder accepts.
-    """
-    cdef const char* p = _literal(at, end, b'{"DataStreamName":', 18)
-    if p == NULL:
-        return -1
-    name[0] = p + 1
-    p = _plain_text(p, end)
-    if p == NULL or p - name[0] < 2:  # no name is empty
-        return -1
-    at = p - 1
-    p = _literal(p, end, b',"Info":', 8)
-    if p == NULL or p == end or (p[0] != c'{' and p[0] != c'n'):
-        return -1
-    p = _plain_value(p, end, 16)
-    if p == NULL or p + 1 != end or p[0] != c'}':
-        return -1
-    return at - name[0]
-
-
 cdef uint64_t _retries(const char* at, Py_ssize_t size) noexcept nogil:
     """What a retry count says: 0 when it is malformed, negative, or beyond 63 bits."""
     cdef const char* end = at + size
@@ -191,12 +99,11 @@ cdef class Plan:
         cdef const char* at = PyBytes_AS_STRING(batch._raw) + located.offset
         cdef const char* start
         cdef const char* value = NULL
-        cdef const char* name = NULL
-        cdef Py_ssize_t size, value_size = 0, name_size = -1
+        cdef Py_ssize_t size, value_size = 0
         cdef int64_t i
         cdef bint is_count, is_input
+        cdef Plain plain
         cdef Entry entry
-        cdef bytes key
         planned.id = located.id
         planned.fields = at
         planned.pairs = located.pairs
@@ -218,19 +125,15 @@ cdef class Plan:
                 planned.counted += at + size + 2 - start
             at += size + 2
         planned.size = at - planned.fields
-        if value != NULL:
-            name_size = _plain_name(value, value + value_size, &name)
-        if name_size < 0:
+        if value == NULL or not _plain_announcement(value, value + value_size, &plain):
             made = _announcement(batch, index, field, self._separator, loads)
             if type(made) is not Entry:
                 self.unparseable.append((_id_bytes(located.id), batch.pairs(index), made))
                 return 0
             entry = made
-            key = entry.lock_key
-            name = PyBytes_AS_STRING(key)
-            PyUnicode_AsUTF8AndSize(entry.data_stream_name, &name_size)
-        planned.name_size = name_size
-        self._add_key(planned, name)
+            plain.name = PyUnicode_AsUTF8AndSize(entry.data_stream_name, &plain.named)
+        planned.name_size = plain.named
+        self._add_key(planned, plain.name)
         self._n += 1
         return 0
 
