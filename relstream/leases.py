@@ -53,6 +53,7 @@ except ImportError:  # there is none for Windows
     from asyncio import new_event_loop
 
 if TYPE_CHECKING:
+    from relstream.net.connection import Endpoint
     from relstream.net.deployment import Deployment
     from relstream.net.topology import Guide, KeyLink, Topology
     from relstream.recorder import SafeRecorder
@@ -109,13 +110,16 @@ class Locks:
             raise_first(values)
         return [value == self._value for value in values]
 
-    async def renew(self, keys: list[bytes]) -> tuple[list[bytes], list[bytes]]:
-        """Gives locks that are ours their full time again; returns those gone, and those taken."""
+    async def renew(self, keys: list[bytes]) -> tuple[list[bytes], list[bytes], ReplyError | None]:
+        """Gives locks that are ours their full time again.
+
+        Returns those gone, those taken, and an error if there was one about others of them.
+        """
         ask = self._run(RENEW, RENEW_ONE, self._extend, keys, self._value, self._ttl_ms)
-        outcomes = raise_first(await ask)
+        outcomes = await ask
         gone = [key for key, outcome in zip(keys, outcomes, strict=True) if outcome == 0]
-        taken = [key for key, outcome in zip(keys, outcomes, strict=True) if outcome < 0]
-        return gone, taken
+        taken = [key for key, outcome in zip(keys, outcomes, strict=True) if outcome == -1]
+        return gone, taken, first_error(outcomes)
 
     async def release(self, keys: list[bytes]) -> list[bytes]:
         """Deletes locks that are ours; returns those that were not.
@@ -243,7 +247,7 @@ class Keeper:
         self._app_loop: asyncio.AbstractEventLoop | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = asyncio.Event()
-        self._rounds: dict[object, asyncio.Task[None]] = {}
+        self._rounds: dict[asyncio.Task[None], Endpoint | None] = {}
 
     # --- on the application's loop -------------------------------------------------------------
 
@@ -366,28 +370,35 @@ class Keeper:
         with self._guard:
             held = list(self._kept)
         for server, entries in _apart(topology, held):
-            if server not in self._rounds:  # else it is not done with what it was sent before
-                work = self._renew_some(topology, locks, entries, spread)
-                self._rounds[server] = asyncio.ensure_future(work)
+            # One that owes us replies is not done with what it was sent before; where it does not,
+            # what is waited for is another server, to which a slot moves, say.
+            if server in self._rounds.values() and (
+                topology.single or server is None or topology.to(server).waiting
+            ):
+                continue
+            work = self._renew_some(topology, locks, entries, spread)
+            self._rounds[asyncio.ensure_future(work)] = server
         if not self._rounds:
             return
         try:
             await asyncio.wait(
-                self._rounds.values(),
+                self._rounds,
                 timeout=None if topology.single else self._ttl / 2,
                 return_when=asyncio.FIRST_EXCEPTION,
             )
         except asyncio.CancelledError:
             await self._end_rounds()
             raise
-        ended = [server for server, task in self._rounds.items() if task.done()]
-        errors = [self._rounds.pop(server).exception() for server in ended]
+        ended = [task for task in self._rounds if task.done()]
+        errors = [task.exception() for task in ended]
+        for task in ended:
+            del self._rounds[task]
         for error in errors:
             if error is not None:
                 raise error
 
     async def _end_rounds(self) -> None:
-        rounds, self._rounds = list(self._rounds.values()), {}
+        rounds, self._rounds = list(self._rounds), {}
         for task in rounds:
             task.cancel()
         await asyncio.gather(*rounds, return_exceptions=True)
@@ -428,11 +439,15 @@ class Keeper:
         if not entries:
             return
         keys = lock_keys(entries)
-        gone, taken = await locks.renew(keys)
+        gone, taken, error = await locks.renew(keys)
         lost = taken + (await self._revive(topology, locks, gone) if gone else [])
         if lost:
             missing = set(lost)
             self.drop([entry for entry in entries if entry.lock_key in missing])
+        if error is not None:  # the others have been seen to
+            if lost:
+                self._tell(lost, lost)
+            raise error
         if lost or self._recorder is not None:
             self._tell(keys, lost)
 
@@ -460,7 +475,11 @@ class Keeper:
         kept = [key for key in gone if key in ours]
         if kept:
             replies = raise_first(await locks.acquire(kept))
-            kept = [key for key, reply in zip(kept, replies, strict=True) if reply is not None]
+            held = [key for key, reply in zip(kept, replies, strict=True) if reply is None]
+            # Another round may have been faster.
+            mine = compress(held, await locks.held(held)) if held else ()
+            taken = set(held).difference(mine)
+            kept = [key for key in kept if key not in taken]
         if kept:
             still = await self._pending(topology, kept)
             late = [key for key in kept if key not in still]
@@ -487,7 +506,7 @@ class Keeper:
         return partition_of(name, len(self._partitions))
 
 
-def _apart(topology: Topology, entries: list[Entry]) -> list[tuple[object, list[Entry]]]:
+def _apart(topology: Topology, entries: list[Entry]) -> list[tuple[Endpoint | None, list[Entry]]]:
     """Entries by the servers that have their locks, as far as is known."""
     if topology.single:
         return [(None, entries)] if entries else []
@@ -505,9 +524,8 @@ async def _within(seconds: float, work: Coroutine[Any, Any, object]) -> None:
     try:
         await asyncio.wait({task}, timeout=seconds)
     finally:
-        if not task.done():
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
     if not task.cancelled():
         task.result()
 
@@ -612,7 +630,9 @@ class Leases:
         held = [key for key, reply in zip(keys, replies, strict=True) if reply is None]
         mine = list(compress(held, await self._locks.held(held, known=True) if held else ()))
         # Not just to be found: the keeper's next turn may come after their end.
-        gone, taken = await self._locks.renew(mine) if mine else ([], [])
+        gone, taken, error = await self._locks.renew(mine) if mine else ([], [], None)
+        if error is not None:
+            raise error
         ours = set(mine).difference(gone, taken)
         replies = [b"OK" if key in ours else r for key, r in zip(keys, replies, strict=True)]
         ids = entry_ids(entries)

@@ -528,16 +528,19 @@ cdef class Next:
 
     cdef PySendResult _resume(self, object value, PyObject** result) except PYGEN_ERROR:
         cdef PySendResult how
-        if self._deliveries is None:
+        cdef Deliveries deliveries = self._deliveries
+        result[0] = NULL
+        if deliveries is None:
             raise RuntimeError("cannot reuse already awaited coroutine")
         if self._waiting is None:
-            taken = self._deliveries._take()
+            self._deliveries = None
+            taken = deliveries._take()
             if taken is not None:
-                self._deliveries = None
                 Py_INCREF(taken)  # the caller's
                 result[0] = <PyObject*>taken
                 return PYGEN_RETURN
-            self._waiting = self._deliveries._next()
+            self._deliveries = deliveries
+            self._waiting = deliveries._next()
         try:
             how = PyIter_Send(self._waiting, value, result)
         except BaseException:

@@ -226,6 +226,30 @@ async def test_scripts_are_loaded_only_where_they_are_missing(lasting, apart, co
 
 
 @pytest.mark.slow
+async def test_a_lock_gone_while_the_lbs_hangs_costs_no_other(lasting, apart, consumer):
+    """Whether its entry is still pending can't be asked, and that is waited for."""
+    victim = apart.lbs_master
+    healthy = next(node for node in lasting.masters() if node is not victim)
+    tag = tag_on(lasting, healthy)
+    client = consumer(url_of(lasting), apart.lbs.removesuffix("-input"), heartbeat_interval=2.0)
+    notes = await client.init()
+    gone, *others = announce(apart, *(f"{tag}{i}" for i in range(20))).values()
+    await take(notes, 20)
+    victim.pause()
+    try:
+        healthy.call("DEL", gone)
+        deadline = asyncio.get_running_loop().time() + 5.0
+        while asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.1)
+            left = [healthy.call("PTTL", key) for key in others]
+            assert min(left) > 0, left
+    finally:
+        victim.resume()
+    await eventually(lambda: healthy.call("GET", gone) in ("c1", b"c1"))
+    await nothing_comes(notes, 1.5)
+
+
+@pytest.mark.slow
 async def test_the_recorder_hears_which_locks_could_not_be_released(lasting, apart, consumer):
     victim, *healthy = sorted(lasting.masters(), key=lambda node: node is apart.lbs_master)
     tags = [tag_on(lasting, node) for node in (victim, *healthy)]

@@ -146,6 +146,30 @@ async def test_one_lock_that_is_forbidden_costs_no_other(consumer, service, redi
     await nothing_comes(notes, 0.1)
 
 
+async def test_one_lock_that_can_not_be_extended_hides_nothing_of_others(
+    consumer, service, redis_url
+):
+    def allow(*keys: str) -> None:
+        service.redis.execute_command(
+            *("ACL", "SETUSER", "joe", "reset", "on", ">pw", "allchannels", "+@all"),
+            *("~svc-*", "~{svc-*", *keys),
+        )
+
+    if int(service.redis.info("server")["redis_version"].split(".")[0]) < 7:
+        pytest.skip("has no rights to read a key alone")
+    allow("~*")
+    url = redis_url.replace("//", "//joe:pw@")
+    client = consumer(url=url, heartbeat_interval=2.0, auto_claim=False)
+    notes = await client.init()
+    ids = [service.announce(f"s{i}") for i in range(20)]
+    await take(notes, 20)
+    keys = [f"s{i}{SEPARATOR}{ids[i]}" for i in range(20)]
+    allow(*(f"~{key}" for i, key in enumerate(keys) if i != 7), f"%R~{keys[7]}")
+    service.redis.set(keys[8], "another", px=60_000)
+    assert names(await take(notes, 1, DISOWNED)) == ["s8"]
+    allow("~*")  # so that all can be given back
+
+
 async def test_cancelling_everything_hands_over_and_tells(consumer, service):
     for i in range(5):
         service.announce(f"s{i}")
