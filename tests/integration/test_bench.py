@@ -223,11 +223,15 @@ def test_interrupt_leaves_nothing_behind(url: str) -> None:
     )
     me = psutil.Process(process.pid)
     deadline = time.monotonic() + 40
-    while len(descendants := me.children(recursive=True)) < 2:
-        assert time.monotonic() < deadline, "neither consumer nor announcer came up"
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=40)
+    try:
+        while len(descendants := me.children(recursive=True)) < 2:
+            assert time.monotonic() < deadline, "neither consumer nor announcer came up"
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=40)
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == 130
     assert err.strip().endswith("interrupted")
     _, alive = psutil.wait_procs(descendants, timeout=20)
