@@ -313,7 +313,11 @@ async def test_a_profiler_changes_nothing():
     notifications = Notifications(10)
     notifications.added(entries("s1"))
     before = sys.gettrace()
-    sys.settrace(lambda *args: None)
+
+    def trace(*args):
+        return trace
+
+    sys.settrace(trace)
     try:
         assert name_of(await notifications.__anext__()) == "s1"
     finally:
