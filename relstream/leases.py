@@ -115,8 +115,7 @@ class Locks:
 
         Returns those gone, those taken, and an error if there was one about others of them.
         """
-        ask = self._run(RENEW, RENEW_ONE, self._extend, keys, self._value, self._ttl_ms)
-        outcomes = await ask
+        outcomes = await self._run(RENEW, RENEW_ONE, self._extend, keys, self._value, self._ttl_ms)
         gone = [key for key, outcome in zip(keys, outcomes, strict=True) if outcome == 0]
         taken = [key for key, outcome in zip(keys, outcomes, strict=True) if outcome == -1]
         return gone, taken, first_error(outcomes)

@@ -519,8 +519,8 @@ cdef class Deliveries:
 cdef class Next:
     """The coroutine `Deliveries.__anext__`.
 
-    One that is compiled from `async def` costs five times as much to make, run and end, and there is
-    one for every notification.
+    One that is compiled from `async def` costs more to make, run and end, and there is one for every
+    notification.
     """
 
     cdef Deliveries _deliveries  # None when this has ended

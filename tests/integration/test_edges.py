@@ -156,7 +156,7 @@ async def test_one_lock_that_can_not_be_extended_hides_nothing_of_others(
         )
 
     if int(service.redis.info("server")["redis_version"].split(".")[0]) < 7:
-        pytest.skip("has no rights to read a key alone")
+        pytest.skip("Redis before 7.0 knows no right to read a key and not to write it")
     allow("~*")
     url = redis_url.replace("//", "//joe:pw@")
     client = consumer(url=url, heartbeat_interval=2.0, auto_claim=False)
