@@ -95,10 +95,6 @@ class Locks:
         self._extend = Template(b"PEXPIRE", ITEM, ttl_ms)
         self._delete = Template(b"DEL", ITEM)
 
-    async def prepare(self) -> None:
-        """Opens the connection and loads the script, so that the first renewal need not wait."""
-        await self._topology.everywhere((RENEW if self._topology.single else RENEW_ONE).load)
-
     async def acquire(self, keys: list[bytes]) -> list[Any]:
         """For each lock b"OK", None (it is held) or a `ReplyError`."""
         return await self._topology.each(self._set.pack, keys)
@@ -165,7 +161,7 @@ class Locks:
             self._scripts_forbidden = True
             self._logger.warning(
                 "a script is forbidden (%s): locks are renewed and released by two commands each; "
-                "grant +evalsha, +script|load, +mget, +pexpire and +del to make that one atomic "
+                "grant +evalsha, +eval, +mget, +pexpire and +del to make that one atomic "
                 "step",
                 refusal,
             )
@@ -334,15 +330,15 @@ class Keeper:
         backoff = Backoff(period / 20, period / 2)
         due = loop.time()
         assert self._app_loop is not None
-        prepared = False
+        connected = False
         while not self._app_loop.is_closed():  # else there is nobody left to own anything
             start = loop.time()
             replaced.clear()
             try:
-                if not prepared:
-                    # Of several servers one may hang: leases on others are not kept waiting.
-                    await _within(period / 2, locks.prepare())
-                    prepared = True
+                if not connected:
+                    connected = True  # or tried, once
+                    # Leases can't be told apart by servers that are not known yet.
+                    await _within(period / 2, topology.link(self._partitions[0].lbs).get())
                 await self._renew_all(topology, locks, period * SPREAD)
             except RelstreamError as error:
                 if not backoff.failures:

@@ -278,7 +278,7 @@ class PutBack:
                     self._scripts_forbidden = True
                     self._logger.warning(
                         "scripts are forbidden (%s): entries are put back in two steps; grant "
-                        "+evalsha, +script|load and +mget to make that one atomic step",
+                        "+evalsha, +eval and +mget to make that one atomic step",
                         reply,
                     )
                     break

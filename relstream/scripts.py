@@ -20,13 +20,11 @@ SCRIPT_KEYS = 100
 
 
 class Script:
-    """A script, known to the server by its digest (EVALSHA)."""
+    """A script, sent by its digest (EVALSHA), and whole (EVAL) where that is not known."""
 
     def __init__(self, source: str) -> None:
-        self.source = source
-        self.load = pack(b"SCRIPT", b"LOAD", source)
-        digest = hashlib.sha1(source.encode(), usedforsecurity=False)
-        self.digest = digest.hexdigest().encode()
+        self.source = source.encode()
+        self.digest = hashlib.sha1(self.source, usedforsecurity=False).hexdigest().encode()
 
 
 # KEYS: locks; ARGV: value, TTL in ms. Returns places of locks not renewed: negative where somebody
@@ -186,7 +184,7 @@ async def run(
 ) -> list[Any]:
     """Runs a script once for each `(keys, args)`, pipelined; returns the replies, errors as values.
 
-    Loads the script where the server does not know it (a restart, SCRIPT FLUSH).
+    Where the server does not know it (a restart, SCRIPT FLUSH) it learns it by that.
     """
     return await run_packed(
         link,
@@ -198,19 +196,11 @@ async def run(
 async def run_packed(link: KeyLink, script: Script, commands: Sequence[bytes]) -> list[Any]:
     """The same for packed EVALSHA commands."""
     replies = await link.pipeline(b"".join(commands), len(commands))
-    for everywhere in (False, True):
-        missing = _missing(replies)
-        if not missing:
-            break
-        if everywhere:  # the slot is on its way, and only a command with a key is sent after it
-            loaded = await link.everywhere(script.load)
-        else:
-            (loaded,) = await link.pipeline(script.load, 1)
-        again = [loaded] * len(missing)
-        if not isinstance(loaded, ReplyError):  # forbidden, say: so is running it
-            packed = b"".join([commands[place] for place in missing])
-            again = await link.pipeline(packed, len(missing))
-        scatter(replies, missing, again)
+    missing = _missing(replies)
+    if missing:
+        known, whole = _head(b"EVALSHA", script.digest), _head(b"EVAL", script.source)
+        packed = b"".join([commands[place].replace(known, whole, 1) for place in missing])
+        scatter(replies, missing, await link.pipeline(packed, len(missing)))
     return replies
 
 
@@ -218,31 +208,18 @@ async def run_each(
     topology: Topology, script: Script, keys: list[bytes], args: Sequence[bytes | int]
 ) -> list[Any]:
     """Runs a script once for each key, wherever that is; else as `run`."""
-    command = Template(b"EVALSHA", script.digest, 1, ITEM, *args)
-    replies = await topology.each(command.pack, keys)
+    replies = await topology.each(Template(b"EVALSHA", script.digest, 1, ITEM, *args).pack, keys)
     missing = _missing(replies)
     if missing:
-        # Loaded where it is missing, and nowhere else: another master may be one that hangs.
-        parts = list(topology.apart([keys[place] for place in missing]).values())
-        firsts = [part[0] for part in parts]
-        loaded = await topology.each(lambda some: script.load * len(some), firsts)
-        refused = {
-            key: reply
-            for part, reply in zip(parts, loaded, strict=True)
-            if isinstance(reply, ReplyError)  # forbidden, say: so is running it
-            for key in part
-        }
-        for place in missing:
-            replies[place] = refused.get(keys[place], replies[place])
-        missing = [place for place in missing if keys[place] not in refused]
-        again = await topology.each(command.pack, [keys[place] for place in missing])
-        scatter(replies, missing, again)
-        missing = _missing(replies)
-    if missing:  # as above
-        await topology.everywhere(script.load)
-        again = await topology.each(command.pack, [keys[place] for place in missing])
+        whole = Template(b"EVAL", script.source, 1, ITEM, *args)
+        again = await topology.each(whole.pack, [keys[place] for place in missing])
         scatter(replies, missing, again)
     return replies
+
+
+def _head(name: bytes, what: bytes) -> bytes:
+    """How a packed command starts that runs a script, behind the number of its arguments."""
+    return b"$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name, len(what), what)
 
 
 def _missing(replies: list[Any]) -> list[int]:

@@ -528,10 +528,6 @@ class Link:
             packed, replies, decode=decode, timeout=timeout or self.endpoint.timeout
         )
 
-    async def everywhere(self, command: bytes) -> Any:
-        """Sends a packed command, as a cluster does to all of its masters; returns the reply."""
-        return (await self.pipeline(command, 1))[0]
-
     async def execute(
         self, *args: bytes | str | int, decode: int = OBJECT, timeout: float | None = None
     ) -> Any:

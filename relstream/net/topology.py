@@ -129,7 +129,6 @@ class KeyLink(Protocol):
     async def execute(
         self, *args: bytes | str | int, decode: int = OBJECT, timeout: float | None = None
     ) -> Any: ...
-    async def everywhere(self, command: bytes) -> Any: ...
 
 
 class Topology(Protocol):
@@ -158,12 +157,6 @@ class Topology(Protocol):
 
     def apart(self, keys: list[bytes]) -> dict[Endpoint | None, list[bytes]]:
         """Keys by the servers that have them, as far as is known."""
-
-    async def everywhere(self, command: bytes) -> Any:
-        """Sends a packed command to every server; returns a reply, an error only if all are.
-
-        Raises what one of them raised if none has answered.
-        """
 
     async def close(self) -> None:
         """Closes all connections."""
@@ -275,7 +268,6 @@ class SingleTopology:
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self.everywhere = link.everywhere
         self.close = link.close
 
     def link(self, key: bytes) -> Link:
@@ -740,20 +732,6 @@ class ClusterTopology:
         known = host not in ("", "?")
         return self.slots.at(host if known else self.slots.masters[0].host, int(port))
 
-    async def everywhere(self, command: bytes) -> Any:
-        await self.slots.fresh()
-        parts = await asyncio.gather(
-            *(self._start(master, command, 1, OBJECT) for master in self.slots.masters),
-            return_exceptions=True,
-        )
-        if any(isinstance(part, ConnectionFailed) for part in parts):
-            self.slots.doubt()
-        replies = [part[0] for part in parts if not isinstance(part, BaseException)]
-        if not replies:
-            raise next(part for part in parts if isinstance(part, BaseException))
-        good = [reply for reply in replies if not isinstance(reply, ReplyError)]
-        return (good or replies)[0]
-
     async def close(self) -> None:
         self._closed = True
         links = list(self._links.values())
@@ -775,7 +753,6 @@ class _ClusterLink:
         self._cluster = cluster
         self._slot = key_slot(key)
         self.endpoint = cluster.endpoint
-        self.everywhere = cluster.everywhere
 
     @property
     def alive(self) -> bool:

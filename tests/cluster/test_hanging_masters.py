@@ -206,15 +206,24 @@ async def test_a_master_that_is_silent_is_left_for_its_successor(cluster, servic
 
 
 @pytest.mark.slow
-async def test_scripts_are_loaded_only_where_they_are_missing(lasting, apart, consumer):
-    """Not on a master that hangs, which would be waited for."""
+@pytest.mark.parametrize("moving", [False, True], ids=["settled", "moving"])
+async def test_scripts_are_learnt_only_where_they_are_missing(lasting, apart, consumer, moving):
+    """Not by a master that hangs, which would be waited for; wherever a lock is on its way."""
     victim, *healthy = sorted(lasting.masters(), key=lambda node: node is apart.lbs_master)
-    lives = [tag_on(lasting, node) for node in healthy]
+    source, target = healthy
+    # All on their way, or nothing would tell that the target does not know the script.
+    lives = [tag_on(lasting, node) for node in ([source] if moving else healthy)]
     url = f"{url_of(lasting)}?socket_timeout=60"
     client = consumer(url, apart.lbs.removesuffix("-input"), heartbeat_interval=30.0)
     notes = await client.init()
     wanted = announce(apart, *(f"{tag}{i}" for i in range(5) for tag in lives))
-    await take(notes, 10)
+    await take(notes, len(wanted))
+    if moving:
+        slot = lasting.slot_of(lives[0])
+        await asyncio.to_thread(lasting.start_move, slot, source, target)
+        keys = source.call("CLUSTER", "GETKEYSINSLOT", slot, 100)
+        assert len(keys) == len(wanted)
+        source.call("MIGRATE", *target.address, "", 0, 5000, "KEYS", *keys)
     victim.pause()
     try:
         for node in healthy:
@@ -222,6 +231,8 @@ async def test_scripts_are_loaded_only_where_they_are_missing(lasting, apart, co
         await asyncio.wait_for(asyncio.gather(*map(client.done_stream, wanted)), 10)
     finally:
         victim.resume()
+    if moving:
+        await asyncio.to_thread(lasting.finish_move, slot, source, target)
     assert (apart.entries(), apart.pending(), apart.locks()) == ([], [], {})
 
 

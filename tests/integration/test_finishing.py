@@ -25,7 +25,7 @@ class Losing:
         return getattr(self._link, name)
 
     async def pipeline(self, packed, replies, **options):
-        if FINISH.digest not in packed:
+        if FINISH.digest not in packed and FINISH.source not in packed:
             return await self._link.pipeline(packed, replies, **options)
         (reply,) = got = await self._link.pipeline(packed, replies, **options)
         if isinstance(reply, bytes):
