@@ -31,9 +31,10 @@ from relstream.errors import (
     StreamNotOwned,
 )
 from relstream.intake import Room
+from relstream.keeper import Keeper
 from relstream.keyspace import NEEDED, SETTING, ClusterEvents, ExpiryEvents
 from relstream.lbs import Names, partition_of, split_lock_key
-from relstream.leases import Keeper, Locks
+from relstream.locks import Locks
 from relstream.net.connection import observe
 from relstream.net.deployment import deployment_of
 from relstream.net.topology import NamedMaster, SlotTable

@@ -29,8 +29,10 @@ from relstream.scripts import FINISH, run
 
 if TYPE_CHECKING:
     from relstream.config import RetryConfig
+    from relstream.keeper import Keeper
     from relstream.lbs import Names
-    from relstream.leases import Keeper, Leases, Locks
+    from relstream.leases import Leases
+    from relstream.locks import Locks
     from relstream.net.topology import Topology
     from relstream.put_back import PutBack
     from relstream.recorder import SafeRecorder

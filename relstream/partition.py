@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from relstream.errors import PermissionDenied, RelstreamError, ReplyError
 from relstream.finish import Finisher
 from relstream.intake import Intake, Room
-from relstream.leases import Keeper, Leases, Locks
+from relstream.keeper import Keeper
+from relstream.leases import Leases
+from relstream.locks import Locks
 from relstream.put_back import PutBack
 from relstream.recovery import Recoverer
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from relstream._core import ITEM, Template
 from relstream.errors import ClientClosed, InvalidOption
 from relstream.lbs import INPUT_FIELD, Names, message, partition_of
-from relstream.leases import chunks
+from relstream.locks import chunks
 from relstream.net.connection import raise_first
 from relstream.net.deployment import deployment_of
 

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 from relstream import LBSInfo, NotificationType, RecoveryConfig, RelstreamError, StreamClient
 from relstream import intake as intake_module
-from relstream.leases import Locks
+from relstream.locks import Locks
 from relstream.net.connection import Link
 from relstream.net.protocol import RedisProtocol
 from relstream.net.topology import SingleTopology

@@ -21,7 +21,7 @@ from helpers import (
 )
 from wire import Proxy
 
-from relstream import Producer, RecoveryConfig, RetryConfig, intake, leases
+from relstream import Producer, RecoveryConfig, RetryConfig, intake, keeper
 
 
 async def test_calls_under_way_are_finished_before_the_client_closes(consumer, service):
@@ -56,7 +56,7 @@ async def test_a_thread_that_can_not_start_ends_the_client(consumer, monkeypatch
     def broken() -> None:
         raise OSError("too many open files")
 
-    monkeypatch.setattr(leases, "new_event_loop", broken)
+    monkeypatch.setattr(keeper, "new_event_loop", broken)
     client = consumer()
     notes = await client.init()
     (last,) = [n async for n in notes]
@@ -111,7 +111,7 @@ async def test_an_entry_recovered_while_the_application_blocked_is_not_told(
 async def test_leases_are_kept_at_a_server_far_away(
     consumer, service, server, redis_url, monkeypatch
 ):
-    monkeypatch.setattr(leases, "WINDOW", 100)
+    monkeypatch.setattr(keeper, "WINDOW", 100)
     async with Proxy(server.port) as proxy, Producer(redis_url, "svc") as producer:
         await producer.announce_many([(f"s{i}", None) for i in range(1_200)])
         client = consumer(url=proxy.url, queue_size=1_200)

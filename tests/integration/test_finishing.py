@@ -8,7 +8,7 @@ import pytest
 from helpers import DISOWNED, SEPARATOR, names, take
 
 from relstream import ConnectionLost, StreamNotOwned
-from relstream.leases import Keeper
+from relstream.keeper import Keeper
 from relstream.scripts import FINISH
 
 pytestmark = pytest.mark.only("single", "sentinel", reason="a cluster's locks are elsewhere")

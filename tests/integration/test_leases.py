@@ -27,7 +27,8 @@ from helpers import (
 
 from relstream import LBSInfo, RecoveryConfig, StreamNotOwned
 from relstream._core import announcements
-from relstream.leases import Keeper, Locks
+from relstream.keeper import Keeper
+from relstream.locks import Locks
 
 
 def lock(name: str, entry_id: str) -> str:

@@ -29,10 +29,11 @@ from relstream import (
     RetryConfig,
     StreamNotOwned,
     intake,
+    keeper,
     keyspace,
-    leases,
 )
-from relstream.leases import Leases, Locks
+from relstream.leases import Leases
+from relstream.locks import Locks
 from relstream.scripts import FINISH
 
 PATIENT = RetryConfig(max_retries=-1, initial_delay=0.02, max_delay=0.2)
@@ -235,7 +236,7 @@ async def test_the_audit_leaves_alone_what_may_be_on_its_way(consumer, service, 
 @pytest.mark.only("single", "sentinel", reason="looks at one server's commands")
 async def test_renewals_leave_the_server_time_for_others(consumer, service, monkeypatch):
     """The windows of a round are spread over half of the time between two rounds, here 1 s."""
-    monkeypatch.setattr(leases, "WINDOW", 10)
+    monkeypatch.setattr(keeper, "WINDOW", 10)
     for i in range(50):
         service.announce(f"s{i}")
     notes = await consumer(auto_claim=False).init()

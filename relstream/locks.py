@@ -1,0 +1,153 @@
+"""Locks of one consumer on the server: acquire, renew and release, in batches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from relstream._core import ITEM, Template, first_error, scatter
+from relstream.errors import RelstreamError, ReplyError
+from relstream.net.connection import raise_first
+from relstream.scripts import (
+    RELEASE,
+    RELEASE_ONE,
+    RENEW,
+    RENEW_ONE,
+    SCRIPT_KEYS,
+    Script,
+    run,
+    run_each,
+)
+
+if TYPE_CHECKING:
+    from relstream.net.topology import Topology
+
+
+def chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
+    """`items` in pieces of at most `size`."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+class Locks:
+    """Locks of one consumer: acquire, renew, release, in batches."""
+
+    def __init__(
+        self, topology: Topology, consumer: str, ttl_ms: int, logger: logging.Logger
+    ) -> None:
+        self._topology = topology
+        self._value = consumer.encode()
+        self._ttl_ms = ttl_ms
+        self._logger = logger
+        self._scripts_forbidden = False
+        self._set = Template(b"SET", ITEM, self._value, b"NX", b"PX", ttl_ms)
+        self._get = Template(b"GET", ITEM)
+        self._extend = Template(b"PEXPIRE", ITEM, ttl_ms)
+        self._delete = Template(b"DEL", ITEM)
+
+    async def acquire(self, keys: list[bytes]) -> list[Any]:
+        """For each lock b"OK", None (it is held) or a `ReplyError`."""
+        return await self._topology.each(self._set.pack, keys)
+
+    async def held(self, keys: list[bytes], *, known: bool = False) -> list[bool]:
+        """Which of these locks are ours; `known`: and are on masters that can be asked."""
+        values = await self._topology.each(self._get.pack, keys)
+        if not known:
+            raise_first(values)
+        return [value == self._value for value in values]
+
+    async def renew(self, keys: list[bytes]) -> tuple[list[bytes], list[bytes], ReplyError | None]:
+        """Gives locks that are ours their full time again.
+
+        Returns those gone, those taken, and an error if there was one about others of them.
+        """
+        outcomes = await self._run(RENEW, RENEW_ONE, self._extend, keys, self._value, self._ttl_ms)
+        gone = [key for key, outcome in zip(keys, outcomes, strict=True) if outcome == 0]
+        taken = [key for key, outcome in zip(keys, outcomes, strict=True) if outcome == -1]
+        return gone, taken, first_error(outcomes)
+
+    async def release(self, keys: list[bytes]) -> list[bytes]:
+        """Deletes locks that are ours; returns those that were not.
+
+        On a cluster those that could not be deleted are among them: they expire, and keep nothing
+        from being finished or handed over.
+        """
+        try:
+            outcomes = await self._run(RELEASE, RELEASE_ONE, self._delete, keys, self._value)
+        except RelstreamError as error:
+            if self._topology.single:
+                raise
+            outcomes = [error] * len(keys)
+        failure = next((outcome for outcome in outcomes if isinstance(outcome, Exception)), None)
+        if failure is not None:
+            if self._topology.single:
+                raise failure
+            self._logger.debug("some locks could not be released, and expire: %s", failure)
+        return [key for key, outcome in zip(keys, outcomes, strict=True) if outcome != 1]
+
+    async def _run(
+        self, many: Script, one: Script, step: Template, keys: list[bytes], *args: bytes | int
+    ) -> list[Any]:
+        """Runs a script on these locks; where it is forbidden GET and then `step` do.
+
+        For each lock 1 (done), 0 (gone), -1 (another's) or a `ReplyError`.
+        """
+        if self._scripts_forbidden:
+            return await self._in_steps(step, keys)
+        if self._topology.single:
+            outcomes = await self._run_on_many(many, keys, args)
+        else:
+            outcomes = await run_each(self._topology, one, keys, args)
+        if first_error(outcomes) is None:
+            return outcomes
+        refused = [
+            place
+            for place, outcome in enumerate(outcomes)
+            if isinstance(outcome, ReplyError) and outcome.code == "NOPERM"
+        ]
+        # About one of these locks: for once.
+        refusal = next((outcomes[p] for p in refused if not outcomes[p].about_keys), None)
+        if refusal is not None and not self._scripts_forbidden:
+            self._scripts_forbidden = True
+            self._logger.warning(
+                "a script is forbidden (%s): locks are renewed and released by two commands each; "
+                "grant +evalsha, +eval, +mget, +pexpire and +del to make that one atomic "
+                "step",
+                refusal,
+            )
+        if refused:
+            steps = await self._in_steps(step, [keys[place] for place in refused])
+            scatter(outcomes, refused, steps)
+        return outcomes
+
+    async def _run_on_many(
+        self, script: Script, keys: list[bytes], args: Sequence[bytes | int]
+    ) -> list[Any]:
+        parts = list(chunks(keys, SCRIPT_KEYS))
+        replies = await run(self._topology.link(b""), script, [(part, args) for part in parts])
+        outcomes: list[Any] = []
+        for part, places in zip(parts, replies, strict=True):
+            if isinstance(places, ReplyError):
+                outcomes += [places] * len(part)
+                continue
+            done = [1] * len(part)
+            for place in places:
+                done[abs(place) - 1] = 0 if place > 0 else -1
+            outcomes += done
+        return outcomes
+
+    async def _in_steps(self, step: Template, keys: list[bytes]) -> list[Any]:
+        """What a script does, by two commands a lock, not atomically."""
+        values = await self._topology.each(self._get.pack, keys)
+        ours = [key for key, value in zip(keys, values, strict=True) if value == self._value]
+        done = iter(await self._topology.each(step.pack, ours))
+        outcomes: list[Any] = []
+        for value in values:
+            if value == self._value:
+                outcomes.append(next(done))
+            elif isinstance(value, ReplyError) and value.transient:
+                outcomes.append(value)
+            else:  # one that we may not even read any more (ACL) can't be held either
+                outcomes.append(0 if value is None else -1)
+        return outcomes
