@@ -359,6 +359,7 @@ async def test_each_announcement_of_an_owned_stream_tells_which_one_is_meant(con
         await client.done_stream(LBSInfo("s2", again))
     await client.release(told.payload)
     (told,) = await take(notes, 1)
+    await eventually(lambda: len(service.locks()) == 2)  # they may be read one after the other
     await client.done_stream(told.payload)
     await eventually(lambda: not service.entries() and not service.locks())
 
