@@ -1,4 +1,4 @@
-"""Which masters of a cluster were silent of late: locks there may be gone, though owners live."""
+"""Masters of a cluster that renew nothing for a while: locks there go, though owners live."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from relstream._core import pack
 from relstream.errors import RelstreamError, ReplyError
+from relstream.lbs import SEPARATOR
 
 if TYPE_CHECKING:
     from relstream.net.connection import Endpoint
@@ -15,13 +16,18 @@ if TYPE_CHECKING:
 
 # Seconds between two questions to each master, at most.
 ASK_EVERY = 0.2
+# Keys that are looked through for one on each master. One with too few slots is only pinged.
+KEYS = 100_000
+KEYS_AT_ONCE = 1000
 
 
 class Outages:
     """Asks every master several times a second, over the connections that ask for locks.
 
-    So whoever asks for locks of one that hung hears of that first. After an outage, and after a
-    failover, owners have the time of a `lease` (seconds) to renew theirs before they count as free.
+    So whoever asks for locks of one that hung hears of that first. Asked is for what renews a lock,
+    as one that refuses to write (NOREPLICAS, say) still tells who holds which. After an outage, a
+    failover, and whatever a leader before us may have seen, owners have the time of a `lease`
+    (seconds) to renew theirs before they count as free.
     """
 
     def __init__(self, topology: ClusterTopology, lease: float) -> None:
@@ -35,12 +41,18 @@ class Outages:
         self._until: dict[Endpoint, float] = {}
         # When those were first asked that have not answered since; long ago if they hung up on us.
         self._asked_at: dict[Endpoint, float] = {}
+        # How often the connections had been opened on which they answered last.
+        self._openings: dict[Endpoint, int] = {}
+        # A key on each that is no lock; None where none was found.
+        self._keys: dict[Endpoint, bytes | None] = {}
 
-    async def watch(self) -> None:
-        """Asks until cancelled."""
+    async def watch(self, *, succeeding: bool) -> None:
+        """Asks until cancelled; `succeeding` another who did, and may have known of an outage."""
         now = asyncio.get_running_loop().time
         self._forget()
         self._compare()
+        if succeeding:
+            self._until = dict.fromkeys(self._until, self._grace())
         self._woke_at = now()
         # One that answers late now may have been silent for long.
         known = [master for master in self._until if self._topology.to(master).alive]
@@ -68,6 +80,7 @@ class Outages:
     def _forget(self) -> None:
         self._until.clear()
         self._asked_at.clear()
+        self._openings.clear()
 
     def _late(self) -> float:
         """Seconds for which this event loop was kept from hearing any answer."""
@@ -75,7 +88,13 @@ class Outages:
         return max(awake - self._every, 0.0)
 
     def _silent(self, master: Endpoint) -> bool:
-        """Whether this one has left a question unanswered for too long."""
+        """Whether this one left a question unanswered for too long, or has not said yet it did not.
+
+        One that was restarted in between two questions has no locks any more.
+        """
+        openings = self._topology.to(master).openings
+        if openings != self._openings.get(master, openings):
+            return True
         asked_at = self._asked_at.get(master, math.inf)
         silence = asyncio.get_running_loop().time() - asked_at - self._late()
         return silence > self._bearable
@@ -87,6 +106,7 @@ class Outages:
         for master in gone:
             del self._until[master]
             self._asked_at.pop(master, None)
+            self._openings.pop(master, None)
         for master in masters:
             self._until.setdefault(master, self._grace() if gone else -math.inf)
 
@@ -96,7 +116,8 @@ class Outages:
     async def _ask(self, master: Endpoint) -> None:
         self._asked_at.setdefault(master, asyncio.get_running_loop().time())
         try:
-            (reply,) = await self._topology.to(master).pipeline(pack(b"PING"), 1)
+            link = self._topology.to(master)
+            (reply,) = await link.pipeline(self._question(master), 1)
         except RelstreamError:
             self._asked_at[master] = -math.inf  # it may come back without any locks
             return
@@ -104,7 +125,29 @@ class Outages:
             return
         if self._silent(master):
             self._until[master] = self._grace()
+        self._openings[master] = link.openings
         self._asked_at.pop(master, None)
+
+    def _question(self, master: Endpoint) -> bytes:
+        """What changes nothing, and is answered as the renewal of a lock would be."""
+        key = self._keys.get(master, b"")
+        if key is not None and master not in self._topology.apart([key]):
+            self._find_keys()
+            key = self._keys[master]
+        return pack(b"PING") if key is None else pack(b"PEXPIRE", key, 1)
+
+    def _find_keys(self) -> None:
+        self._keys = dict.fromkeys(self._until)
+        missing = set(self._until)
+        for start in range(0, KEYS, KEYS_AT_ONCE):
+            # As a lock's, for the user's rights; no entry has this id.
+            keys = [b"{%d}%b0-0" % (i, SEPARATOR) for i in range(start, start + KEYS_AT_ONCE)]
+            for master, some in self._topology.apart(keys).items():
+                if master in missing:
+                    missing.remove(master)
+                    self._keys[master] = some[0]
+            if not missing:
+                return
 
     def refused(self, locks: list[bytes]) -> None:
         """Masters of these could not be asked who holds them."""

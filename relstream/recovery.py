@@ -127,6 +127,7 @@ class Recoverer:
         self._expired: dict[bytes, bytes] = {}  # locks, and the ids of their entries
         self._pages = asyncio.Semaphore(PAGES)
         self._leading = False
+        self._succeeding = False  # another led before
         self._known: dict[bytes, bytes] = {}  # sampled entries: id, lock
         # Consumers whose entries are being looked at.
         self._walks: dict[bytes, asyncio.Task[None]] = {}
@@ -211,7 +212,9 @@ class Recoverer:
                     outage = False
                 if leads:
                     await self._lead()
+                    self._succeeding = False
                 else:
+                    self._succeeding = True
                     await self._check_leader_key()
                 backoff.reset()
                 await asyncio.sleep(jittered(self._leadership / 4, 0.5, random.random()))
@@ -290,7 +293,7 @@ class Recoverer:
         self._leading = True
         parts = [self._keep_leading(), self._recover_for_ever(), self._tidy_for_ever()]
         if self._outages is not None:
-            parts.append(self._outages.watch())
+            parts.append(self._outages.watch(succeeding=self._succeeding))
         tasks = [asyncio.ensure_future(part) for part in parts]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -399,6 +399,8 @@ class Link:
         self._closed = False
         self.tried = False
         """Whether it was opened before, or could not be."""
+        self.openings = 0
+        """How often it was opened: what was learnt before the last time may be true no more."""
 
     @property
     def alive(self) -> bool:
@@ -459,6 +461,7 @@ class Link:
                     raise
                 master.found((host, port))
             self._protocol = protocol
+            self.openings += 1
             return protocol
         finally:
             self.tried = True

@@ -12,6 +12,7 @@ from cluster.observing import ClusterService, EveryMaster, subscriptions
 from helpers import EXPIRED, SEPARATOR, Heard, Renewals, eventually, names, nothing_comes, take
 
 from relstream import ClientClosed, StreamClient
+from relstream.keeper import Keeper
 from relstream.servers import Cluster, Node
 
 
@@ -145,9 +146,25 @@ async def test_locks_that_can_not_be_taken_keep_nothing_else_from_being_read(
 
 
 @pytest.mark.slow
-async def test_what_lives_is_not_recovered_when_a_hanging_master_is_back(lasting, apart, consumer):
+@pytest.mark.parametrize("how", ["hangs", "refuses writes"])
+async def test_what_lives_is_not_recovered_when_a_failing_master_is_back(
+    lasting, apart, consumer, how
+):
     """Its locks expired meanwhile, and those of new streams could not even be taken."""
     victim = next(node for node in lasting.masters() if node is not apart.lbs_master)
+
+    def fail() -> None:
+        if how == "hangs":
+            victim.pause()
+        else:  # NOREPLICAS; who holds a lock it still says
+            victim.client.config_set("min-replicas-to-write", 1)
+
+    def mend() -> None:
+        if how == "hangs":
+            victim.resume()
+        else:
+            victim.client.config_set("min-replicas-to-write", 0)
+
     hangs = tag_on(lasting, victim)
     name = apart.lbs.removesuffix("-input")
     clients = [consumer(url_of(lasting), name, f"c{i}", heartbeat_interval=1.0) for i in range(3)]
@@ -170,12 +187,12 @@ async def test_what_lives_is_not_recovered_when_a_hanging_master_is_back(lasting
     for _ in range(3):
         announce_ten()
         await eventually(lambda: told == Counter(wanted))
-        victim.pause()
+        fail()
         try:
             announce_ten()
             await asyncio.sleep(2.5)
         finally:
-            victim.resume()
+            mend()
         await eventually(lambda: told >= Counter(wanted))
         await asyncio.sleep(1.5)
         assert told == Counter(wanted)
@@ -183,6 +200,42 @@ async def test_what_lives_is_not_recovered_when_a_hanging_master_is_back(lasting
     for client in clients:
         await client.aclose()
     await asyncio.gather(*listening)
+
+
+@pytest.mark.slow
+async def test_a_leaders_successor_gives_owners_the_time_to_come_back(
+    lasting, apart, consumer, monkeypatch
+):
+    """A master may have been restarted without its locks just before, and only that one knew."""
+    victim = next(node for node in lasting.masters() if node is not apart.lbs_master)
+    name = apart.lbs.removesuffix("-input")
+    first = consumer(url_of(lasting), name, "c0", heartbeat_interval=2.0, max_streams=1)
+    announce(apart, tag_on(lasting, victim))
+    await take(await first.init(), 1)
+    leader = f"{name}-input-reconciler"
+    await eventually(lambda: apart.redis.get(leader) == b"c0")
+    owner = consumer(url_of(lasting), name, "c1", heartbeat_interval=2.0)
+    notes = await owner.init()
+    wanted = announce(apart, *(f"{tag_on(lasting, victim)}{i}" for i in range(5)))
+    await take(notes, 5)
+    await asyncio.sleep(2.1)  # entries younger than a lease are not looked at
+    renew_all = Keeper._renew_all
+    late = True
+
+    async def renew_late(keeper: Keeper, *args: Any) -> None:
+        if not late:
+            await renew_all(keeper, *args)
+
+    monkeypatch.setattr(Keeper, "_renew_all", renew_late)
+    victim.client.delete(*wanted.values())
+    await first.aclose()
+    await take(notes, 1)  # what that one owned
+    await eventually(lambda: apart.redis.get(leader) == b"c1")
+    await asyncio.sleep(0.5)
+    late = False
+    await eventually(lambda: victim.client.exists(*wanted.values()) == 5)
+    await nothing_comes(notes, 1.0)
+    assert len(apart.entries()) == 6
 
 
 @pytest.mark.slow

@@ -5,50 +5,64 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
 from helpers import eventually
 
-from relstream.errors import ConnectionLost
+from relstream._core import pack
+from relstream.errors import ConnectionLost, ReplyError
 from relstream.outages import Outages
 
 LEASE = 0.8
 
 
 class Masters:
-    """A topology of these masters; the lock b"x" is on master "x", or on who replaced it."""
+    """A topology of these masters; the lock b"x" is on master "x", or on who replaced it.
+
+    Other keys are shared among them, but for those without any.
+    """
 
     def __init__(self, *masters: str) -> None:
         self.slots = SimpleNamespace(masters=list(masters))
         self.silent: set[str] = set()
         self.hung_up: set[str] = set()
         self.unopened: set[str] = set()
+        self.answers: dict[str, object] = {}
+        self.openings = Counter(masters)
+        self.without: set[str] = set()
+        self.asked: dict[str, set[bytes]] = {}
 
     def apart(self, locks: list[bytes]) -> dict[str, list[bytes]]:
         parts: dict[str, list[bytes]] = {}
         for lock in locks:
             name = lock.decode()
-            at = next(m for m in self.slots.masters if m.startswith(name))
+            others = [m for m in self.slots.masters if m not in self.without]
+            other = others[len(name) % len(others)]
+            at = next((m for m in self.slots.masters if m.startswith(name)), other)
             parts.setdefault(at, []).append(lock)
         return parts
 
     def to(self, master: str) -> Any:
-        async def pipeline(*args: Any) -> list[bytes]:
+        async def pipeline(packed: bytes, replies: int) -> list[object]:
+            self.asked.setdefault(master, set()).add(packed)
             await asyncio.sleep(0.001)
             if master in self.hung_up:
                 raise ConnectionLost("cut")
             while master in self.silent:  # noqa: ASYNC110 - as nobody is told of its end
                 await asyncio.sleep(0.01)
-            return [b"PONG"]
+            return [self.answers.get(master, 0)]
 
-        return SimpleNamespace(pipeline=pipeline, alive=master not in self.unopened)
+        return SimpleNamespace(
+            pipeline=pipeline, alive=master not in self.unopened, openings=self.openings[master]
+        )
 
 
 @contextlib.asynccontextmanager
-async def watched(masters: Any) -> Any:
+async def watched(masters: Any, *, succeeding: bool = False) -> Any:
     outages = Outages(masters, LEASE)
-    task = asyncio.ensure_future(outages.watch())
+    task = asyncio.ensure_future(outages.watch(succeeding=succeeding))
     try:
         await asyncio.sleep(0.05)
         yield outages
@@ -89,12 +103,65 @@ async def test_a_master_that_hung_up_may_be_back_without_locks() -> None:
         assert outages.shadowed([b"a", b"b"]) == {b"a"}
 
 
+async def test_a_master_on_another_connection_may_be_back_without_locks() -> None:
+    """It may have been restarted in between two questions."""
+    masters = Masters("a", "b")
+    async with watched(masters) as outages:
+        masters.openings["a"] += 1
+        assert outages.shadowed([b"a", b"b"]) == {b"a"}
+        await asyncio.sleep(LEASE / 2)
+        assert outages.shadowed([b"a", b"b"]) == {b"a"}
+        await asyncio.sleep(LEASE)
+        assert outages.shadowed([b"a", b"b"]) == set()
+
+
+async def test_who_leads_after_another_does_not_know_what_that_one_saw() -> None:
+    async with watched(Masters("a", "b"), succeeding=True) as outages:
+        assert outages.shadowed([b"a", b"b"]) == {b"a", b"b"}
+        await asyncio.sleep(LEASE)
+        assert outages.shadowed([b"a", b"b"]) == set()
+
+
 async def test_a_master_that_refused_a_question_is_in_the_dark_for_a_lease() -> None:
     masters = Masters("a", "b")
     async with watched(masters) as outages:
         outages.refused([b"a"])
         assert outages.shadowed([b"a", b"b"]) == {b"a"}
         await eventually(lambda: not outages.shadowed([b"a", b"b"]))
+
+
+async def test_a_master_that_renews_nothing_is_as_one_that_is_silent() -> None:
+    masters = Masters("a", "b")
+    masters.answers["a"] = ReplyError("NOREPLICAS Not enough good replicas to write.")
+    masters.answers["b"] = ReplyError("NOPERM this user has no permissions")  # it does answer
+    async with watched(masters) as outages:
+        await asyncio.sleep(LEASE / 2)
+        assert outages.shadowed([b"a", b"b"]) == {b"a"}
+        masters.answers.clear()
+        await asyncio.sleep(LEASE / 2)
+        assert outages.shadowed([b"a", b"b"]) == {b"a"}
+        await asyncio.sleep(LEASE)
+        assert outages.shadowed([b"a", b"b"]) == set()
+
+
+async def test_each_master_is_asked_to_renew_a_key_that_it_serves() -> None:
+    masters = Masters("a", "b", "few")
+    masters.without.add("few")
+    async with watched(masters):
+        asked = {master: set(packed) for master, packed in masters.asked.items()}
+        masters.without.add("b")  # its slots have moved
+        await asyncio.sleep(LEASE / 2)
+        masters.without.remove("b")
+        masters.slots.masters.append("c")
+        await asyncio.sleep(LEASE / 2)
+    assert [len(asked[master]) for master in ("a", "b")] == [1, 1]
+    (on_a,), (on_b,) = asked["a"], asked["b"]
+    assert on_a != on_b
+    assert b"PEXPIRE" in on_a
+    assert b"PEXPIRE" in on_b
+    assert asked["few"] == {pack(b"PING")}
+    assert pack(b"PING") in masters.asked["b"]
+    assert any(b"PEXPIRE" in packed for packed in masters.asked["c"])
 
 
 async def test_who_did_not_listen_takes_nobody_for_silent() -> None:
