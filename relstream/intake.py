@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 # A read waits on the server for this long, in seconds: so long may closing take where the server
 # does not let us cut the wait short.
 BLOCK = 1.0
+# And for this long where others, who read for the same consumer, get no room meanwhile.
+BLOCK_OTHERS = 0.1
 # Entries a read, at first and at most, and the bytes of reply that it should not exceed.
 FIRST_READ = 100
 LARGEST_READ = 1000
@@ -43,7 +45,8 @@ TOLD = 5
 class Room:
     """How many more streams this consumer can take; shared by those that read for it.
 
-    What is asked for is set aside, so that together they never take too many.
+    What is asked for is set aside, so that together they never take too many; and who found none is
+    the next to get some, or one for whom nothing comes would take the last of it again and again.
     """
 
     def __init__(
@@ -58,13 +61,36 @@ class Room:
         self._max_streams = max_streams
         self._readers = readers
         self._in_hand = 0
+        self._waiting: dict[object, None] = {}  # readers, in the order in which they came
 
-    def share(self) -> int:
-        """How many one reader may ask for now."""
+    def share(self, reader: object) -> int:
+        """How many this reader may ask for now."""
+        room = self._left()
+        for ahead in self._waiting:
+            if ahead is reader:
+                break
+            room -= 1
+        return room if room <= 1 else max(1, room // self._readers)
+
+    def _left(self) -> int:
         room = self._notifications.room - self._in_hand
         if self._max_streams is not None:
             room = min(room, self._max_streams - self._owned() - self._in_hand)
-        return room if room <= 1 else max(1, room // self._readers)
+        return room
+
+    def all_taken(self) -> bool:
+        """Whether another reader would find none."""
+        return self._readers > 1 and self._left() <= 0
+
+    def await_turn(self, reader: object) -> None:
+        """This reader found none, and waits until `room_made` is set."""
+        self._waiting.setdefault(reader)
+
+    def end_turn(self, reader: object) -> None:
+        """This reader waits no more, or does something else first."""
+        if reader in self._waiting:
+            del self._waiting[reader]
+            self._notifications.room_made.set()
 
     def set_aside(self, count: int) -> None:
         """So many are asked for, or taken."""
@@ -188,11 +214,13 @@ class Intake:
                     await self._step()
                     backoff.reset()
                 except RelstreamError as error:
+                    self._room.end_turn(self)
                     await asyncio.gather(*self._taking, return_exceptions=True)
                     self._taking.clear()
                     await self._repair(error, backoff)
             await self._settle()
         finally:
+            self._room.end_turn(self)
             for task in self._taking:
                 task.cancel()
             await asyncio.gather(*self._taking, return_exceptions=True)
@@ -260,7 +288,7 @@ class Intake:
         self._notifications.room_made.clear()
         if self._stopping:  # it was set by this, perhaps, before it was cleared
             return
-        room = self._room.share()
+        room = self._room.share(self)
         wanted = 1 if self._probing else self._count
         if room < wanted and self._taking:
             await self._taking.popleft()  # rather than reading in small portions
@@ -271,6 +299,7 @@ class Intake:
         if self._refused:
             block = min(block, max(self._again_at - loop.time(), 0.001))
         if room <= 0:
+            self._room.await_turn(self)
             made = asyncio.ensure_future(self._notifications.room_made.wait())
             try:  # not `wait_for`, which may swallow that we are cancelled
                 await asyncio.wait({made}, timeout=block if self._refused else None)
@@ -281,6 +310,9 @@ class Intake:
         asked_at = loop.time()
         batches: list[Batch] = []
         self._room.set_aside(count)
+        self._room.end_turn(self)
+        if self._room.all_taken():
+            block = min(block, BLOCK_OTHERS)
         try:
             batches = await self._read(count, block)
         finally:
@@ -412,7 +444,7 @@ class Intake:
 
     async def _take_refused(self) -> None:
         """Tries once more to lock what was refused."""
-        room = max(self._room.share(), 0)
+        room = max(self._room.share(self), 0)
         since, asked_at = self._refused_since, self._refused_asked_at
         failure: RelstreamError | None = None
         fitting, self._refused = self._refused[:room], self._refused[room:]

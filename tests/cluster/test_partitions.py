@@ -11,7 +11,7 @@ from cluster.observing import ClusterService
 from helpers import ADDED, SEPARATOR, Service, eventually, names, nothing_comes, take
 
 from relstream import DeadLetters, Producer, RecoveryConfig, StreamClient
-from relstream.lbs import Names
+from relstream.lbs import Names, partition_of
 from relstream.servers import Cluster
 
 HEARTBEAT = 0.5
@@ -106,6 +106,20 @@ async def test_no_more_than_max_streams_of_all_together(url, partitions, consume
         await client.done_stream(name)
     await take(notes, 10)
     assert len(partitions[0].locks()) == 10
+
+
+@pytest.mark.parametrize("bound", [{"max_streams": 1}, {"max_streams": 2}, {"queue_size": 1}])
+async def test_the_only_room_there_is_goes_from_one_to_the_next(url, partitions, consumer, bound):
+    """A partition in which nothing is announced would take all there is, again and again."""
+    client = consumer(**bound)
+    notes = await client.init()
+    await eventually(lambda: any(partition.reads("c1") for partition in partitions))
+    candidates = list(map("{}s".format, range(100)))
+    for number, partition in [*enumerate(partitions)] * 2:
+        named = next(name for name in candidates if partition_of(name, 3) == number)
+        partition.redis.xadd(partition.lbs, {"lbs-input": f'{{"DataStreamName": "{named}"}}'})
+        assert names(await take(notes, 1, timeout=3)) == [named]
+        await client.done_stream(named)
 
 
 async def test_a_dead_owners_streams_come_back_from_all(url, partitions, consumer):

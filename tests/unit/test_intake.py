@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from core.resp import batch_of, entry
+from helpers import eventually
 
 from relstream import intake
 from relstream._core import Batch, Entry
@@ -146,7 +147,7 @@ async def test_a_batch_is_taken_though_the_one_before_it_fails() -> None:
     setting = Setting(batch(1, 100), batch(101, 30), take=take)
     assert sorted(await setting.names(130)) == sorted(f"s{i}" for i in range(1, 131))
     await setting.end()
-    assert setting.room.share() == 1000
+    assert setting.room.share(setting.intake) == 1000
     assert setting.handed_back == []
     assert setting.intake.in_hand() == set()
 
@@ -159,7 +160,7 @@ async def test_what_stays_refused_is_put_back_before_it_looks_like_a_dead_owners
     await asyncio.sleep(HEARTBEAT / 2)
     assert setting.handed_back == [[b"%d-0" % i for i in range(1, 31)]]
     await setting.end()
-    assert setting.room.share() == 1000
+    assert setting.room.share(setting.intake) == 1000
     assert setting.intake.in_hand() == set()
 
 
@@ -272,7 +273,7 @@ async def test_without_room_what_was_refused_waits_its_time() -> None:
     setting = Setting(batch(1, 10), take=take, single=False, queue=4)
     setting.stay = True
     await asyncio.sleep(1.0)
-    assert setting.room.share() == 0
+    assert setting.room.share(setting.intake) == 0
     assert 1 <= len(setting.handed_back) <= 10
     await setting.end()
 
@@ -285,7 +286,7 @@ async def test_a_cancellation_is_heeded_though_there_is_room_at_the_same_moment(
         setting = Setting(batch(1, 10), take=take, single=False, queue=4)
         setting.stay = True
         await asyncio.sleep(0.02 + 0.001 * tick)
-        assert setting.room.share() == 0
+        assert setting.room.share(setting.intake) == 0
         setting.notes.room_made.set()
         setting.task.cancel()
         await asyncio.wait({setting.task}, timeout=0.2)
@@ -297,4 +298,40 @@ async def test_batches_that_are_taken_do_not_pile_up() -> None:
     setting = Setting(*batches, take=granting)
     await setting.names(300)
     assert len(setting.intake._taking) <= 2
+    await setting.end()
+
+
+def test_room_is_kept_for_who_waits_for_it_until_that_one_does_something_else() -> None:
+    notes = Notifications(1)
+    room = Room(notes, lambda: 0, None, 2)
+    assert room.share("a") == 1
+    room.set_aside(1)
+    assert room.all_taken()
+    assert room.share("b") == 0
+    room.await_turn("b")
+    room.give_back(1)
+    assert (room.share("a"), room.share("b")) == (0, 1)
+    notes.room_made.clear()
+    room.end_turn("b")
+    assert notes.room_made.is_set()  # so the next one looks again
+    assert room.share("a") == 1
+
+
+async def test_a_reader_that_fails_keeps_no_room_from_others() -> None:
+    class Failing(Reading):
+        fails = False
+
+        async def get(self) -> None:
+            if self.fails:
+                raise ConnectionLost("cut")
+
+    reading = Failing()
+    setting = Setting(take=granting, queue=1, reading=reading)
+    setting.room.set_aside(1)
+    await asyncio.sleep(0.05)
+    setting.room.give_back(1)
+    assert setting.room.share("another") == 0
+    reading.fails = True
+    setting.notes.room_made.set()
+    await eventually(lambda: setting.room.share("another") == 1)
     await setting.end()
