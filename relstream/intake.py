@@ -408,10 +408,10 @@ class Intake:
             raise
         finally:
             self._locking.remove(entries)
-        hopeless = next((error for _, error in refusals if not error.transient), None)
+        hopeless = next((error for _, error in refusals if not explained_by_failover(error)), None)
         if hopeless is not None:
             self._logger.error("locks were refused, their entries stay pending: %s", hopeless)
-        waiting = [entry for entry, error in refusals if error.transient]
+        waiting = [entry for entry, error in refusals if explained_by_failover(error)]
         if waiting:
             if not self._refusals.failures:
                 self._logger.warning("locks are refused for now, trying again: %s", refusals[-1][1])

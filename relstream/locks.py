@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from relstream._core import ITEM, Template, first_error, scatter
 from relstream.errors import RelstreamError, ReplyError
-from relstream.net.connection import raise_first
+from relstream.net.connection import explained_by_failover, raise_first
 from relstream.scripts import (
     RELEASE,
     RELEASE_ONE,
@@ -146,7 +146,7 @@ class Locks:
         for value in values:
             if value == self._value:
                 outcomes.append(next(done))
-            elif isinstance(value, ReplyError) and value.transient:
+            elif isinstance(value, ReplyError) and explained_by_failover(value):
                 outcomes.append(value)
             else:  # one that we may not even read any more (ACL) can't be held either
                 outcomes.append(0 if value is None else -1)

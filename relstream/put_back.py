@@ -32,7 +32,7 @@ from relstream.lbs import (
     replace_fields,
     retry_count,
 )
-from relstream.net.connection import Backoff, raise_first
+from relstream.net.connection import Backoff, explained_by_failover, raise_first
 from relstream.scripts import PUT_BACK, SCRIPT_KEYS, run_packed
 
 if TYPE_CHECKING:
@@ -127,7 +127,9 @@ async def holders(topology: Topology, locks: list[bytes]) -> list[bytes | ReplyE
 
 def raise_if_all(replies: list[bytes | ReplyError | None]) -> list[bytes | ReplyError | None]:
     """`replies` about locks; raises if no master could be asked for now, as in an outage."""
-    refusals = [reply for reply in replies if isinstance(reply, ReplyError) and reply.transient]
+    refusals = [
+        reply for reply in replies if isinstance(reply, ReplyError) and explained_by_failover(reply)
+    ]
     if refusals and len(refusals) == len(replies):
         raise refusals[0]
     return replies

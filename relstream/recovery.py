@@ -189,7 +189,7 @@ class Recoverer:
                     plan, counting=False, looked=never_owned, locked=not never_owned
                 )
             except ReplyError as error:  # about all of this part
-                if not error.transient:
+                if not explained_by_failover(error):
                     raise
                 stay += plan.ids()
                 continue

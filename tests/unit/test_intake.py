@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import pytest
 from core.resp import batch_of, entry
 from helpers import eventually
 
@@ -152,8 +153,9 @@ async def test_a_batch_is_taken_though_the_one_before_it_fails() -> None:
     assert setting.intake.in_hand() == set()
 
 
-async def test_what_stays_refused_is_put_back_before_it_looks_like_a_dead_owners() -> None:
-    setting = Setting(batch(1, 30), take=refusing("MASTERDOWN"), single=False)
+@pytest.mark.parametrize("code", ["MASTERDOWN", "MOVED"])
+async def test_what_stays_refused_is_put_back_before_it_looks_like_a_dead_owners(code: str) -> None:
+    setting = Setting(batch(1, 30), take=refusing(code), single=False)
     await asyncio.sleep(HEARTBEAT / 6)
     assert setting.handed_back == []
     assert setting.intake.in_hand() == {b"%d-0" % i for i in range(1, 31)}
