@@ -270,7 +270,7 @@ class StreamClient:
                 raise ClientClosed(CLOSED_MEANWHILE)
         except BaseException as error:
             await self._close_links()
-            if self._closing is not None and isinstance(error, ConnectionFailed):
+            if self._closing is not None and isinstance(error, RelstreamError):
                 raise ClientClosed(CLOSED_MEANWHILE) from None
             raise
         self._ready = True

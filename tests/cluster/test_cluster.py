@@ -15,6 +15,7 @@ from helpers import (
     DISOWNED,
     EXPIRED,
     SEPARATOR,
+    TERMINATED,
     Heard,
     Renewals,
     Service,
@@ -26,6 +27,7 @@ from helpers import (
 
 from relstream import (
     AuthenticationFailed,
+    ClientClosed,
     ClusterClientRequired,
     ClusterMode,
     ClusterNotSettled,
@@ -292,6 +294,19 @@ async def test_one_master_without_events_is_not_fatal_and_all_are(
     cluster.masters()[0].client.acl_setuser("joe", enabled=True, commands=["+@all"])
     await eventually(lambda: one_subscription_a_master(cluster))
     await eventually(lambda: recorder.events.count(("keyspace_setup", True)) == 3)
+
+
+async def test_closing_ends_an_opening_at_any_moment(cluster, service, consumer):
+    for tenths in range(0, 200, 2):
+        client = consumer(f"c{tenths}")
+        opening = asyncio.create_task(client.init())
+        await asyncio.sleep(tenths / 10_000)
+        await client.aclose()
+        try:
+            notes = await opening
+        except ClientClosed:
+            continue
+        assert [note.type async for note in notes] in ([], [TERMINATED])
 
 
 # --- the masters change ---------------------------------------------------------------------------
