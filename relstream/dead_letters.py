@@ -41,7 +41,7 @@ class DeadLetter(NamedTuple):
     source_id: str
     """The id it had in the load balancer stream; empty where the Go client put it there."""
     reason: str
-    """`max_retries_exceeded` or `unparseable`."""
+    """`max_retries_exceeded` or `unparseable`; with several partitions also `wrong_partition`."""
     retry_count: int
     data_stream_name: str | None
     """None where it announces none."""

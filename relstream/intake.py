@@ -7,14 +7,15 @@ import contextlib
 import logging
 import math
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import orjson
 
 from relstream._core import STREAMS, Batch, Entry, announcements, entry_ids, lock_keys, pack
 from relstream.errors import DeadlineExceeded, ProtocolError, RelstreamError, ReplyError
-from relstream.lbs import INPUT_FIELD, SEPARATOR, UNPARSEABLE, Names
+from relstream.lbs import INPUT_FIELD, SEPARATOR, UNPARSEABLE, WRONG_PARTITION, Names, partition_of
 from relstream.net.connection import Backoff, explained_by_failover
 from relstream.notifications import MAX_WAITING_BYTES
 from relstream.put_back import PUT, TOO_LATE, discard
@@ -369,8 +370,12 @@ class Intake:
             entries: list[Entry] = []
             gone: list[bytes] = []
             unreadable: list[tuple[Batch, list[tuple[int, str]]]] = []
+            misplaced: list[tuple[Batch, list[Entry]]] = []
             for batch in batches:
                 good, bad, deleted = announcements(batch, INPUT_FIELD, SEPARATOR, orjson.loads)
+                if self._names.partitions > 1 and (elsewhere := self._of_others(good)):
+                    misplaced.append((batch, elsewhere))
+                    good = [entry for entry in good if entry not in elsewhere]
                 entries += good
                 gone += deleted
                 if bad:
@@ -382,6 +387,8 @@ class Intake:
                 self._notifications.added(new)
             for batch, bad in unreadable:
                 await self._bury(batch, bad)
+            for batch, elsewhere in misplaced:
+                await self._bury_misplaced(batch, elsewhere)
             if gone:
                 await discard(self._link, self._names, gone)
         finally:
@@ -474,27 +481,56 @@ class Intake:
         if self._refused:
             self._try_later()
 
-    async def _bury(self, batch: Batch, bad: list[tuple[int, str]]) -> None:
-        """Moves what announces nothing to the dead-letter stream; tells of it once a batch."""
+    def _of_others(self, entries: list[Entry]) -> list[Entry]:
+        """Those whose streams are announced elsewhere by all who know how many partitions we have.
+
+        Under that name a stream is looked for there, by whoever finishes it too.
+        """
+        ours, of = self._names.partition, self._names.partitions
+        return [entry for entry in entries if partition_of(entry.data_stream_name, of) != ours]
+
+    async def _bury_misplaced(self, batch: Batch, entries: list[Entry]) -> None:
+        places = {batch.id(index): index for index in range(len(batch))}
+        names = {places[entry.id]: entry.data_stream_name for entry in entries}
+        of = self._names.partitions
+        bad = [
+            (i, f"{name!r} is of partition {partition_of(name, of)}: give partitions={of}")
+            for i, name in names.items()
+        ]
+        await self._bury(batch, bad, WRONG_PARTITION, names)
+
+    async def _bury(
+        self,
+        batch: Batch,
+        bad: list[tuple[int, str]],
+        reason: bytes = UNPARSEABLE,
+        names: Mapping[int, str] = MappingProxyType({}),
+    ) -> None:
+        """Moves what can't be served to the dead-letter stream; tells of it once a batch.
+
+        `names` of data streams, by the same places in the batch as in `bad`.
+        """
+        what = "announce no stream" if reason == UNPARSEABLE else "are not of this partition"
         letters = [(batch.id(index), batch.pairs(index) or [], None) for index, _ in bad]
-        told = [f"{batch.id(index).decode()} ({reason})" for index, reason in bad[:TOLD]]
+        told = [f"{batch.id(index).decode()} ({why})" for index, why in bad[:TOLD]]
         which = ", ".join(told) + (f" and {len(bad) - TOLD} more" if len(bad) > TOLD else "")
         dlq = self._names.dlq.decode()
         try:
-            outcomes = await self._put_back.bury(letters, self._recovery.dlq_max_len, UNPARSEABLE)
+            outcomes = await self._put_back.bury(letters, self._recovery.dlq_max_len, reason)
         except ReplyError as error:
             if not self._dlq_failed:  # it is tried again as long as they are pending
                 self._dlq_failed = True
                 self._logger.error(
-                    "the dead-letter stream %r can't be written (%s), so LBS entries that announce "
-                    "no stream stay pending: %s",
-                    dlq, error, which,
+                    "the dead-letter stream %r can't be written (%s), so LBS entries that %s stay "
+                    "pending: %s",
+                    dlq, error, what, which,
                 )  # fmt: skip
             return
         self._dlq_failed = False
         self._logger.warning(
-            "LBS entries that announce no stream went to the dead-letter stream %r: %s", dlq, which
+            "LBS entries that %s went to the dead-letter stream %r: %s", what, dlq, which
         )
         if self._recorder is not None:
-            for _ in range(outcomes.count(PUT)):
-                self._recorder.dlq_routing(None, UNPARSEABLE.decode())
+            for (index, _), outcome in zip(bad, outcomes, strict=True):
+                if outcome == PUT:
+                    self._recorder.dlq_routing(names.get(index), reason.decode())

@@ -19,6 +19,7 @@ DLQ_REASON_FIELD = b"_dlq_reason"
 SOURCE_FIELD = b"_source_id"
 UNPARSEABLE = b"unparseable"
 MAX_RETRIES = b"max_retries_exceeded"
+WRONG_PARTITION = b"wrong_partition"
 
 SEPARATOR = b"<MUTEX_KEY_SEP>"
 """Stands between a data stream's name and its entry's id in the key of a lock."""
@@ -36,6 +37,8 @@ class Names:
     dlq: bytes
     leader: bytes
     """Held by the consumer that recovers for all."""
+    partition: int = 0
+    partitions: int = 1
 
     def receipt(self, consumer: str, number: int) -> bytes:
         """What came of a consumer's last call of this number, should the answer get lost.
@@ -63,8 +66,14 @@ class Names:
                 "service_name", service_name, "a name without { when there are several partitions"
             )
         every = tuple(
-            replace(names, lbs=names.lbs + tag, leader=names.leader + tag)
-            for tag in _hash_tags(partitions)
+            replace(
+                names,
+                lbs=names.lbs + tag,
+                leader=names.leader + tag,
+                partition=number,
+                partitions=partitions,
+            )
+            for number, tag in enumerate(_hash_tags(partitions))
         )
         for its_names in every:
             its_names._check_dlq(dlq_stream)

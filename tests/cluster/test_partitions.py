@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from cluster.observing import ClusterService
-from helpers import ADDED, SEPARATOR, Service, eventually, names, nothing_comes, take
+from helpers import ADDED, SEPARATOR, Heard, Service, eventually, names, nothing_comes, take
 
 from relstream import DeadLetters, Producer, RecoveryConfig, StreamClient
 from relstream.lbs import Names, partition_of
@@ -150,6 +150,29 @@ async def test_what_is_lost_in_one_is_told(url, partitions, consumer):
         if notification.type.name == "STREAM_DISOWNED":
             told.add(notification.payload.data_stream_name)
     assert told == {lost.payload.data_stream_name for lost in added[:6]}
+
+
+async def test_what_is_announced_in_another_partition_is_a_dead_letter(
+    url, partitions, consumer, caplog
+):
+    """Whoever finishes it would look for it where it belongs. Replayed, it is announced there."""
+    recorder = Heard()
+    client = consumer(recorder=recorder)
+    notes = await client.init()
+    stray = next(name for name in map("s{}".format, range(100)) if partition_of(name, 3) == 2)
+    partition = partitions[0]
+    partition.redis.xadd(partition.lbs, {"lbs-input": f'{{"DataStreamName": "{stray}"}}'})
+    await eventually(lambda: partition.redis.xlen(partition.dlq) == 1)
+    async with DeadLetters(url, "svc", partitions=3) as letters:
+        (letter,) = [letter async for letter in letters]
+        assert (letter.reason, letter.data_stream_name) == ("wrong_partition", stray)
+        await eventually(lambda: pending(partitions) == [[], [], []])
+        assert await letters.replay() == 1
+    assert names(await take(notes, 1)) == [stray]
+    assert list(map(len, pending(partitions))) == [0, 0, 1]
+    await client.done_stream(stray)
+    assert "is of partition 2: give partitions=3" in caplog.text
+    assert ("dlq_routing", stray, "wrong_partition") in recorder.events
 
 
 async def test_dead_letters_go_back_to_where_they_were(url, partitions, consumer):
