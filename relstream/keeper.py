@@ -16,7 +16,7 @@ from relstream.lbs import SEPARATOR, Names, partition_of, split_lock_key
 from relstream.leases import pending_for
 from relstream.locks import Locks, chunks
 from relstream.net.connection import Backoff, raise_first
-from relstream.net.topology import NamedMaster
+from relstream.net.topology import LOOK_EVERY, NamedMaster
 
 new_event_loop: Callable[[], asyncio.AbstractEventLoop]
 try:
@@ -142,13 +142,15 @@ class Keeper:
     async def _main(self) -> None:
         guide = self._deployment.guide(self._guide)
         topology = self._deployment.open(f"{self._consumer}:renew", guide)
-        replaced = guide.replaced if isinstance(guide, NamedMaster) else asyncio.Event()
+        replaced = guide.replaced if guide is not None else asyncio.Event()
         tasks = [
             asyncio.ensure_future(self._stopping.wait()),
             asyncio.ensure_future(self._renew_for_ever(topology, replaced)),
         ]
         if isinstance(guide, NamedMaster):  # a master that was replaced may go on for long
             tasks.append(asyncio.ensure_future(guide.run()))
+        elif guide is not None:
+            tasks.append(asyncio.ensure_future(guide.run(max(self._ttl / 8, LOOK_EVERY))))
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:

@@ -312,6 +312,8 @@ class SlotTable:
         """Whether something went wrong since."""
         self.noticed = asyncio.Event()
         """Set whenever there is something to notice: a doubt, or other masters than before."""
+        self.replaced = asyncio.Event()
+        """Set when there are other masters than before."""
 
     @property
     def owners(self) -> list[Endpoint | None]:
@@ -356,6 +358,7 @@ class SlotTable:
         self.stale = False
         if self.masters != before:
             self.noticed.set()
+            self.replaced.set()
             for topology in list(self._topologies):
                 topology.leave_all_but(self.masters)
 
@@ -378,6 +381,16 @@ class SlotTable:
         if refreshing.cancelled():
             raise ConnectionLost("the connection was closed")
         refreshing.result()
+
+    async def run(self, every: float) -> None:
+        """Looks at the slots every so many seconds, until cancelled.
+
+        A master that hangs gives no other reason to, though the rest have replaced it.
+        """
+        while True:
+            await asyncio.sleep(jittered(every, 0.2, random.random()))
+            with contextlib.suppress(RelstreamError):  # what is sent finds that out, too
+                await self.refresh()
 
     async def close(self) -> None:
         """Ends what is under way; whoever waits for it gets `ConnectionLost`."""

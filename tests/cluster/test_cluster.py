@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import redis.asyncio
-from cluster.observing import locks_by_master, subscriptions
+from cluster.observing import ClusterService, EveryMaster, locks_by_master, subscriptions
 from helpers import (
     ADDED,
     DISOWNED,
@@ -378,6 +378,29 @@ async def test_a_paused_master_costs_no_lock_of_others(cluster, service, consume
             promoted = promoted or cluster.master_of(service.dlq)
     await eventually(lambda: one_subscription_a_master(cluster), 10)
     await works(service, notes, client, "s60")
+
+
+@pytest.mark.slow
+async def test_leases_are_renewed_at_once_on_a_new_master(cluster, service, consumer):
+    """Though the old one hangs, and is waited for: it is asked for who the masters are as well."""
+    announce(service, 60)
+    client = consumer(redis=f"{url_of(cluster)}?socket_timeout=60", heartbeat_interval=8.0)
+    notes = await client.init()
+    await take(notes, 60)
+    victim = cluster.master_of(service.dlq)
+    assert victim is not cluster.master_of(service.lbs)
+    moved = [key for key in service.locks() if cluster.master_of(key) is victim]
+    (replica,) = cluster.replicas(of=victim)
+    await eventually(lambda: replica.client.dbsize() == victim.client.dbsize())
+    renewed_at = Renewals(service, moved)
+    await eventually(lambda: renewed_at.seen() >= 1)
+    victim.pause()
+    await eventually(lambda: "master" in replica.client.role())
+    promoted = EveryMaster.from_url("redis://{}:{}".format(*replica.address))
+    with promoted:
+        renewals = Renewals(ClusterService(promoted, cluster), moved)
+        await eventually(lambda: renewals.seen() >= 2)
+    await nothing_comes(notes, 0.1)
 
 
 @pytest.mark.slow
