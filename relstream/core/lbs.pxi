@@ -550,6 +550,15 @@ cdef class Next:
             self._deliveries = self._waiting = None
         return how
 
+    @property
+    def __name__(self):
+        return "__anext__"
+
+    @property
+    def __qualname__(self):
+        """As a task shows it that waits for this."""
+        return "Notifications.__anext__"
+
     def __await__(self):
         return self
 

@@ -207,6 +207,15 @@ async def test_a_cancelled_wait_takes_nothing_with_it(turns):
     assert sorted(got + await asyncio.wait_for(other, 1)) == ["a", "b"]
 
 
+async def test_a_task_shows_what_it_waits_for():
+    waiting = asyncio.create_task(Notifications(10).__anext__())
+    await asyncio.sleep(0)
+    assert "Notifications.__anext__" in repr(waiting)
+    waiting.cancel()
+    await asyncio.wait({waiting})
+    assert "Notifications.__anext__" in repr(waiting)
+
+
 @pytest.mark.parametrize("event", ["added", "disowned", "expired", "end"])
 async def test_whoever_waits_is_woken(event):
     queue = Notifications(10)
