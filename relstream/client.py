@@ -37,7 +37,8 @@ from relstream.lbs import Names, partition_of, split_lock_key
 from relstream.locks import Locks
 from relstream.net.connection import observe
 from relstream.net.deployment import deployment_of
-from relstream.net.topology import NamedMaster, SlotTable
+from relstream.net.sentinel import NamedMaster
+from relstream.net.topology import SlotTable
 from relstream.notifications import LBSInfo, Notifications
 from relstream.partition import Partition
 from relstream.recorder import Recorder, SafeRecorder, is_recorder

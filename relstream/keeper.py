@@ -15,8 +15,9 @@ from relstream.errors import RelstreamError
 from relstream.lbs import SEPARATOR, Names, partition_of, split_lock_key
 from relstream.leases import pending_for
 from relstream.locks import Locks, chunks
+from relstream.net.asking import LOOK_EVERY
 from relstream.net.connection import Backoff, raise_first
-from relstream.net.topology import LOOK_EVERY, NamedMaster
+from relstream.net.sentinel import NamedMaster
 
 new_event_loop: Callable[[], asyncio.AbstractEventLoop]
 try:

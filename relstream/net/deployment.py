@@ -12,10 +12,10 @@ from redis.asyncio.sentinel import SentinelConnectionPool
 
 from relstream.errors import InvalidOption
 from relstream.net.connection import Endpoint, Link, endpoint_of, without_secrets
+from relstream.net.sentinel import NamedMaster
 from relstream.net.topology import (
     ClusterTopology,
     Guide,
-    NamedMaster,
     SingleTopology,
     SlotTable,
     Topology,

@@ -4,7 +4,6 @@ A `Topology` hands out links to keys, and carries commands to where their keys a
 follows redirects, and looks at the slots again whenever a node or a connection gives it a reason.
 
 https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/
-https://redis.io/docs/latest/develop/reference/sentinel-clients/
 """
 
 from __future__ import annotations
@@ -15,15 +14,13 @@ import random
 import re
 import time
 import weakref
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 from relstream._core import OBJECT, by_owner, commands, jittered, key_slot, pack, scatter
 from relstream.errors import (
-    AuthenticationFailed,
     ClusterNotSettled,
     ConnectionFailed,
     ConnectionLost,
@@ -32,85 +29,23 @@ from relstream.errors import (
     RelstreamError,
     ReplyError,
 )
-from relstream.net.connection import (
-    Endpoint,
-    Link,
-    connect,
-    raise_first,
-)
+from relstream.net.asking import ASK_NEXT, ask, first_answer
+from relstream.net.connection import Endpoint, Link, raise_first
+from relstream.net.sentinel import NamedMaster
 
 if TYPE_CHECKING:
     from relstream.net.deployment import Deployment
     from relstream.net.protocol import RedisProtocol
-
-_T = TypeVar("_T")
 
 SLOTS = 16384
 # How often a command follows a redirect before its sender is told, and the pause in between once
 # the slots look the same as before, in seconds.
 REDIRECTS = 8
 PAUSE = 0.05
-# Asking for the slots, or for the master, in seconds: there are others to ask.
-ASK_TIMEOUT = 1.0
-# Seconds between two questions for the master's name while all seems well: a former master goes on
-# serving who does not ask, and leases renewed there are lost.
-LOOK_EVERY = 1.0
-# Seconds without an answer until the next one is asked as well.
-ASK_NEXT = 0.2
 # Seconds for which a former master may still answer what it was sent.
 LEAVE_TIMEOUT = 0.5
 # Seconds for which a node without slots is taken for a master after it was seen to import one.
 IMPORTING = 60.0
-
-
-async def _ask(endpoint: Endpoint, *args: bytes | str) -> Any:
-    """One command over a connection of its own."""
-    quick = replace(endpoint, connect_timeout=min(endpoint.connect_timeout, ASK_TIMEOUT))
-    protocol = await connect(quick)
-    try:
-        return raise_first(await protocol.send(pack(*args), timeout=ASK_TIMEOUT))[0]
-    finally:
-        protocol.abort()
-        await asyncio.wait({protocol.closed})
-
-
-async def _first_answer(
-    nodes: Iterable[Endpoint], ask: Callable[[Endpoint], Awaitable[_T]], vain: str
-) -> _T:
-    """Asks one node after the other, without waiting long for one that keeps silent."""
-    problems: list[RelstreamError] = []
-    asking: set[asyncio.Future[_T]] = set()
-    others = list(nodes)
-    try:
-        while others or asking:
-            if others:
-                asking.add(asyncio.ensure_future(ask(others.pop(0))))
-            done, asking = await asyncio.wait(
-                asking,
-                timeout=ASK_NEXT if others else None,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            for asked in done:
-                error = asked.exception()
-                if error is None:
-                    return asked.result()
-                if not isinstance(error, RelstreamError):
-                    raise error
-                problems.append(error)
-    finally:
-        for asked in asking:
-            asked.cancel()
-        await asyncio.gather(*asking, return_exceptions=True)
-    raise _in_vain(vain, problems)
-
-
-def _in_vain(what: str, problems: list[RelstreamError]) -> RelstreamError:
-    """What to raise when all of several nodes were asked in vain."""
-    # A user who is refused by one is known to none.
-    for problem in problems:
-        if isinstance(problem, (AuthenticationFailed, PermissionDenied)):
-            return problem
-    return ConnectionFailed(f"{what}: {'; '.join(map(str, problems))}")
 
 
 class KeyLink(Protocol):
@@ -160,104 +95,6 @@ class Topology(Protocol):
 
     async def close(self) -> None:
         """Closes all connections."""
-
-
-class NamedMaster:
-    """The master of today, as Sentinels name it. Belongs to one event loop."""
-
-    def __init__(self, deployment: Deployment) -> None:
-        self._deployment = deployment
-        self._links: weakref.WeakSet[Link] = weakref.WeakSet()
-        self._address: tuple[str, int] | None = None
-        self._watched = False
-        self._looked = 0.0
-        self.replaced = asyncio.Event()
-        """Set when another server became the master; whoever waits for that clears it."""
-
-    def join(self, link: Link) -> None:
-        """This one is to leave a master that was replaced."""
-        self._links.add(link)
-
-    async def locate(self) -> tuple[str, int]:
-        """Where the master is, as most Sentinels have it that do not keep silent.
-
-        If none can be reached it may be where it was: it is asked itself whether it is the master.
-        """
-        self._looked = time.monotonic()
-        sentinels = self._deployment.sentinels
-        votes: Counter[tuple[str, int]] = Counter()
-        problems: list[RelstreamError] = []
-        asking = {asyncio.ensure_future(self._ask(sentinel)) for sentinel in sentinels}
-        try:
-            while asking and 2 * max(votes.values(), default=0) <= len(sentinels):
-                done, asking = await asyncio.wait(
-                    asking,
-                    timeout=ASK_NEXT if votes else None,
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
-                if not done:
-                    break
-                for asked in done:
-                    error = asked.exception()
-                    if error is None:
-                        votes[asked.result()] += 1
-                    elif isinstance(error, RelstreamError):
-                        problems.append(error)
-                    else:
-                        raise error
-        finally:
-            for asked in asking:
-                asked.cancel()
-            await asyncio.gather(*asking, return_exceptions=True)
-        if votes:
-            return votes.most_common(1)[0][0]
-        if self._address is not None:
-            return self._address
-        raise _in_vain("no Sentinel says where the master is", problems)
-
-    async def _ask(self, sentinel: Endpoint) -> tuple[str, int]:
-        name = self._deployment.master_name
-        try:
-            address = await _ask(sentinel, b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", name)
-        except ReplyError as error:
-            raise ReplyError(f"{error} (Sentinel {sentinel})") from None
-        if address is None:
-            raise ConnectionFailed(f"Sentinel {sentinel} knows no master {name!r}")
-        named = address[0].decode(), int(address[1])
-        return self._deployment.remap(named) if self._deployment.remap else named
-
-    def found(self, address: tuple[str, int]) -> None:
-        """The server there says that it is a master: links to another one leave it.
-
-        That may be paused, or cut off from its replicas and Sentinels alone, and go on for long.
-        """
-        if address != self._address:
-            if self._address is not None:
-                self.replaced.set()
-            self._address = address
-            for link in list(self._links):
-                link.leave_for(address)
-
-    async def run(self) -> None:
-        """Asks for the master of today every now and then, until cancelled."""
-        self._watched = True
-        while True:
-            await asyncio.sleep(jittered(LOOK_EVERY, 0.2, random.random()))
-            await self._look()
-
-    async def glance(self) -> None:
-        """Before something is sent: asks for the master of today, unless somebody else does."""
-        if not self._watched and time.monotonic() - self._looked > LOOK_EVERY:
-            await self._look()
-
-    async def _look(self) -> None:
-        with contextlib.suppress(RelstreamError):  # nobody says so, or it is none yet
-            if await self.locate() != self._address:
-                probe = self._deployment.link("sentinel", guide=self)
-                try:
-                    await probe.get()
-                finally:
-                    await probe.close()
 
 
 class SingleTopology:
@@ -401,7 +238,7 @@ class SlotTable:
 
     async def _refresh(self, first: Endpoint | None) -> None:
         self._see(
-            await _first_answer(
+            await first_answer(
                 self._candidates(first), self._ask, "no node of the cluster tells its slots"
             )
         )
@@ -430,7 +267,7 @@ class SlotTable:
     async def _ask(self, node: Endpoint) -> _View:
         view = _View()
         try:
-            ranges = await _ask(node.named("slots"), b"CLUSTER", b"SLOTS")
+            ranges = await ask(node.named("slots"), b"CLUSTER", b"SLOTS")
         except ReplyError as error:
             if error.code == "NOPERM":
                 raise PermissionDenied(f"{node}: {error}: grant +cluster|slots") from None
@@ -480,7 +317,7 @@ class SlotTable:
         self._see(agreed)
 
     async def _state(self, node: Endpoint) -> tuple[bytes, _View]:
-        info = await _ask(node.named("slots"), b"CLUSTER", b"INFO")
+        info = await ask(node.named("slots"), b"CLUSTER", b"INFO")
         found = re.search(rb"cluster_state:(\w+)", info)
         return found[1] if found else b"unknown", await self._ask(node)
 

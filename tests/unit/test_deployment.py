@@ -12,7 +12,8 @@ from redis.asyncio.cluster import ClusterNode
 from relstream import InvalidOption
 from relstream.net.connection import Endpoint
 from relstream.net.deployment import deployment_of
-from relstream.net.topology import ClusterTopology, NamedMaster, SingleTopology, SlotTable
+from relstream.net.sentinel import NamedMaster
+from relstream.net.topology import ClusterTopology, SingleTopology, SlotTable
 
 
 def addresses(endpoints: tuple[Endpoint, ...]) -> list[tuple[str, int]]:

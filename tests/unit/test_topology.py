@@ -22,7 +22,7 @@ def slots(monkeypatch: pytest.MonkeyPatch) -> SlotTable:
     async def ask(endpoint: Endpoint, *args: Any) -> Any:
         return table.rows
 
-    monkeypatch.setattr(topology, "_ask", ask)
+    monkeypatch.setattr(topology, "ask", ask)
     table: Any = deployment_of(ASKED).guide()
     assert isinstance(table, SlotTable)
     return table

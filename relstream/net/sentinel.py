@@ -1,0 +1,120 @@
+"""The master that Sentinels name, which may be another one at any time.
+
+https://redis.io/docs/latest/develop/reference/sentinel-clients/
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+import weakref
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from relstream._core import jittered
+from relstream.errors import ConnectionFailed, RelstreamError, ReplyError
+from relstream.net.asking import ASK_NEXT, LOOK_EVERY, ask, in_vain
+
+if TYPE_CHECKING:
+    from relstream.net.connection import Endpoint, Link
+    from relstream.net.deployment import Deployment
+
+
+class NamedMaster:
+    """The master of today, as Sentinels name it. Belongs to one event loop."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self._deployment = deployment
+        self._links: weakref.WeakSet[Link] = weakref.WeakSet()
+        self._address: tuple[str, int] | None = None
+        self._watched = False
+        self._looked = 0.0
+        self.replaced = asyncio.Event()
+        """Set when another server became the master; whoever waits for that clears it."""
+
+    def join(self, link: Link) -> None:
+        """This one is to leave a master that was replaced."""
+        self._links.add(link)
+
+    async def locate(self) -> tuple[str, int]:
+        """Where the master is, as most Sentinels have it that do not keep silent.
+
+        If none can be reached it may be where it was: it is asked itself whether it is the master.
+        """
+        self._looked = time.monotonic()
+        sentinels = self._deployment.sentinels
+        votes: Counter[tuple[str, int]] = Counter()
+        problems: list[RelstreamError] = []
+        asking = {asyncio.ensure_future(self._ask(sentinel)) for sentinel in sentinels}
+        try:
+            while asking and 2 * max(votes.values(), default=0) <= len(sentinels):
+                done, asking = await asyncio.wait(
+                    asking,
+                    timeout=ASK_NEXT if votes else None,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if not done:
+                    break
+                for asked in done:
+                    error = asked.exception()
+                    if error is None:
+                        votes[asked.result()] += 1
+                    elif isinstance(error, RelstreamError):
+                        problems.append(error)
+                    else:
+                        raise error
+        finally:
+            for asked in asking:
+                asked.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+        if votes:
+            return votes.most_common(1)[0][0]
+        if self._address is not None:
+            return self._address
+        raise in_vain("no Sentinel says where the master is", problems)
+
+    async def _ask(self, sentinel: Endpoint) -> tuple[str, int]:
+        name = self._deployment.master_name
+        try:
+            address = await ask(sentinel, b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", name)
+        except ReplyError as error:
+            raise ReplyError(f"{error} (Sentinel {sentinel})") from None
+        if address is None:
+            raise ConnectionFailed(f"Sentinel {sentinel} knows no master {name!r}")
+        named = address[0].decode(), int(address[1])
+        return self._deployment.remap(named) if self._deployment.remap else named
+
+    def found(self, address: tuple[str, int]) -> None:
+        """The server there says that it is a master: links to another one leave it.
+
+        That may be paused, or cut off from its replicas and Sentinels alone, and go on for long.
+        """
+        if address != self._address:
+            if self._address is not None:
+                self.replaced.set()
+            self._address = address
+            for link in list(self._links):
+                link.leave_for(address)
+
+    async def run(self) -> None:
+        """Asks for the master of today every now and then, until cancelled."""
+        self._watched = True
+        while True:
+            await asyncio.sleep(jittered(LOOK_EVERY, 0.2, random.random()))
+            await self._look()
+
+    async def glance(self) -> None:
+        """Before something is sent: asks for the master of today, unless somebody else does."""
+        if not self._watched and time.monotonic() - self._looked > LOOK_EVERY:
+            await self._look()
+
+    async def _look(self) -> None:
+        with contextlib.suppress(RelstreamError):  # nobody says so, or it is none yet
+            if await self.locate() != self._address:
+                probe = self._deployment.link("sentinel", guide=self)
+                try:
+                    await probe.get()
+                finally:
+                    await probe.close()
