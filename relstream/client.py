@@ -30,7 +30,6 @@ from relstream.errors import (
     ReplyError,
     StreamNotOwned,
 )
-from relstream.intake import Room
 from relstream.keeper import Keeper
 from relstream.keyspace import NEEDED, SETTING, ClusterEvents, ExpiryEvents
 from relstream.lbs import Names, partition_of, split_lock_key
@@ -43,6 +42,7 @@ from relstream.notifications import LBSInfo, Notifications
 from relstream.partition import Partition
 from relstream.recorder import Recorder, SafeRecorder, is_recorder
 from relstream.rights import check_rights
+from relstream.room import Room
 
 if TYPE_CHECKING:
     import redis.asyncio

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from relstream.notifications import Notifications
     from relstream.put_back import PutBack
     from relstream.recorder import SafeRecorder
+    from relstream.room import Room
 
 # A read waits on the server for this long, in seconds: so long may closing take where the server
 # does not let us cut the wait short.
@@ -41,71 +42,6 @@ READ_BYTES = 4 << 20
 MOST_REFUSED = 10_000
 # Bad entries of a batch that are logged one by one.
 TOLD = 5
-
-
-class Room:
-    """How many more streams this consumer can take; shared by those that read for it.
-
-    What is asked for is set aside, so that together they never take too many; and who found none is
-    the next to get some, or one for whom nothing comes would take the last of it again and again.
-    """
-
-    def __init__(
-        self,
-        notifications: Notifications,
-        owned: Callable[[], int],
-        max_streams: int | None,
-        readers: int,
-    ) -> None:
-        self._notifications = notifications
-        self._owned = owned
-        self._max_streams = max_streams
-        self._readers = readers
-        self._in_hand = 0
-        self._waiting: dict[object, None] = {}  # readers, in the order in which they came
-
-    def share(self, reader: object) -> int:
-        """How many this reader may ask for now."""
-        room = self._left()
-        for ahead in self._waiting:
-            if ahead is reader:
-                break
-            room -= 1
-        return room if room <= 1 else max(1, room // self._readers)
-
-    def _left(self) -> int:
-        room = self._notifications.room - self._in_hand
-        if self._max_streams is not None:
-            room = min(room, self._max_streams - self._owned() - self._in_hand)
-        return room
-
-    def all_taken(self) -> bool:
-        """Whether another reader would find none."""
-        return self._readers > 1 and self._left() <= 0
-
-    def await_turn(self, reader: object) -> None:
-        """This reader found none, and waits until `room_made` is set."""
-        self._waiting.setdefault(reader)
-
-    def end_turn(self, reader: object) -> None:
-        """This reader waits no more, or does something else first."""
-        if reader in self._waiting:
-            del self._waiting[reader]
-            self._notifications.room_made.set()
-
-    def set_aside(self, count: int) -> None:
-        """So many are asked for, or taken."""
-        self._in_hand += count
-
-    def give_back(self, count: int) -> None:
-        """So many did not come, or have got to where they count by themselves."""
-        self._in_hand -= count
-        if self._readers > 1:
-            self._notifications.room_made.set()
-
-    def full(self) -> bool:
-        """Whether this consumer owns all that it may."""
-        return self._max_streams is not None and self._owned() >= self._max_streams
 
 
 class Intake:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from relstream.errors import PermissionDenied, RelstreamError, ReplyError
 from relstream.finish import Finisher
-from relstream.intake import Intake, Room
+from relstream.intake import Intake
 from relstream.keeper import Keeper
 from relstream.leases import Leases
 from relstream.locks import Locks
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from relstream.net.topology import KeyLink, Topology
     from relstream.notifications import Notifications
     from relstream.recorder import SafeRecorder
+    from relstream.room import Room
 
 # Seconds between audits shortly after the start, while a former life's locks live.
 SOON = 0.5

@@ -16,9 +16,10 @@ from relstream import intake
 from relstream._core import Batch, Entry
 from relstream.config import RecoveryConfig, RetryConfig
 from relstream.errors import ConnectionLost, DeadlineExceeded, ReplyError
-from relstream.intake import Intake, Room
+from relstream.intake import Intake
 from relstream.lbs import Names
 from relstream.notifications import Notifications
+from relstream.room import Room
 
 HEARTBEAT = 0.3
 Take = Callable[[list[Entry], float], Any]
