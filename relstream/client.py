@@ -43,6 +43,7 @@ from relstream.partition import Partition
 from relstream.recorder import Recorder, SafeRecorder, is_recorder
 from relstream.rights import check_rights
 from relstream.room import Room
+from relstream.tasks import end_all
 
 if TYPE_CHECKING:
     import redis.asyncio
@@ -381,9 +382,7 @@ class StreamClient:
             failure = error
         finally:
             tasks = list(self._tasks)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end_all(tasks)
             await asyncio.gather(*(part.close() for part in self._partitions))
             await self._close_links()
         if failure is not None:

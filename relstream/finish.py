@@ -26,6 +26,7 @@ from relstream.leases import pending_for
 from relstream.net.connection import Backoff, explained_by_failover, observe, raise_first
 from relstream.put_back import PUT, Entries
 from relstream.scripts import FINISH, run
+from relstream.tasks import end_all
 
 if TYPE_CHECKING:
     from relstream.config import RetryConfig
@@ -157,9 +158,7 @@ class Finisher:
                         task.add_done_callback(self._batch_ended)
         finally:
             self._running = False
-            for task in self._under_way:
-                task.cancel()
-            await asyncio.gather(*self._under_way, return_exceptions=True)
+            await end_all(self._under_way)
             for queue in queues:
                 _fail(queue.close(_closed), _closed())
 

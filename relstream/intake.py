@@ -19,6 +19,7 @@ from relstream.lbs import INPUT_FIELD, SEPARATOR, UNPARSEABLE, WRONG_PARTITION, 
 from relstream.net.connection import Backoff, explained_by_failover
 from relstream.notifications import MAX_WAITING_BYTES
 from relstream.put_back import PUT, TOO_LATE, discard
+from relstream.tasks import end_all, within
 
 if TYPE_CHECKING:
     from relstream.config import RecoveryConfig, RetryConfig
@@ -158,9 +159,7 @@ class Intake:
             await self._settle()
         finally:
             self._room.end_turn(self)
-            for task in self._taking:
-                task.cancel()
-            await asyncio.gather(*self._taking, return_exceptions=True)
+            await end_all(self._taking)
 
     async def _repair(self, error: RelstreamError, backoff: Backoff) -> None:
         """Answers a failure: by a pause, or by raising it again when there were too many."""
@@ -237,11 +236,7 @@ class Intake:
             block = min(block, max(self._again_at - loop.time(), 0.001))
         if room <= 0:
             self._room.await_turn(self)
-            made = asyncio.ensure_future(self._notifications.room_made.wait())
-            try:  # not `wait_for`, which may swallow that we are cancelled
-                await asyncio.wait({made}, timeout=block if self._refused else None)
-            finally:
-                made.cancel()
+            await within(block if self._refused else None, self._notifications.room_made.wait())
             return
         count = min(room, wanted)
         asked_at = loop.time()

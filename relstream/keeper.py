@@ -18,6 +18,7 @@ from relstream.locks import Locks, chunks
 from relstream.net.asking import LOOK_EVERY
 from relstream.net.connection import Backoff, raise_first
 from relstream.net.sentinel import NamedMaster
+from relstream.tasks import end_all, until_one_ends, within
 
 new_event_loop: Callable[[], asyncio.AbstractEventLoop]
 try:
@@ -144,22 +145,17 @@ class Keeper:
         guide = self._deployment.guide(self._guide)
         topology = self._deployment.open(f"{self._consumer}:renew", guide)
         replaced = guide.replaced if guide is not None else asyncio.Event()
-        tasks = [
-            asyncio.ensure_future(self._stopping.wait()),
-            asyncio.ensure_future(self._renew_for_ever(topology, replaced)),
+        parts: list[Coroutine[Any, Any, object]] = [
+            self._stopping.wait(),
+            self._renew_for_ever(topology, replaced),
         ]
         if isinstance(guide, NamedMaster):  # a master that was replaced may go on for long
-            tasks.append(asyncio.ensure_future(guide.run()))
+            parts.append(guide.run())
         elif guide is not None:
-            tasks.append(asyncio.ensure_future(guide.run(max(self._ttl / 8, LOOK_EVERY))))
+            parts.append(guide.run(max(self._ttl / 8, LOOK_EVERY)))
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
+            await until_one_ends(*parts)
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
             await self._end_rounds()
             await topology.close()
 
@@ -178,7 +174,7 @@ class Keeper:
                 if not connected:
                     connected = True  # or tried, once
                     # Leases can't be told apart by servers that are not known yet.
-                    await _within(period / 2, topology.link(self._partitions[0].lbs).get())
+                    await within(period / 2, topology.link(self._partitions[0].lbs).get())
                 await self._renew_all(topology, locks, period * SPREAD)
             except RelstreamError as error:
                 if not backoff.failures:
@@ -196,7 +192,7 @@ class Keeper:
                 )  # fmt: skip
             due = max(due + period, loop.time())
             # What a former master has renewed since it was replaced was renewed in vain.
-            await _within(due - loop.time(), replaced.wait())
+            await within(due - loop.time(), replaced.wait())
             if replaced.is_set():
                 due = loop.time()
 
@@ -233,10 +229,8 @@ class Keeper:
                 raise error
 
     async def _end_rounds(self) -> None:
-        rounds, self._rounds = list(self._rounds), {}
-        for task in rounds:
-            task.cancel()
-        await asyncio.gather(*rounds, return_exceptions=True)
+        rounds, self._rounds = self._rounds, {}
+        await end_all(rounds)
 
     async def _renew_some(
         self, topology: Topology, locks: Locks, held: list[Entry], spread: float
@@ -261,9 +255,7 @@ class Keeper:
             if under_way:
                 ended |= (await asyncio.wait(under_way))[0]
         except asyncio.CancelledError:
-            for task in under_way:
-                task.cancel()
-            await asyncio.gather(*under_way, return_exceptions=True)
+            await end_all(under_way)
             raise
         failures = [error for error in [task.exception() for task in ended] if error is not None]
         if failures:  # all others are renewed all the same
@@ -348,18 +340,3 @@ def _apart(topology: Topology, entries: list[Entry]) -> list[tuple[Endpoint | No
     by_key = dict(zip(lock_keys(entries), entries, strict=True))
     parts = topology.apart(list(by_key)).items()
     return [(server, [by_key[key] for key in keys]) for server, keys in parts]
-
-
-async def _within(seconds: float, work: Coroutine[Any, Any, object]) -> None:
-    """Waits so long for it, and cancels it then.
-
-    Not `asyncio.wait_for`, which may swallow that we are cancelled ourselves.
-    """
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.wait({task}, timeout=seconds)
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-    if not task.cancelled():
-        task.result()

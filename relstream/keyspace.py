@@ -23,6 +23,7 @@ from relstream.errors import (
 from relstream.lbs import SEPARATOR, split_lock_key
 from relstream.net.connection import Backoff
 from relstream.notifications import LBSInfo
+from relstream.tasks import end_all
 
 if TYPE_CHECKING:
     from relstream.net.connection import Endpoint, Link
@@ -286,9 +287,7 @@ class ClusterEvents:
                 if noticing in done:
                     await asyncio.sleep(PAUSE)
         finally:
-            for task in self._tasks.values():
-                task.cancel()
-            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+            await end_all(self._tasks.values())
 
     async def _follow(self) -> None:
         """Leaves servers that are no masters any more, and turns to new ones."""
@@ -337,7 +336,5 @@ class ClusterEvents:
     async def close(self) -> None:
         """Ends all subscriptions and their connections."""
         resets = [task for task in (self._resetting, self._next) if task is not None]
-        for task in resets:
-            task.cancel()
-        await asyncio.gather(*resets, return_exceptions=True)
+        await end_all(resets)
         await asyncio.gather(*(events.close() for events in self._events.values()))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from relstream._core import pack
 from relstream.errors import RelstreamError, ReplyError
 from relstream.lbs import SEPARATOR
+from relstream.tasks import end_all
 
 if TYPE_CHECKING:
     from relstream.net.connection import Endpoint
@@ -72,9 +73,7 @@ class Outages:
                     self._asked_at[master] += late
                 self._woke_at = now()
         finally:
-            for task in asking.values():
-                task.cancel()
-            await asyncio.gather(*asking.values(), return_exceptions=True)
+            await end_all(asking.values())
             self._forget()
 
     def _forget(self) -> None:

@@ -34,6 +34,7 @@ from relstream.lbs import (
 )
 from relstream.net.connection import Backoff, explained_by_failover, raise_first
 from relstream.scripts import PUT_BACK, SCRIPT_KEYS, run_packed
+from relstream.tasks import end_all
 
 if TYPE_CHECKING:
     from relstream.net.topology import KeyLink, Topology
@@ -463,9 +464,7 @@ class PutBack:
 
     async def close(self) -> None:
         """Gives up what is between its two steps still, and logs what is lost by that."""
-        for moving in self._moving:
-            moving.cancel()
-        await asyncio.gather(*self._moving, return_exceptions=True)
+        await end_all(self._moving)
 
 
 def _shown(pairs: list[bytes]) -> str:

@@ -36,6 +36,7 @@ from relstream.put_back import (
     raise_if_all,
 )
 from relstream.scripts import REMOVE_CONSUMER, run
+from relstream.tasks import end_all, until_one_ends
 
 if TYPE_CHECKING:
     from relstream.config import RecoveryConfig
@@ -294,15 +295,7 @@ class Recoverer:
         parts = [self._keep_leading(), self._recover_for_ever(), self._tidy_for_ever()]
         if self._outages is not None:
             parts.append(self._outages.watch(succeeding=self._succeeding))
-        tasks = [asyncio.ensure_future(part) for part in parts]
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        await until_one_ends(*parts)
 
     async def _keep_leading(self) -> None:
         loop = asyncio.get_running_loop()
@@ -321,13 +314,7 @@ class Recoverer:
         parts = [self._scan_for_ever()]
         if self._auto_claim:
             parts += [self._heed_events_for_ever(), self._look_for_ever()]
-        tasks = [asyncio.ensure_future(part) for part in parts]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        await until_one_ends(*parts)
 
     async def _heed_events_for_ever(self) -> None:
         size = self._recovery.batch_size
@@ -353,10 +340,8 @@ class Recoverer:
                     self._walks.pop(name).result()
                 await asyncio.sleep(LOOK_EVERY)
         finally:
-            walks, self._walks = list(self._walks.values()), {}
-            for walk in walks:
-                walk.cancel()
-            await asyncio.gather(*walks, return_exceptions=True)
+            walks, self._walks = self._walks, {}
+            await end_all(walks.values())
 
     async def _tidy_for_ever(self) -> None:
         while True:
@@ -424,9 +409,7 @@ class Recoverer:
                         refusal = error
                     pages.popleft()
         finally:
-            for task in pages:
-                task.cancel()
-            await asyncio.gather(*pages, return_exceptions=True)
+            await end_all(pages)
         if refusal is not None:
             raise refusal
 

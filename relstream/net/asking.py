@@ -15,6 +15,7 @@ from relstream.errors import (
     RelstreamError,
 )
 from relstream.net.connection import Endpoint, connect, raise_first
+from relstream.tasks import end_all
 
 _T = TypeVar("_T")
 
@@ -62,9 +63,7 @@ async def first_answer(
                     raise error
                 problems.append(error)
     finally:
-        for asked in asking:
-            asked.cancel()
-        await asyncio.gather(*asking, return_exceptions=True)
+        await end_all(asking)
     raise in_vain(vain, problems)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from relstream._core import jittered
 from relstream.errors import ConnectionFailed, RelstreamError, ReplyError
 from relstream.net.asking import ASK_NEXT, LOOK_EVERY, ask, in_vain
+from relstream.tasks import end_all
 
 if TYPE_CHECKING:
     from relstream.net.connection import Endpoint, Link
@@ -66,9 +67,7 @@ class NamedMaster:
                     else:
                         raise error
         finally:
-            for asked in asking:
-                asked.cancel()
-            await asyncio.gather(*asking, return_exceptions=True)
+            await end_all(asking)
         if votes:
             return votes.most_common(1)[0][0]
         if self._address is not None:

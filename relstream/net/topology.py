@@ -32,6 +32,7 @@ from relstream.errors import (
 from relstream.net.asking import ASK_NEXT, ask, first_answer
 from relstream.net.connection import Endpoint, Link, raise_first
 from relstream.net.sentinel import NamedMaster
+from relstream.tasks import end_all
 
 if TYPE_CHECKING:
     from relstream.net.deployment import Deployment
@@ -233,8 +234,7 @@ class SlotTable:
         """Ends what is under way; whoever waits for it gets `ConnectionLost`."""
         self._closed = True
         if self._refreshing is not None:
-            self._refreshing.cancel()
-            await asyncio.gather(self._refreshing, return_exceptions=True)
+            await end_all([self._refreshing])
 
     async def _refresh(self, first: Endpoint | None) -> None:
         self._see(

@@ -1,0 +1,40 @@
+"""Tasks that belong to whoever starts them: they are ended, and their end is waited for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterable
+from typing import Any
+
+
+async def end_all(tasks: Iterable[asyncio.Future[Any]]) -> None:
+    """Cancels these, and waits until they have ended; what they end with is not raised."""
+    tasks = list(tasks)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def until_one_ends(*parts: Coroutine[Any, Any, object]) -> None:
+    """Runs these until one of them ends, and ends the others; raises what that one raised."""
+    tasks = [asyncio.ensure_future(part) for part in parts]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        await end_all(tasks)
+
+
+async def within(seconds: float | None, work: Coroutine[Any, Any, object]) -> None:
+    """Waits so long for it, or until it ends if None, and cancels it then.
+
+    Not `asyncio.wait_for`, which may swallow that we are cancelled ourselves.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+    finally:
+        await end_all([task])
+    if not task.cancelled():
+        task.result()
