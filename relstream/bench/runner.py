@@ -17,7 +17,7 @@ import uvloop
 from relstream.bench.measure import PEER, RELSTREAM, Figures, Job, Scenario, topology
 
 PATIENCE = 60.0
-"""Seconds that a measurement may take, and one more for each 1000 items."""
+"""Seconds that a measurement may take, and ten more for each 1000 items, which `latency` needs."""
 
 
 class MeasurementFailed(Exception):
@@ -125,7 +125,7 @@ def work(job: Job) -> Figures:
         try:
             with contextlib.suppress(BrokenPipeError):  # why it has ended is said below
                 print(json.dumps(asdict(job)), file=lifeline, flush=True)
-            out, log = process.communicate(timeout=PATIENCE + job.n / 1000)
+            out, log = process.communicate(timeout=PATIENCE + job.n / 100)
         except subprocess.TimeoutExpired as error:
             raise MeasurementFailed(f"{who}: not done within {error.timeout:.0f} s", "") from None
         finally:
