@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import random
 import time
 from collections import deque
@@ -20,6 +19,7 @@ from relstream._core import PENDING, Batch, Ids, PendingPage, jittered, pack, pa
 from relstream.config import check_name
 from relstream.errors import AlreadyClaimed, RelstreamError, ReplyError
 from relstream.lbs import MAX_RETRIES, SEPARATOR, UNPARSEABLE, Names, entry_id_of
+from relstream.leader import Leadership
 from relstream.net.connection import Backoff, explained_by_failover, raise_first
 from relstream.net.topology import ClusterTopology
 from relstream.notifications import LBSInfo
@@ -51,9 +51,7 @@ if TYPE_CHECKING:
 PAGES_AHEAD = 4
 # Pages of all walks together that are recovered at the same time.
 PAGES = 2 * PAGES_AHEAD
-# Seconds for which leadership lasts at most when it is not renewed; where locks expire sooner half
-# as long at least. And between two looks of the leader.
-LEADERSHIP = 1.0
+# Seconds between two looks of the leader.
 LOOK_EVERY = 0.2
 # Seconds before a consumer is looked at again whose entries could not be recovered, and before a
 # scan that broke off is repeated; longer each time.
@@ -63,13 +61,9 @@ SCAN_AGAIN = 1.0
 SAMPLE = 3
 # Expired locks that may wait to be looked at; what comes beyond is found by looking anyway.
 MAX_EXPIRED = 100_000
-# In front of the name of a leader that leaves looking for deaths to others.
-SCANS_ONLY = b"scans only: "
 # Seconds for which a consumer that owns nothing must not have been seen before it is removed.
 REMOVE_AFTER = 3600.0
 REMOVE_EVERY = 60.0
-# Seconds between two looks, while another leads, whether that is so.
-CHECK_LEADER_KEY_EVERY = 10.0
 
 
 class Tally:
@@ -106,14 +100,18 @@ class Recoverer:
     ) -> None:
         self._topology = topology
         self._link = topology.link(names.lbs)
-        self._leader = leading.link(names.leader)  # not kept waiting by what is being recovered
+        # It is not kept waiting by what is being recovered.
+        self._leadership = Leadership(
+            leading,
+            names,
+            consumer.encode(),
+            heartbeat,
+            scans_only=not auto_claim,
+            logger=logger,
+        )
+        self.resign = self._leadership.resign
         self._names = names
-        self._consumer = consumer.encode()
-        # The value of the leader key.
-        self._mark = self._consumer if auto_claim else SCANS_ONLY + self._consumer
         self._ttl_ms = round(heartbeat * 1000)
-        self._leadership = max(min(heartbeat, LEADERSHIP), LEADERSHIP / 2)
-        self._leadership_ms = round(self._leadership * 1000)
         self._recovery = recovery
         self._auto_claim = auto_claim
         self._recorder = recorder
@@ -141,7 +139,6 @@ class Recoverer:
         self._patient_until = 0.0
         self._next_scan = 0.0
         self._scanned = False
-        self._leader_key_checked = -math.inf
         self._scans_failed = Backoff(SCAN_AGAIN, recovery.reconciliation_interval)
         self._complained: set[str] = set()
         self._burying: set[bytes] = set()  # entries on their way to the dead-letter stream
@@ -202,11 +199,12 @@ class Recoverer:
 
     async def run(self) -> None:
         """Tries to lead, and recovers while it does, until cancelled."""
-        backoff = Backoff(self._leadership / 4, self._leadership)
+        lasts = self._leadership.lasts
+        backoff = Backoff(lasts / 4, lasts)
         outage = False
         while True:
             try:
-                leads = await self._try_to_lead()
+                leads = await self._leadership.take()
                 if outage:
                     await self._look_whether_it_is_back()
                     self._be_patient()
@@ -216,9 +214,9 @@ class Recoverer:
                     self._succeeding = False
                 else:
                     self._succeeding = True
-                    await self._check_leader_key()
+                    await self._leadership.check()
                 backoff.reset()
-                await asyncio.sleep(jittered(self._leadership / 4, 0.5, random.random()))
+                await asyncio.sleep(jittered(lasts / 4, 0.5, random.random()))
             except RelstreamError as error:
                 # Out of memory locks are renewed all the same.
                 out_of_memory = isinstance(error, ReplyError) and error.code == "OOM"
@@ -229,56 +227,6 @@ class Recoverer:
             finally:
                 self._leading = False
                 self._expired.clear()
-
-    async def _check_leader_key(self) -> None:
-        """Says so, once, when something else is where leadership is kept: then nobody recovers."""
-        now = asyncio.get_running_loop().time()
-        if now < self._leader_key_checked + CHECK_LEADER_KEY_EVERY:
-            return
-        self._leader_key_checked = now
-        (ttl,) = await self._leader.pipeline(pack(b"PTTL", self._names.leader), 1)
-        if ttl == -1:
-            self._leader_key_checked = math.inf
-            self._logger.error(
-                "nobody recovers for this service: the key %r is in use for something else, or was "
-                "left without a time to live; delete it",
-                self._names.leader.decode(),
-            )
-
-    async def resign(self) -> None:
-        """Lets another lead at once, if the server can be told; else leadership just expires."""
-        try:
-            if await self._leader.execute(b"GET", self._names.leader) == self._mark:
-                await self._leader.execute(b"DEL", self._names.leader)
-                self._logger.info("this consumer recovers for the service no more")
-        except RelstreamError as error:
-            self._logger.debug("leadership could not be given up, and expires: %s", error)
-
-    async def _try_to_lead(self) -> bool:
-        take = (b"SET", self._names.leader, self._mark, b"PX", self._leadership_ms)
-        packed = pack(*take, b"NX") + pack(b"GET", self._names.leader)
-        taken, leader = await self._leader.pipeline(packed, 2)
-        if isinstance(leader, ReplyError):
-            if leader.code == "WRONGTYPE":  # something else is there
-                return False
-            raise leader
-        if isinstance(taken, ReplyError):
-            if taken.code != "OOM":
-                raise taken
-            # Out of memory nobody can be chosen. Several that recover do no harm, none would.
-            return leader is None
-        if taken is None and self._auto_claim and (leader or b"").startswith(SCANS_ONLY):
-            # Who only scans leads until somebody comes who looks for deaths, too.
-            taken = await self._leader.execute(*take)
-        return taken is not None
-
-    async def _still_leads(self) -> bool:
-        leader = await self._leader.execute(b"GET", self._names.leader)
-        if leader is None:
-            return await self._try_to_lead()
-        if leader != self._mark:
-            return False
-        return bool(await self._leader.execute(b"PEXPIRE", self._names.leader, self._leadership_ms))
 
     async def _look_whether_it_is_back(self) -> None:
         """Raises unless the load balancer stream can be read; the leader key may be elsewhere."""
@@ -301,13 +249,13 @@ class Recoverer:
         loop = asyncio.get_running_loop()
         while True:
             asked_at = loop.time()
-            if not await self._still_leads():
+            if not await self._leadership.keep():
                 return
             # The server, or this process, stood still.
-            if loop.time() - asked_at > self._leadership:
+            if loop.time() - asked_at > self._leadership.lasts:
                 self._be_patient()
                 return
-            await asyncio.sleep(self._leadership / 4)
+            await asyncio.sleep(self._leadership.lasts / 4)
 
     async def _recover_for_ever(self) -> None:
         await asyncio.sleep(self._patient_until - asyncio.get_running_loop().time())

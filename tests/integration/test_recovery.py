@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from helpers import ADDED, SEPARATOR, Heard, Renewals, eventually, names, nothing_comes, take
 
-from relstream import AlreadyClaimed, InvalidOption, LBSInfo, RecoveryConfig, recovery
+from relstream import AlreadyClaimed, InvalidOption, LBSInfo, RecoveryConfig, leader, recovery
 
 SCAN_ONLY = RecoveryConfig(reconciliation_interval=0.3, min_idle_time=0.5, batch_size=50)
 
@@ -248,7 +248,7 @@ async def test_several_claims_at_once_put_back_once(consumer, service):
 
 
 async def test_one_leads_and_another_follows(consumer, service, monkeypatch):
-    monkeypatch.setattr(recovery, "LEADERSHIP", 4.0)
+    monkeypatch.setattr("relstream.leader.LEADERSHIP", 4.0)
     clients = [consumer(f"c{i}") for i in range(3)]
     for client in clients:
         await client.init()
@@ -285,7 +285,7 @@ async def test_only_who_leads_looks_for_deaths(consumer, service):
     assert 5 < await looks_in(3) < 1.5 * alone
     # Who was away for long enough finds another in its place, and is silent from then on.
     service.redis.set(key, "another", px=60_000)
-    await asyncio.sleep(recovery.LEADERSHIP / 2)
+    await asyncio.sleep(leader.LEADERSHIP / 2)
     assert await looks_in(2) == 0
     service.redis.delete(key)
     await eventually(lambda: service.redis.get(key) in {b"c%d" % i for i in range(5)})
