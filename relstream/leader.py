@@ -37,6 +37,8 @@ class Leadership:
         logger: logging.Logger,
     ) -> None:
         self._link = topology.link(names.leader)
+        self._server = topology.to(self._link.endpoint) if topology.single else None
+        self._openings = 0
         self._key = names.leader
         self._scans_only = scans_only
         self._value = SCANS_ONLY + consumer if scans_only else consumer
@@ -72,6 +74,18 @@ class Leadership:
         if leader != self._value:
             return False
         return bool(await self._link.execute(b"PEXPIRE", self._key, self._lasts_ms))
+
+    def interrupted(self) -> bool:
+        """Whether the connection was opened anew since this was asked last.
+
+        The server may be another one since, which heard of no renewal for a while: one that is
+        replaced by hand goes on serving until it is told. A cluster's masters are looked after by
+        `Outages`.
+        """
+        if self._server is None:
+            return False
+        before, self._openings = self._openings, self._server.openings
+        return bool(before) and before != self._openings
 
     async def resign(self) -> None:
         """Lets another lead at once, if the server can be told; else leadership just expires."""

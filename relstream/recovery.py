@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from relstream._core import PENDING, Batch, Ids, PendingPage, jittered, pack, parse_id
 from relstream.config import check_name
-from relstream.errors import AlreadyClaimed, RelstreamError, ReplyError
+from relstream.errors import AlreadyClaimed, ConnectionLost, RelstreamError, ReplyError
 from relstream.lbs import MAX_RETRIES, SEPARATOR, UNPARSEABLE, Names, entry_id_of
 from relstream.leader import Leadership
 from relstream.net.connection import Backoff, explained_by_failover, raise_first
@@ -100,6 +100,8 @@ class Recoverer:
     ) -> None:
         self._topology = topology
         self._link = topology.link(names.lbs)
+        self._server = topology.to(self._link.endpoint) if topology.single else None
+        self._openings = 0  # how often its connection was opened when we began to lead
         # It is not kept waiting by what is being recovered.
         self._leadership = Leadership(
             leading,
@@ -205,11 +207,15 @@ class Recoverer:
         while True:
             try:
                 leads = await self._leadership.take()
-                if outage:
+                if self._leadership.interrupted() or outage:
+                    outage = True
                     await self._look_whether_it_is_back()
                     self._be_patient()
                     outage = False
                 if leads:
+                    if self._server is not None:
+                        await self._server.get()
+                        self._openings = self._server.openings
                     await self._lead()
                     self._succeeding = False
                 else:
@@ -251,8 +257,9 @@ class Recoverer:
             asked_at = loop.time()
             if not await self._leadership.keep():
                 return
-            # The server, or this process, stood still.
-            if loop.time() - asked_at > self._leadership.lasts:
+            # The server, or this process, stood still, or it may be another server.
+            stood_still = loop.time() - asked_at > self._leadership.lasts
+            if self._leadership.interrupted() or stood_still:
                 self._be_patient()
                 return
             await asyncio.sleep(self._leadership.lasts / 4)
@@ -496,6 +503,7 @@ class Recoverer:
         """Who holds these locks: asked by one MGET, packed, or by one GET for each key."""
         if self._topology.single and not self._mget_forbidden:
             (values,) = await self._link.pipeline(mget, 1)
+            self._check_connection()
             if not isinstance(values, ReplyError):
                 return cast("list[bytes | None]", values)
             if values.code != "NOPERM":
@@ -504,6 +512,7 @@ class Recoverer:
         locks = keys()
         replies = await holders(self._topology, locks)
         if self._outages is None:
+            self._check_connection()
             raise_if_all(replies)
         # Something that can't be read holds the lock: leave it alone, and go on with the others.
         values = [str(r).encode() if isinstance(r, ReplyError) else r for r in replies]
@@ -516,6 +525,14 @@ class Recoverer:
             for place in (i for i, key in enumerate(locks) if key in shadowed):
                 values[place] = values[place] or b"its master was silent"
         return values
+
+    def _check_connection(self) -> None:
+        """Raises if what leads has another connection than when it began, to another server maybe.
+
+        Locks there are not those that were renewed, until their owners have noticed, too.
+        """
+        if self._leading and self._server is not None and self._server.openings != self._openings:
+            raise ConnectionLost(f"the connection to {self._server.endpoint} was opened anew")
 
     async def _recover(
         self, ids: Ids, batches: list[Batch], locks: Container[bytes] | None

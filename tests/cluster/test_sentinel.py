@@ -38,6 +38,7 @@ from relstream import (
     RelstreamError,
     StreamClient,
 )
+from relstream.keeper import Keeper
 from relstream.server import Server, TLSFiles
 from relstream.servers import Node, Sentinels
 
@@ -378,6 +379,46 @@ async def test_a_graceful_failover_costs_nobody_a_stream(service, consumer, sent
     assert [e for _, e in service.redis.xrange(service.lbs) if b"_retry_count" in e] == []
     await asyncio.gather(*(client.done_stream(name) for name in wanted))
     assert (service.locks(), service.entries()) == ({}, [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("leads", ["as before", "anew"])
+async def test_who_follows_to_another_master_gives_owners_the_time_to(
+    service, consumer, sentinels, monkeypatch, leads
+):
+    """Owners may be behind, and go on renewing on the former one, which serves them still."""
+    key = "svc-input-reconciler"
+    first = consumer(consumer_id="c0", heartbeat_interval=6.0, max_streams=1)
+    announce(service, 1, "first")
+    await take(await first.init(), 1)
+    await eventually(lambda: service.redis.get(key) == b"c0")
+    owner = consumer(consumer_id="c1", heartbeat_interval=6.0)
+    notes = await owner.init()
+    announce(service, 5)
+    await take(notes, 5)
+    await asyncio.sleep(6.1)  # entries younger than a lease are not looked at
+    entries = service.entries()
+    locks = [lock for lock in service.locks() if not lock.startswith("first")]
+    assert service.redis.wait(2, 4000) == 2
+    renew_all = Keeper._renew_all
+    late = True
+
+    async def renew_late(keeper: Keeper, *args: Any) -> None:
+        if not late:
+            await renew_all(keeper, *args)
+
+    monkeypatch.setattr(Keeper, "_renew_all", renew_late)
+    promoted = await asyncio.to_thread(sentinels.failover)
+    if leads == "anew":
+        promoted.client.delete(key)
+    promoted.client.delete(*locks)
+    await eventually(lambda: {"recover", "lead"} <= connections_by_role(promoted).keys(), 5)
+    await asyncio.sleep(1.0)
+    late = False
+    service.follow()
+    await eventually(lambda: set(locks) <= set(service.locks()), 10)
+    await nothing_comes(notes, 0.5)
+    assert service.entries() == entries
 
 
 @pytest.mark.slow
