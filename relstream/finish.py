@@ -97,6 +97,7 @@ class Finisher:
         self._stored = Entries(self._link, names)
         self._recorder = recorder
         self._logger = logger
+        self._failing = False
         self._ack = Template(b"XACK", names.lbs, names.group, ITEM)
         self._delete = Template(b"XDEL", names.lbs, ITEM)
         self._asked = asyncio.Event()
@@ -188,6 +189,7 @@ class Finisher:
                         entries = endings.entries()
                     if entries:
                         await end(endings, entries, call)
+                    self._failing = False
                     return
                 except RelstreamError as error:
                     if owned:
@@ -198,7 +200,9 @@ class Finisher:
                     if hopeless or backoff.exhausted(self._retry.max_retries, patience):
                         self._give_up(endings, error, owned)
                         return
-                    self._logger.warning("ending ownership failed, trying again: %s", error)
+                    if not self._failing:  # once for all calls, until one works
+                        self._failing = True
+                        self._logger.warning("ending ownership failed, trying again: %s", error)
                     call.again = True
                 await asyncio.sleep(backoff.failed())
         except asyncio.CancelledError:

@@ -188,7 +188,7 @@ async def test_a_new_master_is_followed(service, consumer, sentinels, how):
 
 
 @pytest.mark.slow
-async def test_finishing_waits_for_a_new_master(service, consumer, sentinels):
+async def test_finishing_waits_for_a_new_master(service, consumer, sentinels, caplog):
     client = consumer()
     notes = await client.init()
     wanted = announce(service, 20)
@@ -201,6 +201,7 @@ async def test_finishing_waits_for_a_new_master(service, consumer, sentinels):
     await finishing
     service.follow()
     assert (service.entries(), service.locks()) == ([], {})
+    assert caplog.text.count("ending ownership failed") == 1
 
 
 @pytest.mark.slow
