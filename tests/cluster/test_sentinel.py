@@ -363,9 +363,10 @@ def connections_by_role(node: Server) -> dict[str, str]:
 async def test_a_graceful_failover_costs_nobody_a_stream(service, consumer, sentinels):
     """The former master is told seconds later, and serves whoever stays with it until then.
 
-    One period renewed in vain, a second until Sentinels say so, and one until they are asked.
+    One period renewed in vain, a second until Sentinels say so, and one until they are asked: locks
+    may lapse, and are taken again.
     """
-    client = consumer(heartbeat_interval=6.0)
+    client = consumer(heartbeat_interval=2.0)
     notes = await client.init()
     wanted = announce(service, 30)
     await take(notes, 30)
