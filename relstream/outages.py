@@ -118,9 +118,12 @@ class Outages:
             link = self._topology.to(master)
             (reply,) = await link.pipeline(self._question(master), 1)
         except RelstreamError:
-            self._asked_at[master] = -math.inf  # it may come back without any locks
+            if master in self._until:
+                self._asked_at[master] = -math.inf  # it may come back without any locks
             return
         if isinstance(reply, ReplyError) and reply.transient:
+            return
+        if master not in self._until:  # it was replaced meanwhile
             return
         if self._silent(master):
             self._until[master] = self._grace()
@@ -132,7 +135,7 @@ class Outages:
         key = self._keys.get(master, b"")
         if key is not None and master not in self._topology.apart([key]):
             self._find_keys()
-            key = self._keys[master]
+            key = self._keys.get(master)
         return pack(b"PING") if key is None else pack(b"PEXPIRE", key, 1)
 
     def _find_keys(self) -> None:
