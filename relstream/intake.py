@@ -19,7 +19,7 @@ from relstream.lbs import INPUT_FIELD, SEPARATOR, UNPARSEABLE, WRONG_PARTITION, 
 from relstream.net.connection import Backoff, explained_by_failover
 from relstream.notifications import MAX_WAITING_BYTES
 from relstream.put_back import PUT, TOO_LATE, discard
-from relstream.tasks import end_all, within
+from relstream.tasks import end_all
 
 if TYPE_CHECKING:
     from relstream.config import RecoveryConfig, RetryConfig
@@ -221,8 +221,7 @@ class Intake:
             await self._take_refused()
         if self._probing and self._refused:
             return
-        self._notifications.room_made.clear()
-        if self._stopping:  # it was set by this, perhaps, before it was cleared
+        if self._stopping:
             return
         room = self._room.share(self)
         wanted = 1 if self._probing else self._count
@@ -236,7 +235,11 @@ class Intake:
             block = min(block, max(self._again_at - loop.time(), 0.001))
         if room <= 0:
             self._room.await_turn(self)
-            await within(block if self._refused else None, self._notifications.room_made.wait())
+            made = self._notifications.room_made.wait()
+            try:
+                await asyncio.wait({made}, timeout=block if self._refused else None)
+            finally:
+                made.cancel()
             return
         count = min(room, wanted)
         asked_at = loop.time()

@@ -50,6 +50,30 @@ class Notification(NamedTuple):
     """The `Info` object of a stream that was added; the reason of a termination."""
 
 
+class Signal:
+    """Wakes all who wait for something to change, and no later one.
+
+    Unlike an `asyncio.Event` it need not be cleared, which one of several would do while another
+    has looked, and is about to wait.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: set[asyncio.Future[None]] = set()
+
+    def wait(self) -> asyncio.Future[None]:
+        """Is done at the next `set`, also at one that comes before it is awaited."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.add(waiter)
+        waiter.add_done_callback(self._waiting.discard)
+        return waiter
+
+    def set(self) -> None:
+        """Something has changed."""
+        for waiter in self._waiting:
+            if not waiter.done():
+                waiter.set_result(None)
+
+
 class Notifications(Deliveries, AsyncIterator[Notification]):
     """The notifications of one client; ends after `STREAM_TERMINATED`.
 
@@ -63,8 +87,8 @@ class Notifications(Deliveries, AsyncIterator[Notification]):
         self._last: Notification | None = None
         self._ended = False
         self._arrived = asyncio.Event()
-        self.room_made = asyncio.Event()
-        """Set when there may be room again; whoever waits for room clears it."""
+        self.room_made = Signal()
+        """Set when there may be room again."""
 
     def __aiter__(self) -> Notifications:
         return self

@@ -152,6 +152,16 @@ async def test_what_is_lost_in_one_is_told(url, partitions, consumer):
     assert told == {lost.payload.data_stream_name for lost in added[:6]}
 
 
+@pytest.mark.parametrize("size", [1, 2])
+async def test_little_room_is_never_forgotten(url, consumer, size):
+    """However readers and the application take turns while nothing is given back."""
+    count = 1500
+    await announce(url, count)
+    client = consumer(queue_size=size)
+    notes = await client.init()
+    assert len(set(names(await take(notes, count, timeout=60)))) == count
+
+
 async def test_what_is_announced_in_another_partition_is_a_dead_letter(
     url, partitions, consumer, caplog
 ):

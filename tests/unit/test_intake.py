@@ -304,7 +304,7 @@ async def test_batches_that_are_taken_do_not_pile_up() -> None:
     await setting.end()
 
 
-def test_room_is_kept_for_who_waits_for_it_until_that_one_does_something_else() -> None:
+async def test_room_is_kept_for_who_waits_for_it_until_that_one_does_something_else() -> None:
     notes = Notifications(1)
     room = Room(notes, lambda: 0, None, 2)
     assert room.share("a") == 1
@@ -314,9 +314,9 @@ def test_room_is_kept_for_who_waits_for_it_until_that_one_does_something_else() 
     room.await_turn("b")
     room.give_back(1)
     assert (room.share("a"), room.share("b")) == (0, 1)
-    notes.room_made.clear()
+    room_made = notes.room_made.wait()
     room.end_turn("b")
-    assert notes.room_made.is_set()  # so the next one looks again
+    assert room_made.done()  # so the next one looks again
     assert room.share("a") == 1
 
 

@@ -120,13 +120,14 @@ async def test_room_opens_when_a_quarter_is_free(size, opens_at):
     queue = Notifications(size)
     assert queue.room == size
     queue.added(entries(*map(str, range(size))))
+    room_made = queue.room_made.wait()
     for waiting in range(size - 1, -1, -1):
         assert queue.room == 0
-        assert not queue.room_made.is_set()
+        assert not room_made.done()
         await said(queue, 1)
         if waiting == opens_at:
             break
-    assert queue.room_made.is_set()
+    assert room_made.done()
     assert queue.room == size - opens_at
 
 
@@ -135,9 +136,9 @@ async def test_large_infos_fill_the_queue_and_one_always_fits():
     half = entries("a", "b", info={"k": "x" * (MAX_WAITING_BYTES // 2)})
     queue.added(half)
     assert queue.room == 0
-    queue.room_made.clear()
+    room_made = queue.room_made.wait()
     await said(queue, 1)
-    assert queue.room_made.is_set()
+    assert room_made.done()
     assert queue.room == 99
 
 
@@ -158,13 +159,13 @@ async def test_the_end():
     queue.added(entries("waiting"))
     queue.expired(LBSInfo("x", "1-0"))
     queue.disowned(old)
-    queue.room_made.clear()
+    room_made = queue.room_made.wait()
     queue.end("because")
     queue.end("of something else")
     queue.added(entries("late"))
     queue.disowned(another)
     assert not queue.expired(LBSInfo("late", "1-0"))
-    assert queue.room_made.is_set()  # so that whoever waits for room sees the end
+    assert room_made.done()  # so that whoever waits for room sees the end
     got = [notification async for notification in queue]
     assert got == [
         (DISOWNED, ("old", "1-0"), None),
