@@ -53,7 +53,9 @@ class Outages:
         self._forget()
         self._compare()
         if succeeding:
-            self._until = dict.fromkeys(self._until, self._grace())
+            # Not a whole lease, or the dead leader's own streams would be late: its key had to
+            # expire first. What was missed is renewed within half a lease by all who live.
+            self._until = dict.fromkeys(self._until, now() + self._lease / 2)
         self._woke_at = now()
         # One that answers late now may have been silent for long.
         known = [master for master in self._until if self._topology.to(master).alive]
