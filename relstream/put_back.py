@@ -205,8 +205,7 @@ class PutBack:
             )
             for entry_id, pairs, _ in letters
         ]  # fmt: skip
-        dlq = self._topology.link(self._names.dlq)
-        copies = await dlq.pipeline(b"".join(adding), len(adding))
+        copies = await self._at_dlq(b"".join(adding), len(adding))
         ours: list[tuple[Returning, bytes]] = [
             ((entry_id, [], lock), copy)
             for (entry_id, _, lock), copy in zip(letters, copies, strict=True)
@@ -218,9 +217,21 @@ class PutBack:
             outcomes += await self.put([entry for entry, _ in ours[start : start + SCRIPT_KEYS]])
         surplus = [c for (_, c), outcome in zip(ours, outcomes, strict=True) if outcome != PUT]
         if surplus:
-            await dlq.execute(b"XDEL", self._names.dlq, *surplus)
+            raise_first(await self._at_dlq(pack(b"XDEL", self._names.dlq, *surplus), 1))
         raise_first(copies)
         return outcomes
+
+    async def _at_dlq(self, packed: bytes, replies: int) -> list[Any]:
+        """Commands on the dead-letter stream; that it can't be reached is but a refusal.
+
+        Where it is on a master of its own, that may be gone while all else goes on.
+        """
+        try:
+            return await self._topology.link(self._names.dlq).pipeline(packed, replies)
+        except ConnectionFailed as error:
+            if self._topology.single:
+                raise
+            raise ReplyError(f"MASTERDOWN {error}") from None
 
     async def put_planned(
         self, plan: Plan, *, counting: bool, looked: bool, locked: bool = True

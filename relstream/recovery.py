@@ -158,7 +158,7 @@ class Recoverer:
         check_name("lbs_info.data_stream_name", lbs_info.data_stream_name)
         entry_id = entry_id_of("lbs_info.id_in_lbs", lbs_info.id_in_lbs)
         lock = _lock_of(lbs_info._replace(id_in_lbs=entry_id.decode()))
-        tally = await self._recover_ids([entry_id], {lock})
+        tally = await self._recover_page(Ids([entry_id]), locks={lock}, claimed=True)
         if tally.refusals:
             raise tally.refusals[0]
         if not tally.requeued and not tally.dead_letters:
@@ -369,14 +369,19 @@ class Recoverer:
             raise refusal
 
     async def _recover_page(
-        self, ids: Ids, page_size: int | None = None, locks: Container[bytes] | None = None
+        self,
+        ids: Ids,
+        page_size: int | None = None,
+        locks: Container[bytes] | None = None,
+        *,
+        claimed: bool = False,
     ) -> Tally:
         tally = Tally()
         if not len(ids):  # nor is it to wait for others' pages
             return tally
         async with self._pages:
             async for part, batches in self._entries.read(ids, page_size):
-                tally += await self._recover(part, batches, locks)
+                tally += await self._recover(part, batches, locks, claimed=claimed)
         if tally.alive and self._recorder is not None:
             self._recorder.alive_skip(tally.alive)
         return tally
@@ -535,9 +540,12 @@ class Recoverer:
             raise ConnectionLost(f"the connection to {self._server.endpoint} was opened anew")
 
     async def _recover(
-        self, ids: Ids, batches: list[Batch], locks: Container[bytes] | None
+        self, ids: Ids, batches: list[Batch], locks: Container[bytes] | None, *, claimed: bool
     ) -> Tally:
-        """The steps of recovery, for these entries."""
+        """The steps of recovery, for these entries; `claimed`: of which the application wants it.
+
+        It has heard of an expired lock, and is told where one can't be read.
+        """
         tally = Tally()
         plan = plan_for(ids, batches)
         if plan.gone:
@@ -547,7 +555,12 @@ class Recoverer:
         await self._bury(bad, UNPARSEABLE, tally)
         if not len(plan):
             return tally
-        values = await self._values(plan.mget(), plan.lock_keys)
+        if claimed:
+            values = cast(
+                "list[bytes | None]", raise_first(await holders(self._topology, plan.lock_keys()))
+            )
+        else:
+            values = await self._values(plan.mget(), plan.lock_keys)
         if locks is not None:
             values = [
                 value if value is not None or lock in locks else b"not asked for"
