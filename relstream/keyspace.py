@@ -21,7 +21,7 @@ from relstream.errors import (
     ReplyError,
 )
 from relstream.lbs import SEPARATOR, split_lock_key
-from relstream.net.connection import Backoff
+from relstream.net.connection import Backoff, observe
 from relstream.notifications import LBSInfo
 from relstream.tasks import end_all
 
@@ -319,6 +319,7 @@ class ClusterEvents:
         else:
             # What is under way may have passed by already what this caller knows of.
             resetting = self._next = asyncio.ensure_future(self._reset(self._resetting))
+        resetting.add_done_callback(observe)
         await asyncio.wait({resetting})  # whoever stops waiting does not stop the others'
         if resetting.cancelled():
             raise ClientClosed("the client was closed while its subscriptions were made anew")

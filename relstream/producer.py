@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,10 @@ from relstream._core import ITEM, Template
 from relstream.errors import ClientClosed, InvalidOption
 from relstream.lbs import INPUT_FIELD, Names, message, partition_of
 from relstream.locks import chunks
+from relstream.net.asking import LOOK_EVERY
 from relstream.net.connection import raise_first
 from relstream.net.deployment import deployment_of
+from relstream.tasks import end_all
 
 if TYPE_CHECKING:
     import redis.asyncio
@@ -46,7 +48,9 @@ class Producer:
         partitions: int = 1,
     ) -> None:
         names = Names.all_of(service_name, partitions=partitions)
-        self._topology = deployment_of(redis).open("producer")
+        deployment = deployment_of(redis)
+        self._guide = deployment.guide()
+        self._topology = deployment.open("producer", self._guide)
         self._links = [self._topology.link(its_names.lbs) for its_names in names]
         self._closed = False
         self._add = [
@@ -100,9 +104,24 @@ class Producer:
         ids: list[str] = []
         for part in chunks(values, BATCH):
             packed = self._add[partition].pack(list(part))
-            replies = await self._links[partition].pipeline(packed, len(part))
+            sending = self._links[partition].pipeline(packed, len(part))
+            replies = await (sending if self._guide is None else self._watched(sending))
             ids += [reply.decode() for reply in raise_first(replies)]
         return ids
+
+    async def _watched(self, sending: Coroutine[Any, Any, list[Any]]) -> list[Any]:
+        """The replies, unless another master takes over meanwhile.
+
+        A hung one that wakes up would acknowledge what is lost as soon as it is told of that.
+        """
+        assert self._guide is not None
+        task = asyncio.ensure_future(sending)
+        try:
+            while not (await asyncio.wait({task}, timeout=LOOK_EVERY))[0]:
+                await self._guide.look()
+        finally:
+            await end_all([task])
+        return task.result()
 
     async def aclose(self) -> None:
         """Closes the connection."""

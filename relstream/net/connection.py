@@ -244,7 +244,8 @@ async def _open(protocol: RedisProtocol, endpoint: Endpoint) -> None:
                 lambda: protocol, endpoint.host, endpoint.port, ssl=endpoint.tls
             )
             _keep_alive(transport.get_extra_info("socket"))
-    except (OSError, UnicodeError) as error:  # UnicodeError: what can't be a host name
+    # What can't be a host name, or a port, is none either.
+    except (OSError, OverflowError, UnicodeError) as error:
         raise ConnectionFailed(f"can't connect to {endpoint}: {_explained(error)}") from error
     try:
         await _handshake(protocol, endpoint, credentials)

@@ -14,7 +14,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from relstream._core import jittered
-from relstream.errors import ConnectionFailed, RelstreamError, ReplyError
+from relstream.errors import ConnectionFailed, ProtocolError, RelstreamError, ReplyError
 from relstream.net.asking import ASK_NEXT, LOOK_EVERY, ask, in_vain
 from relstream.tasks import end_all
 
@@ -82,7 +82,11 @@ class NamedMaster:
             raise ReplyError(f"{error} (Sentinel {sentinel})") from None
         if address is None:
             raise ConnectionFailed(f"Sentinel {sentinel} knows no master {name!r}")
-        named = address[0].decode(), int(address[1])
+        try:
+            named = address[0].decode(), int(address[1])
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            what = f"Sentinel {sentinel} says of the master {name!r}: {address!r:.100}"
+            raise ProtocolError(what) from error
         return self._deployment.remap(named) if self._deployment.remap else named
 
     def found(self, address: tuple[str, int]) -> None:
@@ -102,14 +106,15 @@ class NamedMaster:
         self._watched = True
         while True:
             await asyncio.sleep(jittered(LOOK_EVERY, 0.2, random.random()))
-            await self._look()
+            await self.look()
 
     async def glance(self) -> None:
         """Before something is sent: asks for the master of today, unless somebody else does."""
         if not self._watched and time.monotonic() - self._looked > LOOK_EVERY:
-            await self._look()
+            await self.look()
 
-    async def _look(self) -> None:
+    async def look(self) -> None:
+        """Asks for the master of today, and turns to it if it is another one."""
         with contextlib.suppress(RelstreamError):  # nobody says so, or it is none yet
             if await self.locate() != self._address:
                 probe = self._deployment.link("sentinel", guide=self)

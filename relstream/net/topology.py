@@ -30,7 +30,7 @@ from relstream.errors import (
     ReplyError,
 )
 from relstream.net.asking import ASK_NEXT, ask, first_answer
-from relstream.net.connection import Endpoint, Link, raise_first
+from relstream.net.connection import Endpoint, Link, observe, raise_first
 from relstream.net.sentinel import NamedMaster
 from relstream.tasks import end_all
 
@@ -214,6 +214,7 @@ class SlotTable:
             raise ConnectionLost("the connection was closed")
         if self._refreshing is None or self._refreshing.done():
             self._refreshing = asyncio.ensure_future(self._refresh(first))
+            self._refreshing.add_done_callback(observe)
         refreshing = self._refreshing
         await asyncio.wait({refreshing})  # whoever stops waiting does not stop the others'
         if refreshing.cancelled():
@@ -227,8 +228,12 @@ class SlotTable:
         """
         while True:
             await asyncio.sleep(jittered(every, 0.2, random.random()))
-            with contextlib.suppress(RelstreamError):  # what is sent finds that out, too
-                await self.refresh()
+            await self.look()
+
+    async def look(self) -> None:
+        """Looks at the slots, if a node can be asked."""
+        with contextlib.suppress(RelstreamError):  # what is sent finds that out, too
+            await self.refresh()
 
     async def close(self) -> None:
         """Ends what is under way; whoever waits for it gets `ConnectionLost`."""
@@ -272,6 +277,17 @@ class SlotTable:
             if error.code == "NOPERM":
                 raise PermissionDenied(f"{node}: {error}: grant +cluster|slots") from None
             raise
+        try:
+            self._read(view, ranges, node)
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            raise ProtocolError(f"{node} answers CLUSTER SLOTS with {ranges!r:.100}") from error
+        if not view.masters:  # one that has left the cluster, or never was in it
+            raise ConnectionFailed(f"{node} knows nobody who serves slots")
+        view.masters = list(dict.fromkeys(view.masters))
+        view.replicas = list(dict.fromkeys(view.replicas))
+        return view
+
+    def _read(self, view: _View, ranges: list[Any], node: Endpoint) -> None:
         for start, end, master, *replicas in sorted(ranges, key=itemgetter(0)):
             if not 0 <= start <= end < SLOTS:
                 raise ProtocolError(f"{node} tells of slots {start} to {end}, of {SLOTS}")
@@ -279,16 +295,11 @@ class SlotTable:
             view.owners[start : end + 1] = [owner] * (end + 1 - start)
             view.masters.append(owner)
             view.replicas += [self._address(replica, node) for replica in replicas]
-        if not view.masters:  # one that has left the cluster, or never was in it
-            raise ConnectionFailed(f"{node} knows nobody who serves slots")
-        view.masters = list(dict.fromkeys(view.masters))
-        view.replicas = list(dict.fromkeys(view.replicas))
-        return view
 
     def _address(self, row: list[Any], asked: Endpoint) -> Endpoint:
         host = (row[0] or b"").decode()
         # A node that does not know its own name means: where you asked me.
-        return self.at(asked.host if host in ("", "?") else host, row[1])
+        return self.at(asked.host if host in ("", "?") else host, int(row[1]))
 
     async def settle(self) -> None:
         """Looks at the slots as all nodes see them; raises `ClusterNotSettled` if they differ."""

@@ -404,6 +404,21 @@ async def test_leases_are_renewed_at_once_on_a_new_master(cluster, service, cons
 
 
 @pytest.mark.slow
+async def test_a_producer_does_not_wait_for_a_master_that_was_replaced(cluster, service):
+    """It would acknowledge, once it wakes up, what is lost by then."""
+    victim = cluster.master_of(service.lbs)
+    (replica,) = cluster.replicas(of=victim)
+    async with Producer(f"{url_of(cluster)}?socket_timeout=60", "svc") as producer:
+        await producer.announce("s1")
+        victim.pause()
+        announcing = asyncio.ensure_future(producer.announce("s2"))
+        await eventually(lambda: "master" in replica.client.role())
+        with pytest.raises(ConnectionFailed):
+            await asyncio.wait_for(announcing, 10)
+        await producer.announce("s3")
+
+
+@pytest.mark.slow
 async def test_a_restarted_master_is_set_up_again(cluster, service, consumer):
     client = consumer(heartbeat_interval=2.0)
     notes = await client.init()

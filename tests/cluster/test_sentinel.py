@@ -188,6 +188,19 @@ async def test_a_new_master_is_followed(service, consumer, sentinels, how):
 
 
 @pytest.mark.slow
+async def test_a_producer_does_not_wait_for_a_master_that_was_replaced(service, sentinels):
+    """It would acknowledge, once it wakes up, what is lost by then."""
+    async with Producer(f"{sentinels.url}?socket_timeout=60", "svc") as producer:
+        await producer.announce("s1")
+        sentinels.master().pause()
+        announcing = asyncio.ensure_future(producer.announce("s2"))
+        await asyncio.to_thread(sentinels.wait_master, 40)
+        with pytest.raises(ConnectionFailed):
+            await asyncio.wait_for(announcing, 10)
+        await producer.announce("s3")
+
+
+@pytest.mark.slow
 async def test_finishing_waits_for_a_new_master(service, consumer, sentinels, caplog):
     client = consumer()
     notes = await client.init()

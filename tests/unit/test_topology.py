@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from relstream.errors import ConnectionFailed, ReplyError
-from relstream.net import topology
-from relstream.net.connection import Endpoint
+from relstream.net import sentinel, topology
+from relstream.net.connection import Endpoint, connect
 from relstream.net.deployment import deployment_of
 from relstream.net.topology import ClusterTopology, SlotTable
 
@@ -62,6 +62,34 @@ async def test_slots_that_there_are_not_are_not_believed(slots: Any, first: int,
         await slots.refresh()
     assert [node.port for node in slots.masters] == [7001]
     assert len(slots.owners) == 16384
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [b"OK", 1, [[0, 1]], [[0, 1, 2]], [[0, 1, []]], [[0, 1, [b"a", None]]], [[0, 1, [b"\xff", 1]]]],
+)
+async def test_what_is_no_answer_about_slots_is_called_that(slots: Any, rows: object) -> None:
+    slots.rows = rows
+    with pytest.raises(ConnectionFailed, match=r"asked.example.* answers CLUSTER SLOTS with"):
+        await slots.refresh()
+
+
+async def test_a_port_that_there_is_not_can_not_be_connected_to() -> None:
+    with pytest.raises(ConnectionFailed, match="can't connect"):
+        await connect(Endpoint(host="127.0.0.1", port=99999))
+
+
+@pytest.mark.parametrize("address", [b"OK", [b"10.0.0.1"], [b"10.0.0.1", b"x"], [b"\xff", b"1"]])
+async def test_what_names_no_master_is_called_that(
+    monkeypatch: pytest.MonkeyPatch, address: object
+) -> None:
+    async def ask(endpoint: Endpoint, *args: Any) -> Any:
+        return address
+
+    monkeypatch.setattr(sentinel, "ask", ask)
+    guide: Any = deployment_of("redis+sentinel://asked.example/name").guide()
+    with pytest.raises(ConnectionFailed, match=r"asked.example.* says of the master 'name'"):
+        await guide.locate()
 
 
 @pytest.mark.parametrize(
