@@ -28,6 +28,7 @@ from helpers import (
 from relstream import LBSInfo, RecoveryConfig, StreamNotOwned
 from relstream._core import announcements
 from relstream.keeper import Keeper
+from relstream.leases import locks_of
 from relstream.locks import Locks
 
 
@@ -359,7 +360,9 @@ async def test_each_announcement_of_an_owned_stream_tells_which_one_is_meant(con
         await client.done_stream(LBSInfo("s2", again))
     await client.release(told.payload)
     (told,) = await take(notes, 1)
-    await eventually(lambda: len(service.locks()) == 2)  # they may be read one after the other
+    # They may be read one after the other.
+    owned = client._partitions[0].leases
+    await eventually(lambda: (head := owned.get("s1")) and len(locks_of(head)) == 2)
     await client.done_stream(told.payload)
     await eventually(lambda: not service.entries() and not service.locks())
 
