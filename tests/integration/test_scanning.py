@@ -70,9 +70,9 @@ async def test_others_have_their_turns(consumer, service, monkeypatch):
             turn += 1
             await asyncio.sleep(0)
 
-    async def counted(recoverer, *args):
+    async def counted(recoverer, *args, **how):
         parts[turn] += 1
-        return await recover(recoverer, *args)
+        return await recover(recoverer, *args, **how)
 
     monkeypatch.setattr(recovery.Recoverer, "_recover", counted)
     heard = Heard()
@@ -99,14 +99,14 @@ async def test_pages_under_way_are_bounded(consumer, service, monkeypatch, auto_
     stuck, goes_on = 0, asyncio.Event()
     recover = recovery.Recoverer._recover
 
-    async def get_stuck(recoverer, *args):
+    async def get_stuck(recoverer, *args, **how):
         nonlocal stuck
         stuck += 1
         try:
             await goes_on.wait()
         finally:
             stuck -= 1
-        return await recover(recoverer, *args)
+        return await recover(recoverer, *args, **how)
 
     monkeypatch.setattr(recovery.Recoverer, "_recover", get_stuck)
     client = consumer(
@@ -133,11 +133,11 @@ async def test_a_first_scan_that_breaks_off_is_recorded(consumer, service, monke
     broken = []
     walk = recovery.Recoverer._walk
 
-    async def breaking_off(recoverer, *args):
+    async def breaking_off(recoverer, *args, **how):
         if not broken:
             broken.append(args)
             raise ReplyError("BUSY Redis is busy running a script")
-        await walk(recoverer, *args)
+        await walk(recoverer, *args, **how)
 
     monkeypatch.setattr(recovery.Recoverer, "_walk", breaking_off)
     heard = Heard()
