@@ -207,8 +207,8 @@ class Recoverer:
         while True:
             try:
                 leads = await self._leadership.take()
-                if self._leadership.interrupted() or outage:
-                    outage = True
+                outage = self._leadership.interrupted() or outage
+                if outage:
                     await self._look_whether_it_is_back()
                     self._be_patient()
                     outage = False

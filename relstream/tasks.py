@@ -26,8 +26,8 @@ async def until_one_ends(*parts: Coroutine[Any, Any, object]) -> None:
         await end_all(tasks)
 
 
-async def within(seconds: float | None, work: Coroutine[Any, Any, object]) -> None:
-    """Waits so long for it, or until it ends if None, and cancels it then.
+async def within(seconds: float, work: Coroutine[Any, Any, object]) -> None:
+    """Waits so long for it, and cancels it then.
 
     Not `asyncio.wait_for`, which may swallow that we are cancelled ourselves.
     """

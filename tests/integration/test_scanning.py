@@ -133,11 +133,11 @@ async def test_a_first_scan_that_breaks_off_is_recorded(consumer, service, monke
     broken = []
     walk = recovery.Recoverer._walk
 
-    async def breaking_off(recoverer, *args, **how):
+    async def breaking_off(recoverer, *args):
         if not broken:
             broken.append(args)
             raise ReplyError("BUSY Redis is busy running a script")
-        await walk(recoverer, *args, **how)
+        await walk(recoverer, *args)
 
     monkeypatch.setattr(recovery.Recoverer, "_walk", breaking_off)
     heard = Heard()

@@ -38,7 +38,7 @@ async def test_the_first_to_end_ends_all() -> None:
     assert part.ended
 
 
-@pytest.mark.parametrize("wait", [until_one_ends, lambda work: within(None, work)])
+@pytest.mark.parametrize("wait", [until_one_ends, lambda work: within(60.0, work)])
 async def test_a_cancellation_waits_for_what_it_ends(wait: Any) -> None:
     part = Part()
     waiting = asyncio.ensure_future(wait(part.run()))
