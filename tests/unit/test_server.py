@@ -329,6 +329,82 @@ def test_server_outlives_the_thread_that_started_it(make_server: MakeServer) -> 
     assert info(started[0].url)["process_id"] == started[0].pid
 
 
+# Interrupted
+
+INTERRUPTED = """
+import signal, sys, tempfile
+from relstream.server import Server
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's is ignored
+tempfile.gettempdir()  # tries whether it can write there: an interrupt might leave that file
+server = Server()
+if sys.argv[1] == "again":
+    server.start()
+    server.kill()
+try:
+    print("starting", flush=True)
+    server.start()
+finally:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    server.stop()
+"""
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["first", "again"])
+def test_interrupt_while_the_pid_is_not_known(
+    again: bool, temporary_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    signalled: list[int] = []
+    start_process = subprocess.Popen
+
+    def interrupted() -> bytes:
+        raise KeyboardInterrupt
+
+    def popen(*args: object, **options: object) -> subprocess.Popen[bytes]:
+        process = start_process(*args, **options)
+        process.stdout.readline = interrupted
+        started.append(process)
+        return process
+
+    server = Server()
+    if again:
+        server.start()
+        server.kill()
+    with monkeypatch.context() as patch:
+        patch.setattr("relstream.server.subprocess.Popen", popen)
+        patch.setattr("relstream.server.os.kill", lambda pid, number: signalled.append(pid))
+        with pytest.raises(KeyboardInterrupt):
+            server.start()
+    assert not signalled, "the pid could only be a guess, or 0: the caller's process group"
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
+    with pytest.raises(RuntimeError, match="not running"):
+        server.pause()
+    if again:
+        server.start()
+        assert info(server.url)["process_id"] == server.pid
+    server.stop()
+    assert not list(temporary_directory.iterdir())
+
+
+@pytest.mark.parametrize("how", ["first", "again"])
+def test_interrupt_at_any_moment(how: str, temporary_directory: Path) -> None:
+    for delay in range(0, 40, 4):  # ms; a start takes about 20
+        starter = subprocess.Popen(
+            [sys.executable, "-c", INTERRUPTED, how],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # its process group may be hit: what this is about
+        )
+        with starter, starter.stdout as stdout:
+            assert stdout.readline() == b"starting\n"
+            time.sleep(delay / 1000)
+            starter.send_signal(signal.SIGINT)
+            starter.wait(20)
+        assert starter.returncode in (0, 1, -signal.SIGINT)
+        wait_until(lambda: not list(temporary_directory.iterdir()), "files removed")
+
+
 # Finding one
 
 
