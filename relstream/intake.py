@@ -35,8 +35,7 @@ if TYPE_CHECKING:
 BLOCK = 1.0
 # And for this long where others, who read for the same consumer, get no room meanwhile.
 BLOCK_OTHERS = 0.1
-# Entries a read, at first and at most, and the bytes of reply that it should not exceed.
-FIRST_READ = 100
+# Entries a read at most, and the bytes of reply that it should not exceed.
 LARGEST_READ = 1000
 READ_BYTES = 4 << 20
 # Entries that may wait for locks which are refused for now; with more, little is read.
@@ -91,7 +90,7 @@ class Intake:
         self._logger = logger
         # Small enough that two batches fit: one is read while the other is locked or told.
         self._largest = max(1, min(LARGEST_READ, notifications.room // 2))
-        self._count = min(FIRST_READ, self._largest)
+        self._count = 1  # doubled with each read: how large entries are is not known before
         self._taking: deque[asyncio.Task[None]] = deque()
         # Entries whose locks were refused for now (OOM, say, or one master of several hangs). It is
         # tried again long before others may take them for a dead owner's.

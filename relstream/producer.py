@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from relstream._core import ITEM, Template
-from relstream.errors import ClientClosed, InvalidOption
+from relstream.errors import ClientClosed, InvalidOption, UsageError
 from relstream.lbs import INPUT_FIELD, Names, message, partition_of
-from relstream.locks import chunks
 from relstream.net.asking import LOOK_EVERY
 from relstream.net.connection import raise_first
 from relstream.net.deployment import deployment_of
@@ -21,15 +20,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Producer"]
 
-# Announcements a pipeline.
+# Announcements a pipeline, and the bytes that end one: a slow line shall carry them in time.
 BATCH = 1000
+BATCH_BYTES = 256 * 1024
 
 
 class Producer:
     """Announces data streams: from then on some consumer of the service owns each.
 
     Holds one connection, opened at the first use and again after it was lost. In a Redis Cluster
-    and behind Sentinel it finds the master by itself.
+    and behind Sentinel it finds the master by itself. It belongs to the event loop that it is first
+    used in.
 
     Args:
         redis: a URL or a ready client, as for `StreamClient`.
@@ -53,6 +54,7 @@ class Producer:
         self._topology = deployment.open("producer", self._guide)
         self._links = [self._topology.link(its_names.lbs) for its_names in names]
         self._closed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._add = [
             Template(b"XADD", its_names.lbs, b"*", INPUT_FIELD, ITEM) for its_names in names
         ]
@@ -69,6 +71,7 @@ class Producer:
                 Announced twice it may be owned by two consumers.
             ConnectionFailed, ServerError: it was not announced.
             ClientClosed: the producer is closed.
+            UsageError: it was first used in another event loop.
         """
         return (await self.announce_many([(data_stream_name, info)]))[0]
 
@@ -82,16 +85,17 @@ class Producer:
         """
         if self._closed:
             raise ClientClosed("the producer is closed: make a new one")
-        pairs = _pairs(streams)
-        values = [message(name, info) for name, info in pairs]
-        if len(self._links) == 1:
-            return await self._announce(0, values)
-        numbers = [partition_of(name, len(self._links)) for name, _ in pairs]
-        groups: list[list[bytes]] = [[] for _ in self._links]
-        for number, value in zip(numbers, values, strict=True):
-            groups[number].append(value)
+        self._check_loop()
+        pipelines = [_Pipelines(add) for add in self._add]
+        numbers = []
+        for name, info in _pairs(streams):
+            value = message(name, info)
+            numbers.append(partition_of(name, len(pipelines)))
+            pipelines[numbers[-1]].append(value)
+        if len(pipelines) == 1:
+            return await self._announce(0, pipelines[0])
         announced = await asyncio.gather(
-            *map(self._announce, range(len(groups)), groups), return_exceptions=True
+            *map(self._announce, range(len(pipelines)), pipelines), return_exceptions=True
         )
         ids = []
         for outcome in announced:  # all have ended: nothing is announced after an error is raised
@@ -100,11 +104,10 @@ class Producer:
             ids.append(iter(outcome))
         return [next(ids[number]) for number in numbers]
 
-    async def _announce(self, partition: int, values: list[bytes]) -> list[str]:
+    async def _announce(self, partition: int, pipelines: _Pipelines) -> list[str]:
         ids: list[str] = []
-        for part in chunks(values, BATCH):
-            packed = self._add[partition].pack(list(part))
-            sending = self._links[partition].pipeline(packed, len(part))
+        for packed, count in pipelines.all():
+            sending = self._links[partition].pipeline(packed, count)
             replies = await (sending if self._guide is None else self._watched(sending))
             ids += [reply.decode() for reply in raise_first(replies)]
         return ids
@@ -124,9 +127,18 @@ class Producer:
         return task.result()
 
     async def aclose(self) -> None:
-        """Closes the connection."""
+        """Closes the connection. Raises `UsageError` in another event loop than it was used in."""
+        self._check_loop()
         self._closed = True
         await self._topology.close()
+
+    def _check_loop(self) -> None:
+        running = asyncio.get_running_loop()
+        if self._loop not in (None, running):
+            raise UsageError(
+                "the producer was first used in another event loop: make one in each asyncio.run()"
+            )
+        self._loop = running
 
     async def __aenter__(self) -> Producer:
         return self
@@ -140,13 +152,39 @@ class Producer:
         await self.aclose()
 
 
+class _Pipelines:
+    """Announcements for one partition; packed, as values take 4 KB each the way orjson makes them."""
+
+    def __init__(self, add: Template) -> None:
+        self._add = add
+        self._packed: list[tuple[bytes, int]] = []
+        self._values: list[bytes] = []
+        self._bytes = 0
+
+    def append(self, value: bytes) -> None:
+        self._values.append(value)
+        self._bytes += len(value)
+        if len(self._values) == BATCH or self._bytes >= BATCH_BYTES:
+            self._pack()
+
+    def all(self) -> list[tuple[bytes, int]]:
+        """Packed commands, and how many they are."""
+        if self._values:
+            self._pack()
+        return self._packed
+
+    def _pack(self) -> None:
+        self._packed.append((self._add.pack(self._values), len(self._values)))
+        self._values = []
+        self._bytes = 0
+
+
 def _pairs(
     streams: Iterable[tuple[str, dict[str, Any] | None]],
-) -> list[tuple[str, dict[str, Any] | None]]:
+) -> Iterator[tuple[str, dict[str, Any] | None]]:
     """What is to be announced; what an iterator of the caller's raises is passed on as it is."""
-    pairs = list(streams) if isinstance(streams, Iterable) else [streams]
-    for pair in pairs:
+    for pair in streams if isinstance(streams, Iterable) else [streams]:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             wanted = "names of data streams with their infos: [(name, info), …]"
             raise InvalidOption("streams", pair, wanted)
-    return pairs
+        yield pair[0], pair[1]

@@ -15,6 +15,23 @@ def announce(service, count, size):
         service.announce(f"s{i}", info)
 
 
+async def test_a_backlog_of_large_entries_is_read_a_few_at_a_time(consumer, service):
+    announce(service, 60, MB)
+    client = consumer()
+    reading = client._partitions[0].intake._reading
+    pipeline, sizes = reading.pipeline, []
+
+    async def weighed(packed, replies, **options):
+        received = await pipeline(packed, replies, **options)
+        sizes.extend(batch.nbytes for part in received for batch in part)
+        return received
+
+    reading.pipeline = weighed
+    notes = await client.init()
+    assert len(await take(notes, 60)) == 60
+    assert 0 < max(sizes) < 5 * MB
+
+
 async def test_many_large_orphans_are_recovered(consumer, service):
     announce(service, 60, MB)
     service.redis.xgroup_create(service.lbs, service.group, "0")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import subprocess
+import sys
 
 import pytest
 import redis
@@ -18,6 +20,7 @@ from relstream import (
     InvalidOption,
     Producer,
     ReplyError,
+    UsageError,
 )
 
 
@@ -49,6 +52,63 @@ async def test_a_hundred_thousand(producer, service):
     assert [entry_id for entry_id, _ in got] == ids
     assert [value["DataStreamName"] for _, value in got] == [f"s{i}" for i in range(100_000)]
     assert got[77_777][1]["Info"] == {"i": 77_777}
+
+
+async def test_much_is_sent_in_parts_that_a_slow_line_carries_in_time(producer, service):
+    (link,) = producer._links
+    pipeline, sizes = link.pipeline, []
+
+    async def weighed(packed, replies):
+        sizes.append(len(packed))
+        return await pipeline(packed, replies)
+
+    link.pipeline = weighed
+    large = {"k": "x" * 10_000}
+    ids = await producer.announce_many([(f"s{i}", large) for i in range(1000)])
+    assert [entry_id for entry_id, _ in announced(service)] == ids
+    assert max(sizes) < 300_000
+
+
+MANY = """
+import asyncio, re, sys
+from pathlib import Path
+from relstream import Producer
+
+def most():  # KB; what getrusage tells is the parent's at first
+    return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+
+async def main():
+    async with Producer(sys.argv[1], "svc") as producer:
+        await producer.announce("first")
+        before = most()
+        await producer.announce_many((f"s{i}", {"i": i}) for i in range(50_000))
+        print(most() - before)
+
+asyncio.run(main())
+"""
+
+
+async def test_many_take_little_memory(redis_url, service):
+    arguments = [sys.executable, "-c", MANY, redis_url]
+    run = await asyncio.create_subprocess_exec(*arguments, stdout=subprocess.PIPE)
+    out, _ = await run.communicate()
+    assert len(announced(service)) == 50_001
+    assert int(out) < 50_000  # KB, that is 1 KB each
+
+
+def test_a_producer_belongs_to_one_event_loop(redis_url):
+    producer = Producer(redis_url, "svc")
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(producer.announce("a"))
+    for call in (
+        lambda: producer.announce("b"),
+        lambda: producer.announce_many([("b", None)]),
+        producer.aclose,
+    ):
+        with pytest.raises(UsageError, match=r"another event loop.*each asyncio\.run"):
+            asyncio.run(call())
+    loop.run_until_complete(producer.aclose())
+    loop.close()
 
 
 @pytest.mark.parametrize("count", [0, 1, 999, 1000, 1001])

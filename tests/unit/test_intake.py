@@ -218,9 +218,9 @@ async def test_a_reply_that_takes_too_long_is_asked_for_in_parts() -> None:
                 raise DeadlineExceeded("no reply from the server in time")
             return await super().pipeline(packed, *args, **options)
 
-    setting = Setting(take=granting, reading=Slow(batch(1, 1)))
-    assert await setting.names(1) == ["s1"]
-    assert Slow.counts[0] > 2
+    setting = Setting(take=granting, reading=Slow(batch(1, 1), batch(2, 2), batch(4, 1)))
+    assert await setting.names(4) == ["s1", "s2", "s3", "s4"]
+    assert Slow.counts[:4] == [1, 2, 4, 1]
     await setting.end()
 
 
