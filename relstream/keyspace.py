@@ -17,6 +17,7 @@ from relstream.errors import (
     ConfigConflict,
     ConnectionLost,
     KeyspaceSetupFailed,
+    ProtocolError,
     RelstreamError,
     ReplyError,
 )
@@ -134,8 +135,13 @@ class ExpiryEvents:
         if isinstance(reply, ReplyError):
             self._forbidden(reply)
             return
-        values = reply if isinstance(reply, dict) else {reply[0]: reply[1]} if reply else {}
-        current = values.get(SETTING, b"").decode()
+        match list(reply.items()) if isinstance(reply, dict) else [reply] if reply else []:
+            case []:
+                current = ""
+            case [[_, bytes(value)]]:
+                current = value.decode(errors="replace")
+            case _:
+                raise ProtocolError(f"{reply!r:.80} answers CONFIG GET {SETTING.decode()}")
         flags = merged_flags(current)
         if flags is None:
             return

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from relstream._core import ITEM, Template, first_error, scatter
-from relstream.errors import RelstreamError, ReplyError
+from relstream.errors import ProtocolError, RelstreamError, ReplyError
 from relstream.net.connection import explained_by_failover, raise_first
 from relstream.scripts import (
     RELEASE,
@@ -132,8 +132,11 @@ class Locks:
                 outcomes += [places] * len(part)
                 continue
             done = [1] * len(part)
-            for place in places:
-                done[abs(place) - 1] = 0 if place > 0 else -1
+            try:
+                for place in places:
+                    done[abs(place) - 1] = 0 if place > 0 else -1
+            except (TypeError, IndexError):
+                raise ProtocolError(f"{places!r:.80} answers a script about locks") from None
             outcomes += done
         return outcomes
 

@@ -153,7 +153,7 @@ class Producer:
 
 
 class _Pipelines:
-    """Announcements for one partition; packed, as values take 4 KB each the way orjson makes them."""
+    """Announcements for one partition, packed: values as orjson makes them take 4 KB each."""
 
     def __init__(self, add: Template) -> None:
         self._add = add

@@ -245,10 +245,14 @@ async def _open(protocol: RedisProtocol, endpoint: Endpoint) -> None:
             )
             _keep_alive(transport.get_extra_info("socket"))
     # What can't be a host name, or a port, is none either.
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, OverflowError, ValueError) as error:
         raise ConnectionFailed(f"can't connect to {endpoint}: {_explained(error)}") from error
     try:
         await _handshake(protocol, endpoint, credentials)
+    except UnicodeEncodeError:
+        raise AuthenticationFailed(
+            f"{endpoint}: user name or password can't be sent as UTF-8, it has lone surrogates"
+        ) from None
     except ConnectionLost as error:
         raise ConnectionFailed(f"can't connect to {endpoint}: {error}") from error
     except ProtocolError as error:

@@ -402,9 +402,18 @@ async def test_no_server():
         assert f"redis://127.0.0.1:{port}/0" in message
 
 
-@pytest.mark.parametrize("host", ["no-such-host.invalid", "a" * 80])
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "a" * 80, "\0"])
 async def test_wrong_host_name(host):
     assert host in await fails_to_connect(f"redis://{host}:6379", ConnectionFailed)
+
+
+@pytest.mark.parametrize("given", [("default", "hunter2\udcff"), ("\udcff", "hunter2")])
+async def test_credentials_that_can_not_be_sent(redis_url, given):
+    user, password = given
+    endpoint = replace(endpoint_of(redis_url), username=user, password=password)
+    message = await fails_to_connect(endpoint, AuthenticationFailed)
+    assert "surrogates" in message
+    assert "hunter2" not in message
 
 
 @pytest.mark.parametrize("name", ["none.sock", "x" * 120])
