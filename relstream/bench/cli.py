@@ -63,8 +63,11 @@ def command(
     Without arguments: every scenario that does with one server, for about a minute, on a private
     one.
     """
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise click.BadParameter(f"there is no folder {json_file.parent}", param_hint="--json")
+    if json_file is not None:
+        try:
+            json_file.open("a").close()  # before measuring, and what is there stays until then
+        except OSError as error:
+            raise click.BadParameter(f"can't be written: {error}", param_hint="--json") from None
     families = dict.fromkeys(scenarios or [name for name in FAMILIES if name not in ON_OWN_SERVERS])
     chosen = [scenario for name in families for scenario in FAMILIES[name]]
     if url is not None and url.partition("://")[0].lower() not in TRANSPORTS:
@@ -143,6 +146,11 @@ def main() -> int:
     try:
         command.main(standalone_mode=False)
     except click.Abort:
+        return _say("interrupted", INTERRUPTED)
+    except RuntimeError as error:
+        # A loop of uvloop that was interrupted as it started can't be closed.
+        if not isinstance(error.__context__, KeyboardInterrupt):
+            raise
         return _say("interrupted", INTERRUPTED)
     except (click.UsageError, UsageError) as error:
         message = error.format_message() if isinstance(error, click.UsageError) else str(error)

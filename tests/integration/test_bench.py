@@ -198,6 +198,7 @@ def test_topology_kills_a_master() -> None:
         (["read", "-n", "0"], 2, "-n"),
         (["read", "--rounds", "0"], 2, "--rounds"),
         (["read", "--json", "/nowhere/at/all.json"], 2, "/nowhere/at"),
+        (["read", "--json", "/proc/all.json"], 2, "/proc/all.json"),
         (["read", "--url", "http://localhost"], 2, "redis://"),
         (["read", "--url", "redis+cluster://:secret@localhost"], 2, "//***@localhost' is none of"),
         (["read", "--url", "redis://127.0.0.1:1/0"], 1, "can't connect to redis://127.0.0.1:1"),
@@ -220,6 +221,8 @@ def test_interrupt_leaves_nothing_behind(url: str) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # As where a shell's background job runs the tests, which ignores interrupts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     me = psutil.Process(process.pid)
     deadline = time.monotonic() + 40
@@ -236,6 +239,20 @@ def test_interrupt_leaves_nothing_behind(url: str) -> None:
     assert err.strip().endswith("interrupted")
     _, alive = psutil.wait_procs(descendants, timeout=20)
     assert not alive
+
+
+def test_interrupt_that_uvloop_can_not_cope_with(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(**options: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("Cannot close a running event loop")
+
+    monkeypatch.setattr(cli.command, "main", interrupted)
+    assert cli.main() == 130
+    assert capsys.readouterr().err == "relstream.bench: interrupted\n"
 
 
 def test_failing_side_is_reported(url: str) -> None:
