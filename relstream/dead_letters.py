@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
-from relstream._core import ENTRIES, Batch, Entry, announcements, pack
+from relstream._core import ENTRIES, OBJECT, Batch, Entry, announcements, pack
 from relstream.errors import ClientClosed, ReplyError
 from relstream.lbs import (
     DLQ_REASON_FIELD,
@@ -24,6 +24,7 @@ from relstream.lbs import (
 )
 from relstream.net.connection import raise_first
 from relstream.net.deployment import deployment_of
+from relstream.net.topology import unless_replaced
 
 if TYPE_CHECKING:
     import redis.asyncio
@@ -73,8 +74,9 @@ class DeadLetters:
     ) -> None:
         self._partitions = Names.all_of(service_name, dlq_stream, partitions)
         self._names = self._partitions[0]
-        self._topology = deployment_of(redis).open("dead-letters")
-        self._dlq = self._topology.link(self._names.dlq)
+        deployment = deployment_of(redis)
+        self._guide = deployment.guide()
+        self._topology = deployment.open("dead-letters", self._guide)
         self._closed = False
 
     async def __aiter__(self) -> AsyncIterator[DeadLetter]:
@@ -109,15 +111,14 @@ class DeadLetters:
                 command = pack(b"XADD", lbs, b"*", *kept)
                 adding.setdefault(lbs, []).append((batch.id(index), command))
             for lbs, letters in adding.items():
-                packed = b"".join([command for _, command in letters])
-                replies = await self._topology.link(lbs).pipeline(packed, len(letters))
+                replies = await self._send(lbs, [command for _, command in letters])
                 added = [
                     letter
                     for (letter, _), reply in zip(letters, replies, strict=True)
                     if not isinstance(reply, ReplyError)
                 ]
                 if added:
-                    await self._dlq.execute(b"XDEL", self._names.dlq, *added)
+                    await self._execute(b"XDEL", self._names.dlq, *added)
                 replayed += len(added)
                 raise_first(replies)
         return replayed
@@ -126,7 +127,7 @@ class DeadLetters:
         """Deletes dead letters, all that are there now unless `ids` are given; returns how many."""
         purged = 0
         async for batch in self._chosen(ids):
-            purged += await self._dlq.execute(b"XDEL", self._names.dlq, *batch.ids())
+            purged += await self._execute(b"XDEL", self._names.dlq, *batch.ids())
         return purged
 
     async def _chosen(self, ids: Iterable[str] | None) -> AsyncIterator[Batch]:
@@ -141,7 +142,7 @@ class DeadLetters:
                 yield batch
 
     async def _pages(self) -> AsyncIterator[Batch]:
-        newest = await self._execute(b"XREVRANGE", self._names.dlq, b"+", b"-", b"COUNT", 1)
+        newest = await self._read(b"XREVRANGE", self._names.dlq, b"+", b"-", b"COUNT", 1)
         start = b"-"
         while len(newest):
             batch = await self._range(start, newest.id(0))
@@ -151,13 +152,21 @@ class DeadLetters:
             start = b"(" + batch.id(-1)
 
     async def _range(self, start: bytes, end: bytes) -> Batch:
-        return await self._execute(b"XRANGE", self._names.dlq, start, end, b"COUNT", PAGE)
+        return await self._read(b"XRANGE", self._names.dlq, start, end, b"COUNT", PAGE)
 
-    async def _execute(self, *args: bytes | int) -> Batch:
+    async def _read(self, *args: bytes | int) -> Batch:
+        batch: Batch = await self._execute(*args, decode=ENTRIES)
+        return batch
+
+    async def _execute(self, *args: bytes | int, decode: int = OBJECT) -> Any:
+        return raise_first(await self._send(self._names.dlq, [pack(*args)], decode))[0]
+
+    async def _send(self, key: bytes, commands: list[bytes], decode: int = OBJECT) -> list[Any]:
         if self._closed:
             raise ClientClosed("these DeadLetters were closed")
-        batch: Batch = await self._dlq.execute(*args, decode=ENTRIES)
-        return batch
+        link = self._topology.link(key)
+        sending = link.pipeline(b"".join(commands), len(commands), decode=decode)
+        return await unless_replaced(sending, self._guide)
 
     async def aclose(self) -> None:
         """Closes the connection."""

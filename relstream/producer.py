@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from relstream._core import ITEM, Template
 from relstream.errors import ClientClosed, InvalidOption, UsageError
 from relstream.lbs import INPUT_FIELD, Names, message, partition_of
-from relstream.net.asking import LOOK_EVERY
 from relstream.net.connection import raise_first
 from relstream.net.deployment import deployment_of
-from relstream.tasks import end_all
+from relstream.net.topology import unless_replaced
 
 if TYPE_CHECKING:
     import redis.asyncio
@@ -108,23 +107,9 @@ class Producer:
         ids: list[str] = []
         for packed, count in pipelines.all():
             sending = self._links[partition].pipeline(packed, count)
-            replies = await (sending if self._guide is None else self._watched(sending))
+            replies = await unless_replaced(sending, self._guide)
             ids += [reply.decode() for reply in raise_first(replies)]
         return ids
-
-    async def _watched(self, sending: Coroutine[Any, Any, list[Any]]) -> list[Any]:
-        """The replies, unless another master takes over meanwhile.
-
-        A hung one that wakes up would acknowledge what is lost as soon as it is told of that.
-        """
-        assert self._guide is not None
-        task = asyncio.ensure_future(sending)
-        try:
-            while not (await asyncio.wait({task}, timeout=LOOK_EVERY))[0]:
-                await self._guide.look()
-        finally:
-            await end_all([task])
-        return task.result()
 
     async def aclose(self) -> None:
         """Closes the connection. Raises `UsageError` in another event loop than it was used in."""

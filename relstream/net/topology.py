@@ -14,7 +14,7 @@ import random
 import re
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,7 +29,7 @@ from relstream.errors import (
     RelstreamError,
     ReplyError,
 )
-from relstream.net.asking import ASK_NEXT, ask, first_answer
+from relstream.net.asking import ASK_NEXT, LOOK_EVERY, ask, first_answer
 from relstream.net.connection import Endpoint, Link, observe, raise_first
 from relstream.net.sentinel import NamedMaster
 from relstream.tasks import end_all
@@ -335,6 +335,22 @@ class SlotTable:
 
 # What knows where masters are; None: there is nothing to know.
 Guide = SlotTable | NamedMaster | None
+
+
+async def unless_replaced(sending: Coroutine[Any, Any, list[Any]], guide: Guide) -> list[Any]:
+    """The replies; raises `ConnectionLost` if another master takes over meanwhile.
+
+    A hung one that wakes up would acknowledge what is lost as soon as it is told of that.
+    """
+    if guide is None:
+        return await sending
+    task = asyncio.ensure_future(sending)
+    try:
+        while not (await asyncio.wait({task}, timeout=LOOK_EVERY))[0]:
+            await guide.look()
+    finally:
+        await end_all([task])
+    return task.result()
 
 
 class ClusterTopology:

@@ -7,6 +7,7 @@ from typing import Any
 import redis
 from helpers import SEPARATOR, Service
 
+from relstream import DeadLetters, Producer
 from relstream.servers import Cluster, Node, Sentinels
 
 
@@ -29,6 +30,15 @@ def subscriptions(node: Node) -> dict[str, int]:
     """Patterns subscribed to, by the name of the connection, or else its address."""
     clients = node.client.client_list()
     return {c["name"] or c["addr"]: int(c["psub"]) for c in clients if int(c["psub"])}
+
+
+def bury(service: Service) -> None:
+    """Adds a dead letter."""
+    service.redis.xadd(service.dlq, {"lbs-input": '{"DataStreamName":"s","Info":null}'})
+
+
+async def announces(client: Producer | DeadLetters) -> None:
+    await (client.announce("s") if isinstance(client, Producer) else client.replay())
 
 
 class EveryMaster(redis.RedisCluster):

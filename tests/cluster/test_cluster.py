@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 import redis.asyncio
-from cluster.observing import ClusterService, EveryMaster, locks_by_master, subscriptions
+from cluster.observing import (
+    ClusterService,
+    EveryMaster,
+    announces,
+    bury,
+    locks_by_master,
+    subscriptions,
+)
 from helpers import (
     ADDED,
     DISOWNED,
@@ -404,18 +411,21 @@ async def test_leases_are_renewed_at_once_on_a_new_master(cluster, service, cons
 
 
 @pytest.mark.slow
-async def test_a_producer_does_not_wait_for_a_master_that_was_replaced(cluster, service):
+@pytest.mark.parametrize("work", [Producer, DeadLetters])
+async def test_nobody_waits_for_a_master_that_was_replaced(cluster, service, work):
     """It would acknowledge, once it wakes up, what is lost by then."""
     victim = cluster.master_of(service.lbs)
     (replica,) = cluster.replicas(of=victim)
-    async with Producer(f"{url_of(cluster)}?socket_timeout=60", "svc") as producer:
-        await producer.announce("s1")
+    async with work(f"{url_of(cluster)}?socket_timeout=60", "svc") as client:
+        bury(service)
+        await announces(client)
+        bury(service)
         victim.pause()
-        announcing = asyncio.ensure_future(producer.announce("s2"))
+        announcing = asyncio.ensure_future(announces(client))
         await eventually(lambda: "master" in replica.client.role())
         with pytest.raises(ConnectionFailed):
             await asyncio.wait_for(announcing, 10)
-        await producer.announce("s3")
+        await announces(client)
 
 
 @pytest.mark.slow

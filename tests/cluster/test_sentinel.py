@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import redis
 import redis.asyncio.sentinel
-from cluster.observing import SentinelService, subscriptions
+from cluster.observing import SentinelService, announces, bury, subscriptions
 from helpers import (
     ADDED,
     DISOWNED,
@@ -188,16 +188,20 @@ async def test_a_new_master_is_followed(service, consumer, sentinels, how):
 
 
 @pytest.mark.slow
-async def test_a_producer_does_not_wait_for_a_master_that_was_replaced(service, sentinels):
+@pytest.mark.parametrize("work", [Producer, DeadLetters])
+async def test_nobody_waits_for_a_master_that_was_replaced(service, sentinels, work):
     """It would acknowledge, once it wakes up, what is lost by then."""
-    async with Producer(f"{sentinels.url}?socket_timeout=60", "svc") as producer:
-        await producer.announce("s1")
+    async with work(f"{sentinels.url}?socket_timeout=60", "svc") as client:
+        bury(service)
+        await announces(client)
+        bury(service)
+        assert service.redis.wait(2, 4000) == 2
         sentinels.master().pause()
-        announcing = asyncio.ensure_future(producer.announce("s2"))
+        announcing = asyncio.ensure_future(announces(client))
         await asyncio.to_thread(sentinels.wait_master, 40)
         with pytest.raises(ConnectionFailed):
             await asyncio.wait_for(announcing, 10)
-        await producer.announce("s3")
+        await announces(client)
 
 
 @pytest.mark.slow
