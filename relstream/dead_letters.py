@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 __all__ = ["DeadLetter", "DeadLetters"]
 
+# Letters that are read at a time, at most, and the bytes that they should not exceed.
 PAGE = 100
+PAGE_BYTES = 1 << 20
 
 
 class DeadLetter(NamedTuple):
@@ -144,15 +146,18 @@ class DeadLetters:
     async def _pages(self) -> AsyncIterator[Batch]:
         newest = await self._read(b"XREVRANGE", self._names.dlq, b"+", b"-", b"COUNT", 1)
         start = b"-"
+        count = 1
         while len(newest):
-            batch = await self._range(start, newest.id(0))
+            batch = await self._range(start, newest.id(0), count)
             if not len(batch):
                 return
             yield batch
             start = b"(" + batch.id(-1)
+            fitting = len(batch) * PAGE_BYTES // max(batch.nbytes, 1)
+            count = max(1, min(4 * count, fitting, PAGE))
 
-    async def _range(self, start: bytes, end: bytes) -> Batch:
-        return await self._read(b"XRANGE", self._names.dlq, start, end, b"COUNT", PAGE)
+    async def _range(self, start: bytes, end: bytes, count: int = 1) -> Batch:
+        return await self._read(b"XRANGE", self._names.dlq, start, end, b"COUNT", count)
 
     async def _read(self, *args: bytes | int) -> Batch:
         batch: Batch = await self._execute(*args, decode=ENTRIES)

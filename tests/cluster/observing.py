@@ -32,11 +32,6 @@ def subscriptions(node: Node) -> dict[str, int]:
     return {c["name"] or c["addr"]: int(c["psub"]) for c in clients if int(c["psub"])}
 
 
-def bury(service: Service) -> None:
-    """Adds a dead letter."""
-    service.redis.xadd(service.dlq, {"lbs-input": '{"DataStreamName":"s","Info":null}'})
-
-
 async def announces(client: Producer | DeadLetters) -> None:
     await (client.announce("s") if isinstance(client, Producer) else client.replay())
 

@@ -13,7 +13,6 @@ from cluster.observing import (
     ClusterService,
     EveryMaster,
     announces,
-    bury,
     locks_by_master,
     subscriptions,
 )
@@ -417,9 +416,9 @@ async def test_nobody_waits_for_a_master_that_was_replaced(cluster, service, wor
     victim = cluster.master_of(service.lbs)
     (replica,) = cluster.replicas(of=victim)
     async with work(f"{url_of(cluster)}?socket_timeout=60", "svc") as client:
-        bury(service)
+        service.bury(1)
         await announces(client)
-        bury(service)
+        service.bury(1)
         victim.pause()
         announcing = asyncio.ensure_future(announces(client))
         await eventually(lambda: "master" in replica.client.role())

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import redis
 import redis.asyncio.sentinel
-from cluster.observing import SentinelService, announces, bury, subscriptions
+from cluster.observing import SentinelService, announces, subscriptions
 from helpers import (
     ADDED,
     DISOWNED,
@@ -192,9 +192,9 @@ async def test_a_new_master_is_followed(service, consumer, sentinels, how):
 async def test_nobody_waits_for_a_master_that_was_replaced(service, sentinels, work):
     """It would acknowledge, once it wakes up, what is lost by then."""
     async with work(f"{sentinels.url}?socket_timeout=60", "svc") as client:
-        bury(service)
+        service.bury(1)
         await announces(client)
-        bury(service)
+        service.bury(1)
         assert service.redis.wait(2, 4000) == 2
         sentinels.master().pause()
         announcing = asyncio.ensure_future(announces(client))

@@ -9,6 +9,7 @@ import pytest
 from helpers import names, take
 
 from relstream import ClientClosed, DeadLetters, InvalidOption, ReplyError
+from relstream._core import Batch
 from relstream.net.connection import Link
 
 
@@ -21,6 +22,25 @@ async def test_letters_are_listed_with_all_that_is_known(service, redis_url):
     assert listed[7][1:6] == ("1-7", "max_retries_exceeded", 4, "s7", {"n": 7})
     assert listed[7].fields[b"other"] == b"kept"
     assert listed[-1][1:6] == ("", "unparseable", 0, None, None)
+
+
+async def test_large_letters_are_read_a_few_at_a_time(service, redis_url, monkeypatch):
+    value = json.dumps({"DataStreamName": "s", "Info": {"a": "x" * 1_000_000}})
+    for _ in range(20):
+        service.redis.xadd(service.dlq, {"lbs-input": value})
+    pipeline, sizes = Link.pipeline, []
+
+    async def weighed(self, packed, replies, **options):
+        received = await pipeline(self, packed, replies, **options)
+        sizes.append(len(packed) + sum(part.nbytes for part in received if isinstance(part, Batch)))
+        return received
+
+    monkeypatch.setattr(Link, "pipeline", weighed)
+    async with DeadLetters(redis_url, "svc") as letters:
+        assert len([letter async for letter in letters]) == 20
+        assert await letters.replay() == 20
+    assert 0 < max(sizes) < 3_000_000
+    assert (service.redis.xlen(service.dlq), len(service.entries())) == (0, 20)
 
 
 async def test_replay_announces_anew_with_no_retries(consumer, service, redis_url):
