@@ -90,7 +90,7 @@ class Intake:
         self._logger = logger
         # Small enough that two batches fit: one is read while the other is locked or told.
         self._largest = max(1, min(LARGEST_READ, notifications.room // 2))
-        self._count = 1  # doubled with each read: how large entries are is not known before
+        self._count = 1
         self._taking: deque[asyncio.Task[None]] = deque()
         # Entries whose locks were refused for now (OOM, say, or one master of several hangs). It is
         # tried again long before others may take them for a dead owner's.
@@ -256,7 +256,8 @@ class Intake:
             return
         batch = batches[0]
         fitting = len(batch) * READ_BYTES // max(batch.nbytes, 1)
-        self._count = max(1, min(2 * self._count, fitting, self._largest))
+        # How large many of them are is not known from one.
+        self._count = max(1, min(max(self._count, 2 * len(batch)), fitting, self._largest))
         if self._taking or (len(batch) == count and not self._probing):
             # There is more: it is read while these are being locked.
             before = self._taking[-1] if self._taking else None

@@ -96,7 +96,7 @@ async def test_frozen_between_reading_and_locking(start, service):
             service.announce(f"s{i}")
         zombie = await start("zombie", url=tap.url).ready()
         await asyncio.wait_for(gate.held.wait(), 10)
-        assert len(service.pending("zombie")) == COUNT
+        await eventually(lambda: len(service.pending("zombie")) == COUNT)
         zombie.freeze()
         heir = await start("heir").ready()
         await heir.heard("stream_added", COUNT)
