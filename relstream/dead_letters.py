@@ -25,6 +25,7 @@ from relstream.lbs import (
 from relstream.net.connection import raise_first
 from relstream.net.deployment import deployment_of
 from relstream.net.topology import unless_replaced
+from relstream.tasks import OneLoop
 
 if TYPE_CHECKING:
     import redis.asyncio
@@ -54,7 +55,7 @@ class DeadLetter(NamedTuple):
 
 
 class DeadLetters:
-    """The dead letters of a service.
+    """The dead letters of a service. Belongs to the event loop that it is first used in.
 
     Args:
         redis: a URL or a ready client, as for `StreamClient`.
@@ -80,6 +81,7 @@ class DeadLetters:
         self._guide = deployment.guide()
         self._topology = deployment.open("dead-letters", self._guide)
         self._closed = False
+        self._loop = OneLoop("these DeadLetters were")
 
     async def __aiter__(self) -> AsyncIterator[DeadLetter]:
         """All dead letters, oldest first, read by pages (XRANGE)."""
@@ -169,12 +171,14 @@ class DeadLetters:
     async def _send(self, key: bytes, commands: list[bytes], decode: int = OBJECT) -> list[Any]:
         if self._closed:
             raise ClientClosed("these DeadLetters were closed")
+        self._loop.check()
         link = self._topology.link(key)
         sending = link.pipeline(b"".join(commands), len(commands), decode=decode)
         return await unless_replaced(sending, self._guide)
 
     async def aclose(self) -> None:
-        """Closes the connection."""
+        """Closes the connection. Raises `UsageError` in another event loop than it was used in."""
+        self._loop.check()
         self._closed = True
         await self._topology.close()
 

@@ -8,11 +8,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from relstream._core import ITEM, Template
-from relstream.errors import ClientClosed, InvalidOption, UsageError
+from relstream.errors import ClientClosed, InvalidOption
 from relstream.lbs import INPUT_FIELD, Names, message, partition_of
 from relstream.net.connection import raise_first
 from relstream.net.deployment import deployment_of
 from relstream.net.topology import unless_replaced
+from relstream.tasks import OneLoop
 
 if TYPE_CHECKING:
     import redis.asyncio
@@ -53,7 +54,7 @@ class Producer:
         self._topology = deployment.open("producer", self._guide)
         self._links = [self._topology.link(its_names.lbs) for its_names in names]
         self._closed = False
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop = OneLoop("the producer was")
         self._add = [
             Template(b"XADD", its_names.lbs, b"*", INPUT_FIELD, ITEM) for its_names in names
         ]
@@ -84,7 +85,7 @@ class Producer:
         """
         if self._closed:
             raise ClientClosed("the producer is closed: make a new one")
-        self._check_loop()
+        self._loop.check()
         pipelines = [_Pipelines(add) for add in self._add]
         numbers = []
         for name, info in _pairs(streams):
@@ -113,17 +114,9 @@ class Producer:
 
     async def aclose(self) -> None:
         """Closes the connection. Raises `UsageError` in another event loop than it was used in."""
-        self._check_loop()
+        self._loop.check()
         self._closed = True
         await self._topology.close()
-
-    def _check_loop(self) -> None:
-        running = asyncio.get_running_loop()
-        if self._loop not in (None, running):
-            raise UsageError(
-                "the producer was first used in another event loop: make one in each asyncio.run()"
-            )
-        self._loop = running
 
     async def __aenter__(self) -> Producer:
         return self

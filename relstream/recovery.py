@@ -128,7 +128,7 @@ class Recoverer:
         self._expired: dict[bytes, bytes] = {}  # locks, and the ids of their entries
         self._pages = asyncio.Semaphore(PAGES)
         self._leading = False
-        self._succeeding = False  # another led before
+        self._succeeding = True  # another led before, or may have
         self._known: dict[bytes, bytes] = {}  # sampled entries: id, lock
         # Consumers whose entries are being looked at.
         self._walks: dict[bytes, asyncio.Task[None]] = {}
@@ -204,6 +204,9 @@ class Recoverer:
         lasts = self._leadership.lasts
         backoff = Backoff(lasts / 4, lasts)
         outage = False
+        if self._outages is None:
+            # There may have been one just before we came. Who lives renews within half a lease.
+            self._be_patient(0.5)
         while True:
             try:
                 leads = await self._leadership.take()
@@ -238,9 +241,10 @@ class Recoverer:
         """Raises unless the load balancer stream can be read; the leader key may be elsewhere."""
         await self._link.execute(b"XPENDING", self._names.lbs, self._names.group, b"0-0", b"0-0", 1)
 
-    def _be_patient(self) -> None:
+    def _be_patient(self, leases: float = 1.0) -> None:
         """The server is back: the locks of the living are gone, too, until they renew them."""
-        self._patient_until = asyncio.get_running_loop().time() + self._ttl_ms / 1000
+        until = asyncio.get_running_loop().time() + leases * self._ttl_ms / 1000
+        self._patient_until = max(self._patient_until, until)
 
     async def _lead(self) -> None:
         """Recovers until leadership is lost; what fails in one part ends it, too."""
@@ -248,7 +252,8 @@ class Recoverer:
         self._leading = True
         parts = [self._keep_leading(), self._recover_for_ever(), self._tidy_for_ever()]
         if self._outages is not None:
-            parts.append(self._outages.watch(succeeding=self._succeeding))
+            # First: what it leaves in the dark is not looked at before that is over.
+            parts.insert(0, self._outages.watch(succeeding=self._succeeding))
         await until_one_ends(*parts)
 
     async def _keep_leading(self) -> None:
@@ -265,6 +270,8 @@ class Recoverer:
             await asyncio.sleep(self._leadership.lasts / 4)
 
     async def _recover_for_ever(self) -> None:
+        if self._outages is not None and self._succeeding:
+            self._be_patient(0.5)
         await asyncio.sleep(self._patient_until - asyncio.get_running_loop().time())
         parts = [self._scan_for_ever()]
         if self._auto_claim:

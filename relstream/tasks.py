@@ -1,10 +1,15 @@
-"""Tasks that belong to whoever starts them: they are ended, and their end is waited for."""
+"""Tasks that belong to whoever starts them: they are ended, and their end is waited for.
+
+And what belongs to one event loop.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterable
 from typing import Any
+
+from relstream.errors import UsageError
 
 
 async def end_all(tasks: Iterable[asyncio.Future[Any]]) -> None:
@@ -38,3 +43,20 @@ async def within(seconds: float, work: Coroutine[Any, Any, object]) -> None:
         await end_all([task])
     if not task.cancelled():
         task.result()
+
+
+class OneLoop:
+    """Says so where something is used in another event loop than at first."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def check(self) -> None:
+        """Raises `UsageError`."""
+        running = asyncio.get_running_loop()
+        if self._loop not in (None, running):
+            raise UsageError(
+                f"{self._what} first used in another event loop: make one in each asyncio.run()"
+            )
+        self._loop = running

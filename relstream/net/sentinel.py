@@ -35,6 +35,11 @@ class NamedMaster:
         self.replaced = asyncio.Event()
         """Set when another server became the master; whoever waits for that clears it."""
 
+    @property
+    def masters(self) -> list[tuple[str, int]]:
+        """Where the master is, as far as is known."""
+        return [self._address] if self._address is not None else []
+
     def join(self, link: Link) -> None:
         """This one is to leave a master that was replaced."""
         self._links.add(link)
@@ -44,7 +49,7 @@ class NamedMaster:
 
         If none can be reached it may be where it was: it is asked itself whether it is the master.
         """
-        self._looked = time.monotonic()
+        self._looked = time.monotonic()  # nobody else asks meanwhile
         sentinels = self._deployment.sentinels
         votes: Counter[tuple[str, int]] = Counter()
         problems: list[RelstreamError] = []
@@ -68,8 +73,10 @@ class NamedMaster:
                         raise error
         finally:
             await end_all(asking)
+            self._looked = time.monotonic()  # it may have taken long
         if votes:
-            return votes.most_common(1)[0][0]
+            # In a tie it is where it was: going to and fro would be worse than either.
+            return max(votes, key=lambda address: (votes[address], address == self._address))
         if self._address is not None:
             return self._address
         raise in_vain("no Sentinel says where the master is", problems)

@@ -32,7 +32,7 @@ from relstream.errors import (
 from relstream.net.asking import ASK_NEXT, LOOK_EVERY, ask, first_answer
 from relstream.net.connection import Endpoint, Link, observe, raise_first
 from relstream.net.sentinel import NamedMaster
-from relstream.tasks import end_all
+from relstream.tasks import end_all, within
 
 if TYPE_CHECKING:
     from relstream.net.deployment import Deployment
@@ -338,19 +338,33 @@ Guide = SlotTable | NamedMaster | None
 
 
 async def unless_replaced(sending: Coroutine[Any, Any, list[Any]], guide: Guide) -> list[Any]:
-    """The replies; raises `ConnectionLost` if another master takes over meanwhile.
+    """The replies; raises `ConnectionLost` where another master took over meanwhile.
 
-    A hung one that wakes up would acknowledge what is lost as soon as it is told of that.
+    A hung one that wakes up acknowledges what is lost as soon as it is told of that. Of one that
+    wakes up just then it may not be known yet that another took over.
     """
     if guide is None:
         return await sending
+    before = set(guide.masters)
     task = asyncio.ensure_future(sending)
+    tasks: list[asyncio.Task[Any]] = [task]
     try:
-        while not (await asyncio.wait({task}, timeout=LOOK_EVERY))[0]:
-            await guide.look()
+        if not (await asyncio.wait(tasks, timeout=LOOK_EVERY))[0]:
+            tasks.append(asyncio.ensure_future(_look_for_ever(guide)))
+            for ended in (await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED))[0]:
+                ended.result()
+            await within(LOOK_EVERY, guide.look())
+            if not before <= set(guide.masters):
+                raise ConnectionLost("another master took over before this one answered")
     finally:
-        await end_all([task])
+        await end_all(tasks)
     return task.result()
+
+
+async def _look_for_ever(guide: SlotTable | NamedMaster) -> None:
+    while True:
+        await guide.look()
+        await asyncio.sleep(LOOK_EVERY)
 
 
 class ClusterTopology:

@@ -8,7 +8,7 @@ import json
 import pytest
 from helpers import names, take
 
-from relstream import ClientClosed, DeadLetters, InvalidOption, ReplyError
+from relstream import ClientClosed, DeadLetters, InvalidOption, ReplyError, UsageError
 from relstream._core import Batch
 from relstream.net.connection import Link
 
@@ -71,6 +71,19 @@ async def test_some_are_replayed_and_some_purged(service, redis_url):
     assert len(service.entries()) == 1
     with pytest.raises(ClientClosed):
         await letters.purge()
+
+
+def test_they_belong_to_one_event_loop(service, redis_url):
+    service.bury(1)
+    letters = DeadLetters(redis_url, "svc")
+    loop = asyncio.new_event_loop()
+    assert loop.run_until_complete(letters.purge(["9-9"])) == 0
+    for call in letters.purge, letters.replay, letters.aclose:
+        with pytest.raises(UsageError, match=r"another event loop.*each asyncio\.run"):
+            asyncio.run(call())
+    loop.run_until_complete(letters.aclose())
+    loop.close()
+    assert service.redis.xlen(service.dlq) == 1
 
 
 async def test_a_replay_that_is_refused_loses_nothing(service, redis_url):

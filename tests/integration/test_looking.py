@@ -40,6 +40,27 @@ async def test_a_walk_that_takes_long_holds_up_no_other(consumer, service, monke
     assert len(service.pending("stuck")) == 1
 
 
+async def test_who_comes_just_after_an_outage_takes_nothing_from_the_living(consumer, service):
+    """Whose locks have expired meanwhile, and who may be a moment later in being back."""
+    living = consumer("living", heartbeat_interval=1.0, recovery=NO_SCANS, auto_claim=False)
+    notes = await living.init()
+    for i in range(20):
+        service.announce(f"s{i}")
+    await take(notes, 20)
+    await asyncio.sleep(2.2)  # what was only just read would be left alone anyway
+    newcomer = consumer("newcomer", heartbeat_interval=2.0, recovery=NO_SCANS)
+    service.redis.delete("svc-input-reconciler")
+    for lock in service.locks():
+        service.redis.delete(lock)
+    await newcomer.init()
+    await eventually(lambda: newcomer._partitions[0].recoverer._leading)
+    await eventually(lambda: len(service.locks()) == 20)
+    await nothing_comes(notes, 1.5)
+    assert set(service.locks().values()) == {"living"}
+    service.orphan(1)
+    await eventually(lambda: not service.pending("ghost"))  # the dead are found as ever
+
+
 async def test_the_longer_nothing_can_be_done_the_less_it_is_tried(consumer, service, monkeypatch):
     monkeypatch.setattr(recovery, "LOOK_EVERY", 0.01)
     monkeypatch.setattr(recovery, "LOOK_AGAIN", 0.02)

@@ -183,6 +183,7 @@ async def test_of_several_that_only_scan_one_does(consumer, service):
     heard = Heard()
     for i in range(3):
         await consumer(f"c{i}", auto_claim=False, recovery=SCAN_ONLY, recorder=heard).init()
+    await eventually(lambda: heard.calls("reconciliation_scan"))
     await asyncio.sleep(2.0)
     assert len(heard.calls("startup_recovery")) == 1
     assert 3 <= len(heard.calls("reconciliation_scan")) <= 9  # 0.27 s at least are in between
@@ -279,6 +280,8 @@ async def test_only_who_leads_looks_for_deaths(consumer, service):
     await clients[0].init()
     key = "svc-input-reconciler"
     await eventually(lambda: service.redis.get(key) == b"c0")
+    before = looks()
+    await eventually(lambda: looks() > before)
     alone = await looks_in(3)
     for client in clients[1:]:
         await client.init()

@@ -1,0 +1,120 @@
+"""What is answered by a master that another one replaces meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from helpers import eventually
+
+from relstream import ConnectionLost
+from relstream.net import sentinel, topology
+from relstream.net.sentinel import NamedMaster
+from relstream.net.topology import unless_replaced
+
+EVERY = 0.05
+HERE, THERE = ("10.0.0.1", 6379), ("10.0.0.2", 6379)
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topology, "LOOK_EVERY", EVERY)
+    monkeypatch.setattr(sentinel, "LOOK_EVERY", EVERY)
+
+
+class Guide:
+    """Knows masters, and is slow in looking for others."""
+
+    def __init__(self, looks_for: float = 0.0) -> None:
+        self.masters = [HERE]
+        self.looks_for = looks_for
+        self.looks = self.ended = 0
+
+    async def look(self) -> None:
+        self.looks += 1
+        try:
+            await asyncio.sleep(self.looks_for)
+        finally:
+            self.ended += 1
+
+
+async def answered(after: float) -> list[Any]:
+    await asyncio.sleep(after)
+    return [b"OK"]
+
+
+async def test_a_quick_answer_is_waited_for_alone() -> None:
+    guide: Any = Guide()
+    assert await unless_replaced(answered(0), guide) == [b"OK"]
+    assert guide.looks == 0
+
+
+async def test_a_late_answer_holds_if_the_master_is_still_one() -> None:
+    guide: Any = Guide()
+    guide.masters.append(THERE)
+    answer = asyncio.ensure_future(unless_replaced(answered(4 * EVERY), guide))
+    await eventually(lambda: guide.looks)
+    guide.masters = [THERE, HERE, ("10.0.0.3", 6379)]
+    assert await answer == [b"OK"]
+
+
+async def test_a_late_answer_is_void_if_it_is_not() -> None:
+    guide: Any = Guide()
+    answer = asyncio.ensure_future(unless_replaced(answered(4 * EVERY), guide))
+    await eventually(lambda: guide.looks)
+    guide.masters = [THERE]
+    with pytest.raises(ConnectionLost, match="another master"):
+        await answer
+
+
+async def test_an_answer_does_not_wait_for_one_who_looks() -> None:
+    guide: Any = Guide(looks_for=60)
+    answer = unless_replaced(answered(2 * EVERY), guide)
+    assert await asyncio.wait_for(answer, 10) == [b"OK"]
+    assert guide.looks == guide.ended == 2
+
+
+async def test_an_error_is_raised_as_it_is() -> None:
+    async def failing() -> list[Any]:
+        await asyncio.sleep(2 * EVERY)
+        raise ConnectionLost("it broke")
+
+    guide: Any = Guide(looks_for=60)
+    with pytest.raises(ConnectionLost, match="it broke"):
+        await unless_replaced(failing(), guide)
+    assert guide.looks == guide.ended == 1
+
+
+def named_master(ask: Any, count: int = 3) -> NamedMaster:
+    deployment: Any = SimpleNamespace(sentinels=range(count), master_name="m", remap=None)
+    master = NamedMaster(deployment)
+    master._ask = ask  # type: ignore[method-assign]
+    return master
+
+
+async def test_silent_sentinels_are_not_asked_again_at_once() -> None:
+    asked = 0
+
+    async def ask(number: Any) -> tuple[str, int]:
+        nonlocal asked
+        asked += 1
+        await asyncio.sleep(3 * EVERY)
+        raise ConnectionLost("silent")
+
+    master = named_master(ask)
+    for _ in range(3):
+        await master.glance()
+    assert asked == 3  # each of them once
+
+
+@pytest.mark.parametrize("known", [HERE, THERE])
+async def test_in_a_tie_it_is_where_it_was(known: tuple[str, int]) -> None:
+    async def ask(number: Any) -> tuple[str, int]:
+        await asyncio.sleep(0.01 * number)
+        return THERE if number else HERE
+
+    master = named_master(ask, 2)
+    master.found(known)
+    assert await master.locate() == known
