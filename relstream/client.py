@@ -43,7 +43,7 @@ from relstream.partition import Partition
 from relstream.recorder import Recorder, SafeRecorder, is_recorder
 from relstream.rights import check_rights
 from relstream.room import Room
-from relstream.tasks import end_all
+from relstream.tasks import OneLoop, end_all
 
 if TYPE_CHECKING:
     import redis.asyncio
@@ -161,6 +161,7 @@ class StreamClient:
             queue_size, self._delivered if self._recorder is not None else None
         )
         self._tasks: dict[asyncio.Task[None], tuple[str, Partition | None]] = {}
+        self._loop = OneLoop("the client was")
         self._opened = False
         self._ready = False
         self._terminated = False
@@ -256,6 +257,7 @@ class StreamClient:
         if self._opened:
             before = "init() was called before" if self._closing is None else "it was closed"
             raise ClientClosed(f"{before}: make a new StreamClient")
+        self._loop.check()
         self._opened = True
         try:
             for part in self._partitions:
@@ -311,6 +313,7 @@ class StreamClient:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """No part ends unnoticed: without one of them the whole can't keep its word."""
+        observe(task)
         name, _ = self._tasks.pop(task)
         if self._closing is not None or self._terminated:
             return
@@ -361,6 +364,7 @@ class StreamClient:
             raise error
 
     async def _close(self, *, finish: bool) -> RelstreamError | None:
+        self._loop.check()
         self._opened = True  # from here on it is too late to open it
         if self._closing is None:
             self._finishing = finish

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import orjson
 
 from relstream._core import ENTRIES, OBJECT, Batch, Entry, announcements, pack
-from relstream.errors import ClientClosed, ReplyError
+from relstream.errors import ClientClosed, InvalidOption, ReplyError
 from relstream.lbs import (
     DLQ_REASON_FIELD,
     INPUT_FIELD,
@@ -139,6 +139,8 @@ class DeadLetters:
             async for page in self._pages():
                 yield page
             return
+        if isinstance(ids, str) or not isinstance(ids, Iterable):
+            raise InvalidOption("ids", ids, "ids of dead letters: [<ms>-<seq>, …]")
         wanted = [entry_id_of("ids", entry_id) for entry_id in ids]
         for entry_id in wanted:
             batch: Batch = await self._range(entry_id, entry_id)

@@ -123,7 +123,9 @@ class Intake:
                 # Where it waits, which need not be where it was sent first.
                 for server, protocol in self._reading.waiting:
                     link = self._topology.to(server)
-                    await link.execute(b"CLIENT", b"UNBLOCK", protocol.client_id)
+                    # ERROR, as Redis 7.0 may crash otherwise: where the read waits for the end of a
+                    # pause, as in a failover.
+                    await link.execute(b"CLIENT", b"UNBLOCK", protocol.client_id, b"ERROR")
             except RelstreamError:  # not allowed, or no connection: the read ends by itself
                 await asyncio.sleep(BLOCK)
             await asyncio.sleep(0.01)

@@ -122,7 +122,9 @@ def _hash_tags(partitions: int) -> list[bytes]:
 
 def partition_of(data_stream_name: str, partitions: int) -> int:
     """Where a data stream is announced: always in the same partition."""
-    return key_slot(data_stream_name.encode()) % partitions if partitions > 1 else 0
+    if partitions == 1:
+        return 0
+    return key_slot(data_stream_name.encode(errors="surrogatepass")) % partitions
 
 
 def entry_id_of(option: str, value: object) -> bytes:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from collections.abc import AsyncIterator, Callable
-from typing import Any, NamedTuple
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from relstream._core import Deliveries, Entry
 
@@ -92,6 +92,10 @@ class Notifications(Deliveries, AsyncIterator[Notification]):
 
     def __aiter__(self) -> Notifications:
         return self
+
+    if TYPE_CHECKING:
+
+        def __anext__(self) -> Coroutine[Any, Any, Notification]: ...
 
     async def _next(self) -> Notification:
         """The next one, waited for."""

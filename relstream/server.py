@@ -23,9 +23,11 @@ import socket
 import subprocess
 import tempfile
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 __all__ = [
     "Binary",
@@ -61,10 +63,15 @@ echo $server
 exec >/dev/null 2>&1
 wait $server
 status=$?
-kill $guard
+kill -KILL $guard  # who ignores SIGTERM has children that do
 wait $guard
 exit $status
 """
+
+
+# Open, they keep servers alive: a process that this one forked must not.
+_lifelines: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()
+os.register_at_fork(after_in_child=lambda: [pipe.close() for pipe in _lifelines])
 
 
 class ServerNotFound(RuntimeError):
@@ -328,7 +335,9 @@ class Server:
                     stderr=log,
                     start_new_session=True,  # the guard's process group, out of Ctrl-C's reach
                 )
+            assert process.stdin is not None
             assert process.stdout is not None
+            _lifelines.add(process.stdin)
             self._pid = int(process.stdout.readline())
             deadline = time.monotonic() + START_TIMEOUT
             while not _answers(self._socket(directory)):

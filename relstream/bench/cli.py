@@ -63,7 +63,7 @@ def command(
     Without arguments: every scenario that does with one server, for about a minute, on a private
     one.
     """
-    if json_file is not None:
+    if json_file is not None and (json_file.is_file() or not json_file.exists()):
         try:
             json_file.open("a").close()  # before measuring, and what is there stays until then
         except OSError as error:

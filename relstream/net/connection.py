@@ -87,7 +87,10 @@ class Endpoint:
         if self.credential_provider is not None:
             given = await self.credential_provider.get_credentials_async()
             user, password = given if len(given) == 2 else ("", given[0])
-            return user or "default", password
+            user = user or "default"
+            if not isinstance(user, str) or not isinstance(password, str):
+                raise TypeError("user name and password must be str")
+            return user, password
         if self.username is None and self.password is None:
             return None
         return self.username or "default", self.password or ""

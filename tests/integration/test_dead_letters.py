@@ -65,8 +65,9 @@ async def test_some_are_replayed_and_some_purged(service, redis_url):
         assert await letters.replay([ids[1], "9-9"]) == 1
         assert await letters.purge([ids[0]]) == 1
         assert [letter.id async for letter in letters] == ids[2:]
-        with pytest.raises(InvalidOption, match="<ms>-<seq>"):
-            await letters.purge([ids[2], "nonsense"])
+        for bad in [ids[2], "nonsense"], 5, ids[2]:
+            with pytest.raises(InvalidOption, match="<ms>-<seq>"):
+                await letters.purge(bad)
         assert await letters.purge() == 2
     assert len(service.entries()) == 1
     with pytest.raises(ClientClosed):

@@ -14,6 +14,7 @@ from helpers import (
     Heard,
     Renewals,
     Service,
+    engine_connections,
     eventually,
     names,
     nothing_comes,
@@ -24,13 +25,60 @@ from relstream import (
     ClientClosed,
     ConfigConflict,
     ConnectionFailed,
+    ConnectionLost,
     NotificationType,
     Producer,
     Recorder,
     RetryConfig,
+    StreamClient,
+    UsageError,
 )
 
 PATIENT = RetryConfig(max_retries=-1, initial_delay=0.02, max_delay=0.2)
+
+
+async def test_closing_while_writes_are_paused(consumer, make_server):
+    """Redis 7.0 crashed when a read that waits for the end of a pause was ended by time-out."""
+    server = make_server()
+    with redis.Redis.from_url(server.url) as admin:
+        service = Service(admin)
+        client = consumer(url=server.url)
+        notes = await client.init()
+        for i in range(5):
+            service.announce(f"s{i}")
+        await take(notes, 5)
+        await asyncio.sleep(0.1)
+        admin.execute_command("CLIENT", "PAUSE", 3000, "WRITE")  # as a failover does
+        await asyncio.sleep(1.3)  # the read that waited has ended, and the next one is held up
+        await client.aclose()
+        assert len(service.entries()) == 5
+        assert (service.pending(), service.locks()) == ([], {})
+        assert engine_connections(admin) == []
+
+
+async def test_a_part_that_fails_while_closing_is_seen(consumer, caplog):
+    async def fails() -> None:
+        raise ConnectionLost("the server closed the connection")
+
+    client = consumer()
+    await client.init()
+    closing = asyncio.ensure_future(client.aclose())
+    await asyncio.sleep(0)
+    client._start("intake", fails())
+    await closing
+    gc.collect()
+    assert "never retrieved" not in caplog.text
+
+
+def test_a_client_belongs_to_one_event_loop(redis_url):
+    loop = asyncio.new_event_loop()
+    client = StreamClient(redis=redis_url, service_name="svc", consumer_id="c1")
+    loop.run_until_complete(client.init())
+    for call in client.aclose, client.done:
+        with pytest.raises(UsageError, match=r"another event loop.*each asyncio\.run"):
+            asyncio.run(call())
+    loop.run_until_complete(client.aclose())
+    loop.close()
 
 
 async def test_cut_connections_lose_nothing_and_repeat_nothing(consumer, service, redis_url):

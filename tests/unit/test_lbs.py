@@ -191,6 +191,7 @@ def test_a_number_of_partitions_that_can_not_be(wrong):
 def test_a_hash_tag_in_the_name_would_keep_partitions_together():
     with pytest.raises(InvalidOption, match="a name without"):
         Names.all_of("{svc}", partitions=2)
+    assert 0 <= partition_of("\ud800", 3) < 3  # which was never announced
     Names.all_of("{svc}")
 
 

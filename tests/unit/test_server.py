@@ -237,6 +237,22 @@ def test_stop_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gone(pid)
 
 
+@pytest.mark.parametrize("how", ["signal.signal(15, signal.SIG_IGN)", "pthread_sigmask(0, [15])"])
+def test_stops_where_sigterm_is_not_heeded(how: str) -> None:
+    how = how.replace("pthread", "signal.pthread")
+    code = f"""
+import signal
+{how}
+import relstream.server
+relstream.server.STOP_TIMEOUT = 1
+with relstream.server.Server() as server:
+    print(server.pid, flush=True)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert run.returncode == 0, run.stderr
+    assert gone(int(run.stdout))
+
+
 def test_a_taken_port_is_not_the_end(
     make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,7 +297,7 @@ def test_no_answer_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 # Its parent's end
 
 PARENT = """
-import subprocess, sys, threading, time
+import os, subprocess, sys, threading, time
 from relstream.server import Server
 
 server = Server()
@@ -294,14 +310,19 @@ else:
     server.start()
 if how == "paused":
     server.pause()
-other = subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL)
-print(server.pid, server.port, other.pid, flush=True)
+if how == "fork":
+    other = os.fork()
+    if not other:
+        time.sleep(60)
+else:
+    other = subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL).pid
+print(server.pid, server.port, other, flush=True)
 if how != "exit":
     time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("how", ["running", "paused", "thread", "exit"])
+@pytest.mark.parametrize("how", ["running", "paused", "thread", "fork", "exit"])
 def test_server_ends_with_its_parent(how: str, temporary_directory: Path) -> None:
     parent = subprocess.Popen([sys.executable, "-c", PARENT, how], stdout=subprocess.PIPE)
     with parent, parent.stdout as stdout:
