@@ -597,6 +597,15 @@ async def test_credential_provider_that_never_answers(redis_url):
     assert "no answer within 0.1 s" in message
 
 
+async def test_credential_provider_that_gives_no_password(redis_url):
+    class Empty(Rotating):
+        async def get_credentials_async(self) -> Any:
+            return "user", None
+
+    client = redis.asyncio.Redis.from_url(redis_url, credential_provider=Empty())
+    assert "must be str" in await fails_to_connect(client, ConnectionFailed)
+
+
 # --- many callers on one connection ---------------------------------------------------------------
 
 
