@@ -253,6 +253,7 @@ class StreamClient:
             ReplyError: the server says something else, such as LOADING or READONLY.
             ProtocolError: what answers is no Redis.
             ClientClosed: it was called before, or the client was closed.
+            UsageError: the client was used in another event loop.
         """
         if self._opened:
             before = "init() was called before" if self._closing is None else "it was closed"
@@ -343,7 +344,7 @@ class StreamClient:
         When it returns, no task, connection, subscription or lock is left, and nothing more is
         delivered to this consumer. It takes 10 s at most: if Redis can't be reached for that long,
         what is owned is left to be recovered. May be called several times; does not raise for a
-        server that is gone.
+        server that is gone, only `UsageError` in another event loop than that of `init`.
         """
         await self._close(finish=False)
 

@@ -25,6 +25,7 @@ from relstream.lbs import (
 from relstream.net.connection import raise_first
 from relstream.net.deployment import deployment_of
 from relstream.net.topology import unless_replaced
+from relstream.put_back import fitting
 from relstream.tasks import OneLoop
 
 if TYPE_CHECKING:
@@ -148,7 +149,9 @@ class DeadLetters:
                 yield batch
 
     async def _pages(self) -> AsyncIterator[Batch]:
-        newest = await self._read(b"XREVRANGE", self._names.dlq, b"+", b"-", b"COUNT", 1)
+        newest: Batch = await self._execute(
+            b"XREVRANGE", self._names.dlq, b"+", b"-", b"COUNT", 1, decode=ENTRIES
+        )
         start = b"-"
         count = 1
         while len(newest):
@@ -157,14 +160,12 @@ class DeadLetters:
                 return
             yield batch
             start = b"(" + batch.id(-1)
-            fitting = len(batch) * PAGE_BYTES // max(batch.nbytes, 1)
-            count = max(1, min(4 * count, fitting, PAGE))
+            count = min(4 * count, fitting([batch], PAGE_BYTES), PAGE)
 
     async def _range(self, start: bytes, end: bytes, count: int = 1) -> Batch:
-        return await self._read(b"XRANGE", self._names.dlq, start, end, b"COUNT", count)
-
-    async def _read(self, *args: bytes | int) -> Batch:
-        batch: Batch = await self._execute(*args, decode=ENTRIES)
+        batch: Batch = await self._execute(
+            b"XRANGE", self._names.dlq, start, end, b"COUNT", count, decode=ENTRIES
+        )
         return batch
 
     async def _execute(self, *args: bytes | int, decode: int = OBJECT) -> Any:

@@ -18,7 +18,7 @@ from relstream.errors import DeadlineExceeded, ProtocolError, RelstreamError, Re
 from relstream.lbs import INPUT_FIELD, SEPARATOR, UNPARSEABLE, WRONG_PARTITION, Names, partition_of
 from relstream.net.connection import Backoff, explained_by_failover
 from relstream.notifications import MAX_WAITING_BYTES
-from relstream.put_back import PUT, TOO_LATE, discard
+from relstream.put_back import PUT, TOO_LATE, discard, fitting
 from relstream.tasks import end_all
 
 if TYPE_CHECKING:
@@ -257,9 +257,9 @@ class Intake:
             await self._settle()
             return
         batch = batches[0]
-        fitting = len(batch) * READ_BYTES // max(batch.nbytes, 1)
         # How large many of them are is not known from one.
-        self._count = max(1, min(max(self._count, 2 * len(batch)), fitting, self._largest))
+        most = min(max(self._count, 2 * len(batch)), self._largest)
+        self._count = min(most, fitting([batch], READ_BYTES))
         if self._taking or (len(batch) == count and not self._probing):
             # There is more: it is read while these are being locked.
             before = self._taking[-1] if self._taking else None

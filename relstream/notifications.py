@@ -93,7 +93,7 @@ class Notifications(Deliveries, AsyncIterator[Notification]):
     def __aiter__(self) -> Notifications:
         return self
 
-    if TYPE_CHECKING:
+    if TYPE_CHECKING:  # the core's is for any kind of item
 
         def __anext__(self) -> Coroutine[Any, Any, Notification]: ...
 

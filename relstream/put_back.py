@@ -66,6 +66,12 @@ async def read_entries(link: KeyLink, names: Names, ids: Iterable[bytes]) -> lis
     return raise_first(await link.pipeline(ask.pack(ids), len(ids), decode=ENTRIES))
 
 
+def fitting(batches: Sequence[Batch], most_bytes: int) -> int:
+    """How many entries of the size that these have fit into so many bytes; 1 at least."""
+    nbytes = sum(batch.nbytes for batch in batches)
+    return max(1, sum(map(len, batches)) * most_bytes // max(1, nbytes))
+
+
 class Entries:
     """Reads entries of the LBS in portions that fit into memory, whatever size they have."""
 
@@ -97,10 +103,11 @@ class Entries:
                 raise
             start += len(part)
             came = sum(map(len, batches))
-            fitting = max(1, came * READ_BYTES // max(1, sum(batch.nbytes for batch in batches)))
             # A small portion tells little of many, unless its entries are large.
             if came:
-                self._count = min(fitting, max(self._count, 4 * came), LARGEST_READ)
+                self._count = min(
+                    fitting(batches, READ_BYTES), max(self._count, 4 * came), LARGEST_READ
+                )
             yield part, batches
 
     async def _range(self, ids: Ids) -> list[Batch]:

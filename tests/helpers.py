@@ -12,6 +12,7 @@ from typing import Any
 import redis
 
 from relstream import Notification, Notifications, NotificationType, Recorder
+from relstream._core import Batch
 
 ADDED = NotificationType.STREAM_ADDED
 DISOWNED = NotificationType.STREAM_DISOWNED
@@ -190,6 +191,21 @@ class Service:
         new_id = self.redis.xadd(self.lbs, fields)
         self.redis.xdel(self.lbs, entry_id)
         return new_id.decode()
+
+
+def weigh(link: Any) -> list[int]:
+    """Bytes of each exchange over this link from now on: what is sent, or the entries that come."""
+    pipeline, sizes = link.pipeline, []
+
+    async def weighed(packed: bytes, replies: int, **options: Any) -> list[Any]:
+        received = await pipeline(packed, replies, **options)
+        parts = [each for part in received for each in (part if isinstance(part, list) else [part])]
+        came = sum(part.nbytes for part in parts if isinstance(part, Batch))
+        sizes.append(max(len(packed), came))
+        return received
+
+    link.pipeline = weighed
+    return sizes
 
 
 class Renewals:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import time
 from collections.abc import Iterable, Mapping
@@ -272,7 +273,7 @@ class Cluster:
                 node.resume()
         start_all(self._original)
         for node in self._original:
-            wait(lambda node=node: self._reset(node), START_TIMEOUT)  # type: ignore[misc]
+            wait(functools.partial(self._reset, node), START_TIMEOUT)
         self._form()
 
     def _make(self) -> Node:

@@ -72,6 +72,7 @@ class Node(Server):
 
     def call(self, *command: str | int) -> Any:
         """One command's reply. Raises what redis-py does."""
+        # redis-py gives this one no types.
         return self.client.execute_command(*command)  # type: ignore[no-untyped-call]
 
     def pause(self) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from helpers import Renewals, eventually, take
+from helpers import Renewals, eventually, take, weigh
 
-from relstream import RecoveryConfig, recovery
+from relstream import RecoveryConfig
 
 MB = 1 << 20
 
@@ -18,15 +18,7 @@ def announce(service, count, size):
 async def test_a_backlog_of_large_entries_is_read_a_few_at_a_time(consumer, service):
     announce(service, 60, MB)
     client = consumer()
-    reading = client._partitions[0].intake._reading
-    pipeline, sizes = reading.pipeline, []
-
-    async def weighed(packed, replies, **options):
-        received = await pipeline(packed, replies, **options)
-        sizes.extend(batch.nbytes for part in received for batch in part)
-        return received
-
-    reading.pipeline = weighed
+    sizes = weigh(client._partitions[0].intake._reading)
     notes = await client.init()
     assert len(await take(notes, 60)) == 60
     assert 0 < max(sizes) < 5 * MB
@@ -39,21 +31,11 @@ async def test_many_large_orphans_are_recovered(consumer, service):
         service.redis.xreadgroup(service.group, "ghost", {service.lbs: ">"}, count=5)
     pages = RecoveryConfig(min_idle_time=0.1, reconciliation_interval=1, batch_size=10)
     client = consumer(max_streams=1, queue_size=2, recovery=pages)
-    link = client._partitions[0].recoverer._link
-    pipeline, largest = link.pipeline, 0
-
-    async def weighed(packed, replies, **options):
-        nonlocal largest
-        received = await pipeline(packed, replies, **options)
-        came = sum(part.nbytes for part in received if isinstance(part, recovery.Batch))
-        largest = max(largest, came, len(packed))
-        return received
-
-    link.pipeline = weighed
+    sizes = weigh(client._partitions[0].recoverer._link)
     await client.init()
     await eventually(lambda: not service.pending("ghost"))
     assert len(service.entries()) == 60
-    assert 0 < largest < 3 * MB
+    assert 0 < max(sizes) < 3 * MB
 
 
 async def test_an_owner_of_large_entries_hands_them_over(consumer, service):

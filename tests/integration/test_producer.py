@@ -11,7 +11,7 @@ import sys
 import pytest
 import redis
 import redis.asyncio
-from helpers import engine_connections, eventually
+from helpers import engine_connections, eventually, weigh
 
 from relstream import (
     ClientClosed,
@@ -56,13 +56,7 @@ async def test_a_hundred_thousand(producer, service):
 
 async def test_much_is_sent_in_parts_that_a_slow_line_carries_in_time(producer, service):
     (link,) = producer._links
-    pipeline, sizes = link.pipeline, []
-
-    async def weighed(packed, replies):
-        sizes.append(len(packed))
-        return await pipeline(packed, replies)
-
-    link.pipeline = weighed
+    sizes = weigh(link)
     large = {"k": "x" * 10_000}
     ids = await producer.announce_many([(f"s{i}", large) for i in range(1000)])
     assert [entry_id for entry_id, _ in announced(service)] == ids

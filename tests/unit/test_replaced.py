@@ -40,57 +40,71 @@ class Guide:
             self.ended += 1
 
 
-async def answered(after: float) -> list[Any]:
-    await asyncio.sleep(after)
+async def answered(when: asyncio.Event) -> list[Any]:
+    await when.wait()
     return [b"OK"]
 
 
 async def test_a_quick_answer_is_waited_for_alone() -> None:
     guide: Any = Guide()
-    assert await unless_replaced(answered(0), guide) == [b"OK"]
+    now = asyncio.Event()
+    now.set()
+    assert await unless_replaced(answered(now), guide) == [b"OK"]
     assert guide.looks == 0
 
 
 async def test_a_late_answer_holds_if_the_master_is_still_one() -> None:
     guide: Any = Guide()
     guide.masters.append(THERE)
-    answer = asyncio.ensure_future(unless_replaced(answered(4 * EVERY), guide))
+    later = asyncio.Event()
+    answer = asyncio.ensure_future(unless_replaced(answered(later), guide))
     await eventually(lambda: guide.looks)
     guide.masters = [THERE, HERE, ("10.0.0.3", 6379)]
+    later.set()
     assert await answer == [b"OK"]
 
 
 async def test_a_late_answer_is_void_if_it_is_not() -> None:
     guide: Any = Guide()
-    answer = asyncio.ensure_future(unless_replaced(answered(4 * EVERY), guide))
+    later = asyncio.Event()
+    answer = asyncio.ensure_future(unless_replaced(answered(later), guide))
     await eventually(lambda: guide.looks)
     guide.masters = [THERE]
+    later.set()
     with pytest.raises(ConnectionLost, match="another master"):
         await answer
 
 
 async def test_an_answer_does_not_wait_for_one_who_looks() -> None:
     guide: Any = Guide(looks_for=60)
-    answer = unless_replaced(answered(2 * EVERY), guide)
+    later = asyncio.Event()
+    answer = asyncio.ensure_future(unless_replaced(answered(later), guide))
+    await eventually(lambda: guide.looks)
+    later.set()
     assert await asyncio.wait_for(answer, 10) == [b"OK"]
     assert guide.looks == guide.ended == 2
 
 
 async def test_an_error_is_raised_as_it_is() -> None:
+    later = asyncio.Event()
+
     async def failing() -> list[Any]:
-        await asyncio.sleep(2 * EVERY)
+        await later.wait()
         raise ConnectionLost("it broke")
 
     guide: Any = Guide(looks_for=60)
+    answer = asyncio.ensure_future(unless_replaced(failing(), guide))
+    await eventually(lambda: guide.looks)
+    later.set()
     with pytest.raises(ConnectionLost, match="it broke"):
-        await unless_replaced(failing(), guide)
+        await answer
     assert guide.looks == guide.ended == 1
 
 
 def named_master(ask: Any, count: int = 3) -> NamedMaster:
     deployment: Any = SimpleNamespace(sentinels=range(count), master_name="m", remap=None)
     master = NamedMaster(deployment)
-    master._ask = ask  # type: ignore[method-assign]
+    master._ask = ask
     return master
 
 
