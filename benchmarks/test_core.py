@@ -28,6 +28,7 @@ from relstream._core import (
 
 N = 1000
 FIELD = b"lbs-input"
+RETRY_FIELD = b"_retry_count"
 SEPARATOR = b"<MUTEX_KEY_SEP>"
 
 Work = Callable[[], Any]
@@ -98,7 +99,7 @@ READ_BY_HIREDIS = peers(XREADGROUP, 1)
 READ = ours(XREADGROUP, 1, STREAMS)
 BATCH = decoded(ENTRY_LIST, ENTRIES)
 PAGE = decoded(XPENDING, PENDING)
-OWNED = announcements(BATCH, FIELD, SEPARATOR, orjson.loads)[0]
+OWNED = announcements(BATCH, FIELD, RETRY_FIELD, SEPARATOR, orjson.loads)[0]
 TEMPLATE = Template(*LEASE)
 
 WORK: dict[str, dict[str, Work]] = {
@@ -119,7 +120,7 @@ WORK: dict[str, dict[str, Work]] = {
         ],
     },
     "announcements": {
-        "relstream": lambda: announcements(BATCH, FIELD, SEPARATOR, orjson.loads),
+        "relstream": lambda: announcements(BATCH, FIELD, RETRY_FIELD, SEPARATOR, orjson.loads),
         "orjson alone": lambda: [orjson.loads(fields[FIELD]) for _, fields in BATCH],
     },
     "ids": {"relstream": BATCH.ids},

@@ -1,7 +1,7 @@
 """Hands data streams to consumers through Redis Streams, each owned by one living consumer."""
 
 from relstream.client import StreamClient
-from relstream.config import ClusterMode, RecoveryConfig, RetryConfig
+from relstream.config import ClusterMode, RecoveryConfig, RetryConfig, RetryDelay
 from relstream.dead_letters import DeadLetter, DeadLetters
 from relstream.errors import (
     AlreadyClaimed,
@@ -57,6 +57,7 @@ __all__ = [
     "RelstreamError",
     "ReplyError",
     "RetryConfig",
+    "RetryDelay",
     "ServerError",
     "ServerTooOld",
     "StreamClient",

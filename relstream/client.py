@@ -30,9 +30,10 @@ from relstream.errors import (
     ReplyError,
     StreamNotOwned,
 )
+from relstream.failures import check_delay
 from relstream.keeper import Keeper
 from relstream.keyspace import NEEDED, SETTING, ClusterEvents, ExpiryEvents
-from relstream.lbs import Names, partition_of, split_lock_key
+from relstream.lbs import Names, lock_key, partition_of, split_lock_key
 from relstream.locks import Locks
 from relstream.net.connection import observe
 from relstream.net.deployment import deployment_of
@@ -270,6 +271,7 @@ class StreamClient:
                     )
                 await check_rights(self._commands, part.names, self._consumer)
                 await part.create_group()
+                await part.clock.refresh()
             await self._events.set_up()
             if self._closing is not None:
                 raise ClientClosed(CLOSED_MEANWHILE)
@@ -299,7 +301,8 @@ class StreamClient:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self.aclose()
+        # In a loop that works on one stream after another that one is the poison.
+        await self._close(finish=False, failure=exc if isinstance(exc, Exception) else None)
 
     def _start(
         self, name: str, work: Coroutine[Any, Any, None], part: Partition | None = None
@@ -364,22 +367,31 @@ class StreamClient:
         if began and error is not None:
             raise error
 
-    async def _close(self, *, finish: bool) -> RelstreamError | None:
+    async def _close(
+        self, *, finish: bool, failure: Exception | None = None
+    ) -> RelstreamError | None:
         self._loop.check()
         self._opened = True  # from here on it is too late to open it
         if self._closing is None:
             self._finishing = finish
-            self._closing = asyncio.ensure_future(self._shut_down(finish))
+            self._closing = asyncio.ensure_future(self._shut_down(finish, failure))
             self._closing.set_name("relstream-close")
         # Whoever stops waiting does not stop the closing; it is bounded in time.
         return await asyncio.shield(self._closing)
 
-    async def _shut_down(self, finish: bool) -> RelstreamError | None:
-        """Closes; returns what kept streams from being finished, or handed over."""
+    async def _shut_down(
+        self, finish: bool, application_failed: Exception | None
+    ) -> RelstreamError | None:
+        """Closes; returns what kept streams from being finished, or handed over.
+
+        If the application failed, so did the stream that it was notified of last.
+        """
         self._notifications.end("closed")
         failure: RelstreamError | None = None
         try:
             if self._ready:
+                if application_failed is not None:
+                    self._fail_last(application_failed)
                 await asyncio.wait_for(self._give_up_all(finish), CLOSE_TIMEOUT)
         except asyncio.TimeoutError:
             failure = ConnectionFailed(f"closing took over {CLOSE_TIMEOUT:g} s")
@@ -396,6 +408,20 @@ class StreamClient:
                 "finished" if finish else "handed over", failure,
             )  # fmt: skip
         return failure
+
+    def _fail_last(self, error: Exception) -> None:
+        head = self._notifications.last_added
+        if head is None:
+            return
+        part = self._part(head.data_stream_name)
+        if part.leases.get(head.data_stream_name) is head and not head.finishing:
+            self._logger.warning(
+                "the application ended by %s, so its stream %r failed: it is retried later, or a "
+                "dead letter",
+                type(error).__name__, head.data_stream_name,
+            )  # fmt: skip
+            failure = part.failures.failed(head, error, None)
+            part.finisher.fail(head, failure).add_done_callback(observe)
 
     async def _give_up_all(self, finish: bool) -> None:
         outcomes = await asyncio.gather(
@@ -479,6 +505,39 @@ class StreamClient:
         Takes what `done_stream` does, and raises as it does.
         """
         await self._part(stream).finisher.release(self._told(stream))
+
+    async def fail(
+        self,
+        stream: str | LBSInfo,
+        error: BaseException | str | None = None,
+        *,
+        delay: float | None = None,
+    ) -> None:
+        """The work on a stream failed: it comes back later, or becomes a dead letter.
+
+        Its retry count grows by one. Beyond `recovery.max_retries` it becomes a dead letter (reason
+        `max_retries_exceeded`); else it is delivered again, once, after `delay` seconds (None: as
+        `recovery.retry_delay` has it; 0: at once). `error` is stored with it: its text, cut at
+        1 KB, and its type. Takes streams as `done_stream` does, and what else announced this one
+        while it was owned is finished. Calls made at the same time share their commands.
+
+        Raises:
+            InvalidOption: `delay` is no number of seconds from 0 to 30 days.
+            StreamNotOwned, ConnectionFailed, ReplyError, ClientClosed: as `done_stream`.
+        """
+        check_delay(delay)
+        head = self._told(stream)
+        part = self._part(stream)
+        await part.finisher.fail(head, part.failures.failed(head, error, delay))
+
+    async def reject(self, stream: str | LBSInfo, error: BaseException | str | None = None) -> None:
+        """A stream shall not be delivered again: it becomes a dead letter (reason `rejected`).
+
+        Otherwise as `fail`; its retry count stays as it is.
+        """
+        head = self._told(stream)
+        part = self._part(stream)
+        await part.finisher.fail(head, part.failures.rejected(head, error))
 
     async def claim(self, lbs_info: LBSInfo) -> None:
         """Puts an expired stream back for redistribution; grants no ownership.
@@ -579,8 +638,9 @@ class StreamClient:
         )  # fmt: skip
 
     def _expired(self, payload: LBSInfo) -> None:
-        self._part(payload.data_stream_name).recoverer.expired(payload)
-        told = self._notifications.expired(payload)
+        part = self._part(payload.data_stream_name)
+        part.recoverer.expired(payload)
+        told = self._notifications.expired(payload, part.leases.by_lock(lock_key(*payload)))
         if self._recorder is not None:
             self._recorder.keyspace_notification_received(payload.data_stream_name)
             if not told:

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 from relstream.errors import InvalidOption
 
-__all__ = ["ClusterMode", "RecoveryConfig", "RetryConfig"]
+__all__ = ["ClusterMode", "RecoveryConfig", "RetryConfig", "RetryDelay"]
+
+# The longest time that a failed stream may wait, in seconds.
+MAX_DELAY = 30 * 86_400.0
 
 
 class ClusterMode(enum.Enum):
@@ -72,8 +75,27 @@ class RetryConfig:
 
 
 @dataclass(frozen=True)
+class RetryDelay:
+    """How long a failed stream waits before it is delivered again, see `StreamClient.fail`.
+
+    Doubles with each retry; drawn uniformly from 0 up to that (full jitter), so that streams that
+    failed together do not come back together.
+    """
+
+    initial_delay: float = 1.0
+    """Seconds, at most, before the first retry."""
+    max_delay: float = 60.0
+    """Seconds that no delay exceeds."""
+
+    def __post_init__(self) -> None:
+        name = "recovery.retry_delay"
+        check_seconds(f"{name}.initial_delay", self.initial_delay, 0.0, MAX_DELAY)
+        check_seconds(f"{name}.max_delay", self.max_delay, self.initial_delay, MAX_DELAY)
+
+
+@dataclass(frozen=True)
 class RecoveryConfig:
-    """How streams of dead consumers are found and put back, and when they become dead letters."""
+    """How streams of dead consumers, and failed ones, come back, and when they are dead letters."""
 
     reconciliation_interval: float = 60.0
     """Seconds between two scans of the pending entries."""
@@ -82,7 +104,13 @@ class RecoveryConfig:
     batch_size: int = 1000
     """Pending entries a page."""
     max_retries: int = 3
-    """How often an entry is put back before it goes to the dead-letter stream."""
+    """How often an entry is requeued, after a death or a failure, before it is a dead letter."""
+    retry_window: float | None = 3600.0
+    """Seconds within which retries count: an entry that was announced or requeued longer ago than
+    this (its LBS id tells) starts again at 1. None: they count for the whole life of a stream, as
+    for the Go client."""
+    retry_delay: RetryDelay = RetryDelay()
+    """How long a stream that failed without a delay of its own waits."""
     dlq_stream: str | None = None
     """Key of the dead-letter stream; `<service>-input-dlq` unless given."""
     dlq_max_len: int = 10_000
@@ -93,6 +121,10 @@ class RecoveryConfig:
         check_seconds("recovery.min_idle_time", self.min_idle_time, 0.0)
         check_count("recovery.batch_size", self.batch_size, 1, 10_000)
         check_count("recovery.max_retries", self.max_retries, 0)
+        if self.retry_window is not None:
+            check_seconds("recovery.retry_window", self.retry_window, 0.0, 10 * 365 * 86_400.0)
+        if not isinstance(self.retry_delay, RetryDelay):
+            raise InvalidOption("recovery.retry_delay", self.retry_delay, "a RetryDelay")
         check_count("recovery.dlq_max_len", self.dlq_max_len, 0)
         if self.dlq_stream is not None:
             check_name("recovery.dlq_stream", self.dlq_stream)

@@ -199,7 +199,7 @@ class DeadLetters:
 
 def _named(batch: Batch) -> dict[bytes, Entry]:
     """Those entries that announce a stream, by their ids."""
-    entries, _, _ = announcements(batch, INPUT_FIELD, SEPARATOR, orjson.loads)
+    entries, _, _ = announcements(batch, INPUT_FIELD, RETRY_FIELD, SEPARATOR, orjson.loads)
     return {entry.id: entry for entry in entries}
 
 

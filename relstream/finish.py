@@ -16,20 +16,24 @@ from relstream._core import (
     Ids,
     Template,
     entry_ids,
+    first_error,
     id_range,
     key_slot,
     lock_keys,
     pack,
 )
+from relstream.delayed_entries import DelayedEntries, packed
 from relstream.errors import ClientClosed, RelstreamError, ReplyError, StreamNotOwned
+from relstream.lbs import INPUT_FIELD, message, replace_fields
 from relstream.leases import pending_for
 from relstream.net.connection import Backoff, explained_by_failover, observe, raise_first
 from relstream.put_back import PUT, Entries
-from relstream.scripts import FINISH, run
+from relstream.scripts import FAIL, FINISH, run
 from relstream.tasks import end_all
 
 if TYPE_CHECKING:
     from relstream.config import RetryConfig
+    from relstream.failures import Failure
     from relstream.keeper import Keeper
     from relstream.lbs import Names
     from relstream.leases import Leases
@@ -44,6 +48,8 @@ if TYPE_CHECKING:
 # works on one, the next is being prepared.
 BATCH = 128
 BATCHES = 4
+# Of failed streams, whose entries go through here, about so many bytes at most.
+BATCH_BYTES = 1 << 20
 # Milliseconds for which a call of the script whose answer got lost can be sent again.
 RECEIPT_MS = 600_000
 
@@ -56,6 +62,10 @@ class _Call:
         self.token = secrets.token_hex(8).encode() + b":"
         self.again = False
         self.in_steps = False
+        # Of streams that fail: what waits, and when it is due; or their copies among the dead.
+        self.delayed: list[tuple[int, bytes]] | None = None
+        self.delayed_in_steps = False
+        self.dead_letters: list[bytes] | None = None
 
 
 class Finisher:
@@ -71,6 +81,7 @@ class Finisher:
         keeper: Keeper,
         *,
         put_back: PutBack,
+        dlq_max_len: int,
         retry: RetryConfig,
         patience: float,
         on_lost: Callable[[Entry], None],
@@ -87,7 +98,10 @@ class Finisher:
         self._retry = retry
         self._patience = patience
         self._on_lost = on_lost
+        self._dead_letters = put_back
+        self._dlq_max_len = dlq_max_len
         self._put = put_back.put
+        self._delayed_entries = DelayedEntries(self._link, names, logger)
         # One for each batch under way, and those that are on the server.
         self._receipts = [names.receipt(consumer, number) for number in range(BATCHES)]
         self._written: set[bytes] = set()
@@ -104,7 +118,18 @@ class Finisher:
         self._done = Endings(self._asked.set)
         self._released = Endings(self._asked.set)
         self._abandoned = Endings(self._asked.set)
+        self._delayed = Endings(self._asked.set)
+        self._dead = Endings(self._asked.set)
+        # What becomes of those in each, and how many of them one batch takes, of how many bytes.
+        self._queues = (
+            (self._done, self._finish, 0),
+            (self._released, self._hand_over, 0),
+            (self._abandoned, self._hand_back_others, 0),
+            (self._delayed, self._delay, BATCH_BYTES),
+            (self._dead, self._dead_letter, BATCH_BYTES),
+        )
         self._others: dict[Entry, list[Entry]] = {}
+        self._failures: dict[Entry, Failure] = {}
         self.done = self._done.ask
         """Finishes the stream: XACK, XDEL, then the locks. Fails with `StreamNotOwned` if lost."""
         self.release = self._released.ask
@@ -121,12 +146,19 @@ class Finisher:
         self._others[head] = others
         self._abandoned.ask(head).add_done_callback(observe)
 
+    def fail(self, head: Entry, failure: Failure) -> Future:
+        """Ends ownership of a stream that failed: it waits until it is due, or is a dead letter."""
+        future = (self._delayed if failure.reason is None else self._dead).ask(head)
+        if not future.done():
+            self._failures[head] = failure
+        return future
+
     async def idle(self) -> None:
         """Waits until all that was asked for has ended, well or badly."""
         while True:
             if self._under_way:
                 await asyncio.wait(self._under_way)
-            elif self._running and (self._done or self._released or self._abandoned):
+            elif self._running and any(queue for queue, _, _ in self._queues):
                 await asyncio.sleep(0)
             else:
                 return
@@ -138,9 +170,8 @@ class Finisher:
                 await self._link.execute(b"DEL", *self._written)
 
     async def run(self) -> None:
-        """Serves `done`, `release` and `abandon` until cancelled."""
-        queues = (self._done, self._released, self._abandoned)
-        for queue in queues:
+        """Serves `done`, `release`, `fail` and `abandon` until cancelled."""
+        for queue, _, _ in self._queues:
             queue.open(asyncio.get_running_loop().create_future)
         self._running = True
         try:
@@ -149,18 +180,19 @@ class Finisher:
                 self._asked.clear()
                 if self._failure is not None:
                     raise self._failure
-                ends = (self._finish, self._hand_over, self._hand_back_others)
-                for queue, end in zip(queues, ends, strict=True):
+                for queue, end, most_bytes in self._queues:
                     while queue:
                         while len(self._under_way) >= BATCHES:
                             await asyncio.wait(self._under_way, return_when=asyncio.FIRST_COMPLETED)
-                        task = asyncio.ensure_future(self._persist(end, queue.take(BATCH)))
+                        task = asyncio.ensure_future(
+                            self._persist(end, queue.take(BATCH, most_bytes))
+                        )
                         self._under_way.add(task)
                         task.add_done_callback(self._batch_ended)
         finally:
             self._running = False
             await end_all(self._under_way)
-            for queue in queues:
+            for queue, _, _ in self._queues:
                 _fail(queue.close(_closed), _closed())
 
     def _batch_ended(self, task: asyncio.Task[None]) -> None:
@@ -178,13 +210,15 @@ class Finisher:
         backoff = Backoff(self._retry.initial_delay, self._retry.max_delay)
         entries = endings.entries()
         owned = end != self._hand_back_others
+        handed_over = end in (self._hand_over, self._hand_back_others)
+        failed = list(endings.heads) if self._failures else []
         call = _Call(self._receipts.pop())
         try:
             while True:
                 # Not renewed meanwhile, so that a lock just released does not look lost.
                 self._keeper.drop(entries)
                 try:
-                    if end == self._finish and not call.again and len(entries) > len(endings):
+                    if not handed_over and not call.again and len(entries) > len(endings):
                         await self._keep_whole(endings)
                         entries = endings.entries()
                     if entries:
@@ -215,6 +249,8 @@ class Finisher:
             raise
         finally:
             self._receipts.append(call.receipt)
+            for head in failed:
+                self._failures.pop(head, None)
 
     def _give_up(self, endings: Endings, error: RelstreamError, owned: bool) -> None:
         """What could not be ended is owned as before; what was lost stays lost."""
@@ -238,16 +274,114 @@ class Finisher:
             self.abandon(head, _all(head))
 
     async def _finish(self, endings: Endings, entries: list[Entry], call: _Call) -> None:
-        lost: set[Entry] | None = None
+        self._settle(endings, await self._finish_all(endings, entries, call))
+
+    async def _finish_all(
+        self,
+        endings: Endings,
+        entries: list[Entry],
+        call: _Call,
+        delayed: Sequence[tuple[int, bytes]] = (),
+    ) -> set[Entry]:
+        """Finishes these, and delays what is given, one for each stream; returns entries lost."""
         # What a try in steps may have acknowledged the script would take for lost.
         if not self._in_steps and not call.in_steps and len(entries) == len(endings):
-            lost = await self._finish_at_once(entries, call)
-        if lost is None:
-            call.in_steps = True
-            lost = await self._finish_in_steps(entries, call.again)
-        self._settle(endings, lost)
+            lost = await self._finish_at_once(entries, call, delayed)
+            if lost is not None:
+                return lost
+        call.in_steps = True
+        # Only once: what is due may be gone again. A crash before the next step may let it come
+        # twice, and can't lose it.
+        if delayed and not call.delayed_in_steps:
+            await self._delayed_entries.add(delayed)
+            call.delayed_in_steps = True
+        lost = await self._finish_in_steps(entries, call.again)
+        surplus = [
+            member
+            for head, (_, member) in zip(endings.heads, delayed, strict=False)
+            if not lost.isdisjoint(_all(head))
+        ]
+        if surplus:
+            await self._delayed_entries.remove(surplus)
+        return lost
 
-    async def _finish_at_once(self, entries: list[Entry], call: _Call) -> set[Entry] | None:
+    async def _delay(self, endings: Endings, entries: list[Entry], call: _Call) -> None:
+        """Failed streams wait until they are due, each by its first entry; others are finished."""
+        if call.delayed is None:
+            fields = await self._fields(endings.heads)
+            call.delayed = [
+                (self._failures[head].due_ms, packed([head.id, *pairs]))
+                for head, pairs in zip(endings.heads, fields, strict=True)
+            ]
+        due_now = any(self._failures[head].now for head in endings.heads)
+        self._settle(endings, await self._finish_all(endings, entries, call, call.delayed))
+        if due_now:
+            with contextlib.suppress(RelstreamError):  # the leader does it
+                await self._delayed_entries.move_due()
+
+    async def _dead_letter(self, endings: Endings, entries: list[Entry], call: _Call) -> None:
+        """Failed streams become dead letters, each by its first entry; others are finished.
+
+        They are added there first: a crash may leave one twice, and can't lose it.
+        """
+        heads = list(endings.heads)
+        reasons = [self._failures[head].reason or b"" for head in heads]
+        if call.dead_letters is None:
+            fields = await self._fields(heads)
+            ids = [head.id for head in heads]
+            added = await self._dead_letters.add_dead_letters(
+                list(zip(ids, fields, reasons, strict=True)), self._dlq_max_len
+            )
+            error = first_error(added)
+            copies = [each for each in added if isinstance(each, bytes)]
+            if error is not None:
+                await self._dead_letters.delete_dead_letters(copies)
+                raise error
+            call.dead_letters = copies
+        lost = await self._finish_all(endings, entries, call)
+        surplus = {h for h in heads if not lost.isdisjoint(_all(h))}
+        await self._dead_letters.delete_dead_letters(
+            [copy for head, copy in zip(heads, call.dead_letters, strict=True) if head in surplus]
+        )
+        self._settle(endings, lost)
+        for reason in set(reasons):
+            names = [
+                head.data_stream_name
+                for head, why in zip(heads, reasons, strict=True)
+                if why == reason and head not in surplus
+            ]
+            if names:
+                self._logger.warning(
+                    "%d entries became dead letters: %s", len(names), reason.decode()
+                )
+            if self._recorder is not None:
+                for name in names:
+                    self._recorder.dlq_routing(name, reason.decode())
+
+    async def _fields(self, heads: list[Entry]) -> list[list[bytes]]:
+        """Field names and values of failed entries, with what failed.
+
+        Of those that have more fields than we know they are read; one that was trimmed consists of
+        what we know.
+        """
+        stored: dict[bytes, list[bytes]] = {}
+        unknown = [head for head in heads if head.announcement is None]
+        async for part, batches in self._stored.read(Ids(entry_ids(unknown))):
+            for entry_id, batch in zip(part, batches, strict=True):
+                if len(batch):
+                    stored[entry_id] = batch.pairs(0) or []
+        fields = []
+        for head in heads:
+            known = head.announcement
+            pairs = None if known is not None else stored.get(head.id)
+            if not pairs:
+                pairs = [INPUT_FIELD, known or message(head.data_stream_name, head.info)]
+            fields.append(replace_fields(pairs, self._failures[head].fields))
+        return fields
+
+    async def _finish_at_once(
+        self, entries: list[Entry], call: _Call, delayed: Sequence[tuple[int, bytes]]
+    ) -> set[Entry] | None:
         """Finishes by the script; returns entries that were lost, None where it can't be.
 
         A cluster has the locks elsewhere: they are released then.
@@ -257,13 +391,21 @@ class Finisher:
         keys = [self._names.lbs, call.receipt, *locks]
         args = [self._names.group, self._consumer.encode(), call.token, b"%d" % RECEIPT_MS]
         args += id_range(entries)
-        (reply,) = await run(self._link, FINISH, [(keys, args + entry_ids(entries))])
+        args += [b"%d" % len(entries), *entry_ids(entries)]
+        script = FINISH
+        if delayed:
+            script = FAIL
+            keys.append(self._names.delayed)
+            for due, member in delayed:
+                args += (b"%d" % due, member)
+        (reply,) = await run(self._link, script, [(keys, args)])
         if isinstance(reply, ReplyError):
             if reply.code == "TRYAGAIN" and not call.again:
                 return None  # its slot moves: receipt and stream are in different places
             if reply.code != "NOPERM":
                 raise reply
-            await self._forbidden(reply, call.receipt)
+            if script is FINISH:  # else it may be the right to delay that lacks
+                await self._forbidden(reply, call.receipt)
             return None
         missed = list(map(int, reply[len(call.token) :].split()))
         lost = {entries[-place - 1] for place in missed if place < 0}

@@ -15,7 +15,15 @@ import orjson
 
 from relstream._core import STREAMS, Batch, Entry, announcements, entry_ids, lock_keys, pack
 from relstream.errors import DeadlineExceeded, ProtocolError, RelstreamError, ReplyError
-from relstream.lbs import INPUT_FIELD, SEPARATOR, UNPARSEABLE, WRONG_PARTITION, Names, partition_of
+from relstream.lbs import (
+    INPUT_FIELD,
+    RETRY_FIELD,
+    SEPARATOR,
+    UNPARSEABLE,
+    WRONG_PARTITION,
+    Names,
+    partition_of,
+)
 from relstream.net.connection import Backoff, explained_by_failover
 from relstream.notifications import MAX_WAITING_BYTES
 from relstream.put_back import PUT, TOO_LATE, discard, fitting
@@ -308,7 +316,9 @@ class Intake:
             unreadable: list[tuple[Batch, list[tuple[int, str]]]] = []
             misplaced: list[tuple[Batch, list[Entry]]] = []
             for batch in batches:
-                good, bad, deleted = announcements(batch, INPUT_FIELD, SEPARATOR, orjson.loads)
+                good, bad, deleted = announcements(
+                    batch, INPUT_FIELD, RETRY_FIELD, SEPARATOR, orjson.loads
+                )
                 if self._names.partitions > 1 and (elsewhere := self._of_others(good)):
                     misplaced.append((batch, elsewhere))
                     good = [entry for entry in good if entry not in elsewhere]

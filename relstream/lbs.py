@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -17,9 +18,14 @@ INPUT_FIELD = b"lbs-input"
 RETRY_FIELD = b"_retry_count"
 DLQ_REASON_FIELD = b"_dlq_reason"
 SOURCE_FIELD = b"_source_id"
+ERROR_FIELD = b"_error"
+ERROR_TYPE_FIELD = b"_error_type"
+FAILED_AT_FIELD = b"_failed_at"
+OWNER_FIELD = b"_owner"
 UNPARSEABLE = b"unparseable"
 MAX_RETRIES = b"max_retries_exceeded"
 WRONG_PARTITION = b"wrong_partition"
+REJECTED = b"rejected"
 
 SEPARATOR = b"<MUTEX_KEY_SEP>"
 """Stands between a data stream's name and its entry's id in the key of a lock."""
@@ -41,12 +47,13 @@ class Names:
     partitions: int = 1
 
     def receipt(self, consumer: str, number: int) -> bytes:
-        """What came of a consumer's last call of this number, should the answer get lost.
+        """What came of a consumer's last call of this number, should the answer get lost."""
+        return b"%s-finished-%s/%d" % (_in_slot_of(self.lbs), consumer.encode(), number)
 
-        In the slot of `lbs`, but for names with stray braces.
-        """
-        tagged = self.lbs if b"{" in self.lbs else b"{%s}" % self.lbs
-        return b"%s-finished-%s/%d" % (tagged, consumer.encode(), number)
+    @property
+    def delayed(self) -> bytes:
+        """A sorted set: entries of failed streams, by when they are due (ms, server time)."""
+        return _in_slot_of(self.lbs) + b"-delayed"
 
     @classmethod
     def all_of(
@@ -103,6 +110,20 @@ class Names:
             raise InvalidOption("recovery.dlq_stream", given, "a key that serves nothing else")
 
 
+@lru_cache
+def _in_slot_of(key: bytes) -> bytes:
+    """What begins the names of keys that share the slot of this one, in a Redis Cluster."""
+    if re.search(rb"^[^{]*\{[^}]+\}", key):  # its hash tag is that of longer keys, too
+        return key
+    if b"}" not in key:
+        return b"{%b}" % key
+    # It has no hash tag, and would become another one within braces.
+    number = 0
+    while key_slot(b"%d" % number) != key_slot(key):
+        number += 1
+    return b"{%d}%b" % (number, key)
+
+
 def _hash_tags(partitions: int) -> list[bytes]:
     """For each of so many ranges of slots the smallest number whose slot is in its middle.
 
@@ -134,6 +155,11 @@ def entry_id_of(option: str, value: object) -> bytes:
         if parsed is not None:
             return b"%d-%d" % parsed
     raise InvalidOption(option, value, "an entry's id, of the form <ms>-<seq>")
+
+
+def lock_key(data_stream_name: str, entry_id: str) -> bytes:
+    """The lock of an announcement."""
+    return b"%b%b%b" % (data_stream_name.encode(), SEPARATOR, entry_id.encode())
 
 
 def split_lock_key(key: bytes) -> tuple[str, str] | None:

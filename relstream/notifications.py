@@ -47,7 +47,16 @@ class Notification(NamedTuple):
     type: NotificationType
     payload: LBSInfo
     additional_info: dict[str, Any] | None
-    """The `Info` object of a stream that was added; the reason of a termination."""
+    """The announced `Info` of a stream that this consumer owns or owned; the reason of a
+    termination."""
+    retry_count: int = 0
+    """How often the stream was requeued, after a death or a failure: its entry's `_retry_count`."""
+
+
+def _about(kind: NotificationType, payload: LBSInfo, entry: Entry | None) -> Notification:
+    if entry is None:
+        return Notification(kind, payload, None)
+    return Notification(kind, payload, entry.info, entry.retry_count)
 
 
 class Signal:
@@ -117,6 +126,11 @@ class Notifications(Deliveries, AsyncIterator[Notification]):
             self.room_made.set()
 
     @property
+    def last_added(self) -> Entry | None:
+        """The stream of the last notification, if that was a STREAM_ADDED."""
+        return self._last_added
+
+    @property
     def room(self) -> int:
         """How many more streams may be added; 0 also when those waiting are very large.
 
@@ -138,15 +152,15 @@ class Notifications(Deliveries, AsyncIterator[Notification]):
         """This one is lost; silent where nobody has heard that it was owned."""
         if entry.delivered and not self._ended:
             payload = LBSInfo(entry.data_stream_name, entry.id_in_lbs)
-            self._urgent.append(Notification(NotificationType.STREAM_DISOWNED, payload, None))
+            self._urgent.append(_about(NotificationType.STREAM_DISOWNED, payload, entry))
             self._arrived.set()
 
-    def expired(self, payload: LBSInfo) -> bool:
-        """Some lock expired. False when that had to be dropped."""
+    def expired(self, payload: LBSInfo, owned: Entry | None = None) -> bool:
+        """Some lock expired, by which we may have owned. False when that had to be dropped."""
         if self._ended or self._expired >= self._size:
             return False
         self._expired += 1
-        self._items.append(Notification(NotificationType.STREAM_EXPIRED, payload, None))
+        self._items.append(_about(NotificationType.STREAM_EXPIRED, payload, owned))
         self._arrived.set()
         return True
 

@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from relstream.errors import PermissionDenied, RelstreamError, ReplyError
+from relstream.failures import Failures
 from relstream.finish import Finisher
 from relstream.intake import Intake
 from relstream.keeper import Keeper
@@ -14,6 +15,7 @@ from relstream.leases import Leases
 from relstream.locks import Locks
 from relstream.put_back import PutBack
 from relstream.recovery import Recoverer
+from relstream.server_clock import ServerClock
 
 if TYPE_CHECKING:
     from relstream._core import Entry
@@ -59,6 +61,8 @@ class Partition:
         self._logger = logger
         recovered_after = min(heartbeat, recovery.min_idle_time)
         self.link = commands.link(names.lbs)
+        self.clock = ServerClock(self.link, logger)
+        self.failures = Failures(consumer, recovery, self.clock)
         self._put_back = PutBack(commands, names, recorder, logger)
         self.leases = Leases(
             self.link,
@@ -79,6 +83,7 @@ class Partition:
             self.leases,
             keeper,
             put_back=self._put_back,
+            dlq_max_len=recovery.dlq_max_len,
             retry=retry,
             patience=patience,
             on_lost=self._disown,
@@ -90,6 +95,7 @@ class Partition:
             names,
             consumer,
             leading=leading,
+            clock=self.clock,
             heartbeat=heartbeat,
             recovery=recovery,
             auto_claim=auto_claim,
@@ -205,6 +211,7 @@ class Partition:
             soon = self._former and loop.time() < settled
             await asyncio.sleep(min(SOON, self._heartbeat) if soon else self._heartbeat)
             try:
+                await self.clock.refresh()
                 # Younger ones may be on their way to us.
                 await self._put_strays_back(self._heartbeat)
             except RelstreamError as error:

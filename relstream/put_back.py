@@ -197,6 +197,32 @@ class PutBack:
         that its owner lives, takes back what it has added. Raises `ReplyError` when the dead-letter
         stream can't be written; the entries stay pending.
         """
+        copies = await self.add_dead_letters(
+            [(entry_id, pairs, reason) for entry_id, pairs, _ in letters], max_len
+        )
+        ours: list[tuple[Returning, bytes]] = [
+            ((entry_id, [], lock), copy)
+            for (entry_id, _, lock), copy in zip(letters, copies, strict=True)
+            if not isinstance(copy, ReplyError)
+        ]
+        outcomes: list[int] = []
+        # One call at a time: where it is forbidden, nothing of it was done.
+        for start in range(0, len(ours), SCRIPT_KEYS):
+            outcomes += await self.put([entry for entry, _ in ours[start : start + SCRIPT_KEYS]])
+        await self.delete_dead_letters(
+            [c for (_, c), outcome in zip(ours, outcomes, strict=True) if outcome != PUT]
+        )
+        raise_first(copies)
+        return outcomes
+
+    async def add_dead_letters(
+        self, letters: Sequence[tuple[bytes, list[bytes], bytes]], max_len: int
+    ) -> list[bytes | ReplyError]:
+        """Adds entries, `(id, fields, reason)` each, to the dead-letter stream.
+
+        Returns their ids there; of those that can't be added the error. In the load balancer stream
+        they stay pending.
+        """
         cap: tuple[bytes | int, ...] = (b"MAXLEN", b"~", max_len) if max_len else ()
         adding = [
             pack(
@@ -210,23 +236,14 @@ class PutBack:
                     },
                 ),
             )
-            for entry_id, pairs, _ in letters
+            for entry_id, pairs, reason in letters
         ]  # fmt: skip
-        copies = await self._at_dlq(b"".join(adding), len(adding))
-        ours: list[tuple[Returning, bytes]] = [
-            ((entry_id, [], lock), copy)
-            for (entry_id, _, lock), copy in zip(letters, copies, strict=True)
-            if not isinstance(copy, ReplyError)
-        ]
-        outcomes: list[int] = []
-        # One call at a time: where it is forbidden, nothing of it was done.
-        for start in range(0, len(ours), SCRIPT_KEYS):
-            outcomes += await self.put([entry for entry, _ in ours[start : start + SCRIPT_KEYS]])
-        surplus = [c for (_, c), outcome in zip(ours, outcomes, strict=True) if outcome != PUT]
-        if surplus:
-            raise_first(await self._at_dlq(pack(b"XDEL", self._names.dlq, *surplus), 1))
-        raise_first(copies)
-        return outcomes
+        return await self._at_dlq(b"".join(adding), len(adding))
+
+    async def delete_dead_letters(self, ids: Sequence[bytes]) -> None:
+        """Deletes what `add_dead_letters` added, as it was not ours to add."""
+        if ids:
+            raise_first(await self._at_dlq(pack(b"XDEL", self._names.dlq, *ids), 1))
 
     async def _at_dlq(self, packed: bytes, replies: int) -> list[Any]:
         """Commands on the dead-letter stream; that it can't be reached is but a refusal.

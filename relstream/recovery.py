@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from relstream._core import PENDING, Batch, Ids, PendingPage, jittered, pack, parse_id
 from relstream.config import check_name
+from relstream.delayed_entries import DelayedEntries
 from relstream.errors import AlreadyClaimed, ConnectionLost, RelstreamError, ReplyError
-from relstream.lbs import MAX_RETRIES, SEPARATOR, UNPARSEABLE, Names, entry_id_of
+from relstream.lbs import MAX_RETRIES, UNPARSEABLE, Names, entry_id_of, lock_key
 from relstream.leader import Leadership
 from relstream.net.connection import Backoff, explained_by_failover, raise_first
 from relstream.net.topology import ClusterTopology
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from relstream.net.topology import Topology
     from relstream.put_back import Returning
     from relstream.recorder import SafeRecorder
+    from relstream.server_clock import ServerClock
 
     # A stream's name, if one can be read, and its entry.
     Letter = tuple[str | None, Returning]
@@ -92,6 +94,7 @@ class Recoverer:
         consumer: str,
         *,
         leading: Topology,
+        clock: ServerClock,
         heartbeat: float,
         recovery: RecoveryConfig,
         auto_claim: bool,
@@ -112,6 +115,7 @@ class Recoverer:
             logger=logger,
         )
         self.resign = self._leadership.resign
+        self._clock = clock
         self._names = names
         self._ttl_ms = round(heartbeat * 1000)
         self._recovery = recovery
@@ -120,6 +124,7 @@ class Recoverer:
         self._logger = logger
         self._put_back = PutBack(topology, names, recorder, logger)
         self._entries = Entries(self._link, names)
+        self._delayed = DelayedEntries(self._link, names, logger)
         self._outages: Outages | None = None
         if isinstance(topology, ClusterTopology):
             self._outages = Outages(topology, heartbeat)
@@ -151,13 +156,13 @@ class Recoverer:
     def expired(self, payload: LBSInfo) -> None:
         """A lock expired: if it is ours to do so, its entry will be looked at."""
         if self._leading and self._auto_claim and len(self._expired) < MAX_EXPIRED:
-            self._expired[_lock_of(payload)] = payload.id_in_lbs.encode()
+            self._expired[lock_key(*payload)] = payload.id_in_lbs.encode()
 
     async def claim(self, lbs_info: LBSInfo) -> None:
         """Puts one entry back whose lock has expired. See `StreamClient.claim`."""
         check_name("lbs_info.data_stream_name", lbs_info.data_stream_name)
         entry_id = entry_id_of("lbs_info.id_in_lbs", lbs_info.id_in_lbs)
-        lock = _lock_of(lbs_info._replace(id_in_lbs=entry_id.decode()))
+        lock = lock_key(lbs_info.data_stream_name, entry_id.decode())
         tally = await self._recover_page(Ids([entry_id]), locks={lock}, claimed=True)
         if tally.refusals:
             raise tally.refusals[0]
@@ -250,7 +255,12 @@ class Recoverer:
         """Recovers until leadership is lost; what fails in one part ends it, too."""
         self._logger.info("this consumer recovers for the service now")
         self._leading = True
-        parts = [self._keep_leading(), self._recover_for_ever(), self._tidy_for_ever()]
+        parts = [
+            self._keep_leading(),
+            self._recover_for_ever(),
+            self._tidy_for_ever(),
+            self._delayed.run(),
+        ]
         if self._outages is not None:
             # First: what it leaves in the dark is not looked at before that is over.
             parts.insert(0, self._outages.watch(succeeding=self._succeeding))
@@ -573,7 +583,10 @@ class Recoverer:
                 value if value is not None or lock in locks else b"not asked for"
                 for lock, value in zip(plan.lock_keys(), values, strict=True)
             ]
-        alive, letters = plan.judge(values, self._recovery.max_retries)
+        window, since = self._recovery.retry_window, 0
+        if window is not None:
+            since = max(self._clock.now_ms() - round(window * 1000), 0)
+        alive, letters = plan.judge(values, self._recovery.max_retries, since)
         tally.alive += alive
         outcomes, refusal = await self._put_back.put_planned(plan, counting=True, looked=True)
         if refusal is not None:
@@ -625,11 +638,6 @@ class Recoverer:
         if self._recorder is not None:
             for stream in buried:
                 self._recorder.dlq_routing(stream, reason.decode())
-
-
-def _lock_of(payload: LBSInfo) -> bytes:
-    """The lock of an announcement."""
-    return b"%b%b%b" % (payload.data_stream_name.encode(), SEPARATOR, payload.id_in_lbs.encode())
 
 
 def _mapping(row: Any) -> dict[bytes, Any]:

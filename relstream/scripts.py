@@ -73,23 +73,24 @@ return value == ARGV[1] and redis.call('DEL', KEYS[1]) or value and -1 or 0
 
 # KEYS: the load balancer stream, a receipt, then, where one server has all, the lock of each entry;
 # ARGV: group, consumer, a token, ms for which the receipt is kept, the least and the greatest of
-# the entries' ids, the ids. XACK, XDEL and the release, all in one step. An entry whose lock is
-# ours is ours, one whose lock is another's is not; one without, only if it is pending for us. That
-# is asked for all at once, as many as these are, at 0.5 to 0.9 us each; what others of ours push
-# out is asked for one by one, at 2.4 to 3.7 us. Returns the token, then the places whose
+# the entries' ids, how many ids, the ids. XACK, XDEL and the release, all in one step. An entry
+# whose lock is ours is ours, one whose lock is another's is not; one without, only if it is pending
+# for us. That is asked for all at once, as many as these are, at 0.5 to 0.9 us each; what others of
+# ours push out is asked for one by one, at 2.4 to 3.7 us. Returns the token, then the places whose
 # given locks were not ours: negative where the entry was lost. The receipt keeps that for a call
 # that is sent again, as its answer got lost. About 6 us a stream.
-FINISH = Script("""\
+_FINISH = """\
 local call, unpack, stream, group, token = redis.call, unpack, KEYS[1], ARGV[1], ARGV[3]
+--begin
 local values = call('MGET', unpack(KEYS, 2))
 if values[1] and string.sub(values[1], 1, #token) == token then
   return values[1]
 end
-local size = #ARGV - 6
+local size = tonumber(ARGV[7])
 local pending, all = nil, nil
 local ids, locks, others = {}, {}, {}
 for i = 1, size do
-  local id, holder, mine = ARGV[i + 6], values[i + 1], nil
+  local id, holder, mine = ARGV[i + 7], values[i + 1], nil
   if not holder then
     if not pending then
       local page = redis.pcall('XPENDING', stream, group, ARGV[5], ARGV[6], size, ARGV[2])
@@ -103,19 +104,20 @@ for i = 1, size do
     end
     mine = pending[id] or not all and call('XPENDING', stream, group, id, id, 1, ARGV[2])[1]
   end
-  if holder == ARGV[2] then
+  if holder == ARGV[2] or mine then
     ids[#ids + 1] = id
-    locks[#locks + 1] = KEYS[i + 2]
-  elseif not mine then
-    others[#others + 1] = -i
-  else
-    ids[#ids + 1] = id
-    if #KEYS > 2 then
+    --ours
+    if holder then
+      locks[#locks + 1] = KEYS[i + 2]
+    elseif #KEYS > 2 then
       others[#others + 1] = i
     end
+  else
+    others[#others + 1] = -i
   end
 end
 if #ids > 0 then
+  --first
   call('XACK', stream, group, unpack(ids))
   call('XDEL', stream, unpack(ids))
 end
@@ -125,6 +127,80 @@ end
 local said = token .. table.concat(others, ' ')
 redis.pcall('SET', KEYS[2], said, 'PX', ARGV[4])  -- out of memory, and nothing was ours
 return said
+"""
+FINISH = Script(_FINISH)
+
+# The same for streams that failed, whose entries wait in a sorted set, the last of KEYS; behind the
+# ids when each is due, and what it is then. Where that can't be written nothing else is done. The
+# XACK changes nothing: out of memory a script that has written may add, another one not. About
+# 1.5 us a stream more.
+FAIL = Script(
+    _FINISH.replace("--begin", "local delayed, due = table.remove(KEYS), {}")
+    .replace(
+        "--ours",
+        "due[#due + 1], due[#due + 2] = ARGV[2 * i + size + 6], ARGV[2 * i + size + 7]",
+    )
+    .replace(
+        "--first",
+        """call('XACK', stream, group, '0-0')
+  local added = redis.pcall('ZADD', delayed, unpack(due))
+  if type(added) == 'table' then
+    return added
+  end""",
+    )
+)
+
+# KEYS: the load balancer stream, the sorted set of what is delayed; ARGV: how many entries to add
+# again at most, and about how many bytes. What is due by the server's own clock is added to the
+# stream and taken out of the set; what is no delayed entry becomes one that announces nothing.
+# Returns how many were, and why the next one can't be: "" where it has more fields than Lua can
+# pass on. About 6 us an entry.
+MOVE_DUE = Script("""\
+local function unpacked(member)
+  local ok, fields = pcall(cmsgpack.unpack, member)
+  if not ok or type(fields) ~= 'table' or #fields < 3 or #fields % 2 == 0 then
+    return {'', 'lbs-input', member}
+  end
+  for i = 1, #fields do
+    if type(fields[i]) ~= 'string' then
+      return {'', 'lbs-input', member}
+    end
+  end
+  return fields
+end
+local call, unpack, stream, delayed = redis.call, unpack, KEYS[1], KEYS[2]
+local most, room, moved = tonumber(ARGV[1]), tonumber(ARGV[2]), 0
+local time = call('TIME')
+local now = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
+while moved < most and room > 0 do
+  local due = call('ZRANGEBYSCORE', delayed, '-inf', now, 'LIMIT', 0, math.min(10, most - moved))
+  if #due == 0 then
+    break
+  end
+  call('ZREM', delayed, '')  -- so that what follows may add out of memory
+  local gone, why = {}, nil
+  for i = 1, #due do
+    local fields = unpacked(due[i])
+    local added = {err = ''}
+    if #fields < 7000 then
+      added = redis.pcall('XADD', stream, '*', unpack(fields, 2))
+    end
+    if type(added) == 'table' then
+      why = added.err
+      break
+    end
+    gone[i] = due[i]
+    room = room - #due[i]
+  end
+  if #gone > 0 then
+    call('ZREM', delayed, unpack(gone))
+    moved = moved + #gone
+  end
+  if why then
+    return {moved, why}
+  end
+end
+return {moved}
 """)
 
 # KEYS: the load balancer stream, then, if they shall be free, the lock of each entry; ARGV: group,

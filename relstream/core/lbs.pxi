@@ -1,12 +1,20 @@
 # Announcements of data streams, read from the load balancer stream, and what is owned of them.
 
+# What stands in front of name and Info in an announcement as producers write it.
+cdef bytes _CANONICAL_NAME = b'{"DataStreamName":"'
+cdef bytes _CANONICAL_INFO = b'","Info":'
+
+
 @cython.no_gc  # what it refers to never refers back, and there may be millions of them
 cdef class Entry:
     """One announcement of a data stream: an entry of the load balancer stream, and its lock."""
 
     cdef readonly str data_stream_name
     cdef readonly bytes lock_key
-    cdef object _info             # the Info object, or its JSON until somebody asks for it
+    cdef readonly uint64_t retry_count
+    cdef bytes _json              # the JSON of the Info object, or None …
+    cdef bint _whole              # … or of the whole announcement, as it is written unusually
+    cdef bint _sole               # the entry has no fields but the announcement and its retry count
     cdef object _loads            # decodes that
     cdef public list again        # further entries that announced the same stream, or None
     cdef public bint delivered    # STREAM_ADDED was handed to the application
@@ -28,8 +36,20 @@ cdef class Entry:
 
     @property
     def info(self):
-        """The Info object, until it is handed to the application."""
+        """The Info object, or None; decoded for each who asks, and so theirs to change."""
         return self._info_object()
+
+    @property
+    def announcement(self):
+        """The JSON that announced the stream; None where its entry has other fields, too."""
+        if not self._sole:
+            return None
+        if self._whole:
+            return self._json
+        return b'%b%b%b%b}' % (
+            _CANONICAL_NAME, self.data_stream_name.encode(), _CANONICAL_INFO,
+            b"null" if self._json is None else self._json,
+        )
 
     cdef str _id_text(self):
         cdef char text[41]
@@ -37,9 +57,10 @@ cdef class Entry:
         return PyUnicode_DecodeASCII(start, text + 41 - start, NULL)
 
     cdef object _info_object(self):
-        if type(self._info) is bytes:
-            self._info = self._loads(self._info)
-        return self._info
+        if self._json is None:
+            return None
+        decoded = self._loads(self._json)
+        return _name_and_info(<dict>decoded)[1] if self._whole else decoded
 
     def __repr__(self):
         return f"<Entry {self.data_stream_name!r} {self.id_in_lbs}>"
@@ -54,6 +75,15 @@ cdef tuple _loosely(dict message):
             name = name if value is None else value  # null leaves a string as it is
         elif folded == "info":
             info = value
+    return name, info
+
+
+cdef tuple _name_and_info(dict message):
+    """Name and Info as they are mostly written, or else as encoding/json reads them."""
+    name = message.get("DataStreamName")
+    info = message.get("Info")
+    if len(message) != 2 or name is None or (info is None and "Info" not in message):
+        return _loosely(message)
     return name, info
 
 
@@ -196,12 +226,13 @@ cdef bint _plain_announcement(const char* at, const char* end, Plain* out) noexc
     return at < end and at[0] == c'}' and _behind_space(at + 1, end) == end
 
 
-cdef object _announcement(Batch batch, int64_t index, bytes field, bytes separator, loads):
+cdef object _announcement(
+    Batch batch, int64_t index, bytes field, bytes retry_field, bytes separator, loads
+):
     """What an entry announces, as an `Entry`; or, as text, why it announces nothing."""
     cdef Located* located = &batch._at[index]
-    cdef Py_ssize_t size
+    cdef Py_ssize_t size, canonical
     cdef const char* raw = batch._find(located, field, &size)
-    cdef dict message
     cdef Plain plain
     cdef Entry entry
     if raw == NULL:
@@ -209,44 +240,51 @@ cdef object _announcement(Batch batch, int64_t index, bytes field, bytes separat
     if _plain_announcement(raw, raw + size, &plain):
         entry = Entry.__new__(Entry)
         entry.data_stream_name = PyUnicode_DecodeASCII(plain.name, plain.named, NULL)
-        if plain.info[0] == c'{':
-            entry._info = PyBytes_FromStringAndSize(plain.info, plain.informed)
-            entry._loads = loads
-        entry.cost = size
-        entry._id = located.id
-        entry.lock_key = _lock_key(entry.data_stream_name, separator, located.id)
-        return entry
-    try:
-        decoded = loads(PyBytes_FromStringAndSize(raw, size))
-    except ValueError as error:
-        return f"not JSON: {error}"
-    if type(decoded) is not dict:
-        return f"expected a JSON object, got {type(decoded).__name__}"
-    message = <dict>decoded
-    name = message.get("DataStreamName")
-    info = message.get("Info")
-    if len(message) != 2 or name is None or (info is None and "Info" not in message):
-        name, info = _loosely(message)
-    if type(name) is not str or not name:
-        # Not its text: what is nested deeply enough can't be printed.
-        shown = "empty" if name == "" else f"of type {type(name).__name__}"
-        return f"DataStreamName is {shown}, expected a name"
-    if info is not None and type(info) is not dict:
-        return f"Info is of type {type(info).__name__}, expected an object"
-    entry = Entry.__new__(Entry)
-    entry.data_stream_name = name
-    entry._info = info
+        canonical = PyBytes_GET_SIZE(_CANONICAL_NAME) + PyBytes_GET_SIZE(_CANONICAL_INFO) + 1
+        if size != canonical + plain.named + plain.informed:  # white space
+            entry._whole = True
+            entry._json = PyBytes_FromStringAndSize(raw, size)
+        elif plain.info[0] == c'{':
+            entry._json = PyBytes_FromStringAndSize(plain.info, plain.informed)
+    else:
+        entry = Entry.__new__(Entry)
+        entry._whole = True
+        entry._json = PyBytes_FromStringAndSize(raw, size)
+        try:
+            decoded = loads(entry._json)
+        except ValueError as error:
+            return f"not JSON: {error}"
+        if type(decoded) is not dict:
+            return f"expected a JSON object, got {type(decoded).__name__}"
+        name, info = _name_and_info(<dict>decoded)
+        if type(name) is not str or not name:
+            # Not its text: what is nested deeply enough can't be printed.
+            shown = "empty" if name == "" else f"of type {type(name).__name__}"
+            return f"DataStreamName is {shown}, expected a name"
+        if info is not None and type(info) is not dict:
+            return f"Info is of type {type(info).__name__}, expected an object"
+        entry.data_stream_name = name
+    entry._loads = loads
     entry.cost = size
     entry._id = located.id
     try:
-        entry.lock_key = _lock_key(<str>name, separator, located.id)
+        entry.lock_key = _lock_key(entry.data_stream_name, separator, located.id)
     except UnicodeEncodeError as error:  # some JSON decoders let lone surrogates pass
         return f"DataStreamName is not text: {error}"
+    entry._sole = located.pairs == 1
+    if not entry._sole:
+        raw = batch._find(located, retry_field, &size)
+        if raw != NULL:
+            entry.retry_count = _retries(raw, size)
+            entry._sole = located.pairs == 2
     return entry
 
 
-def announcements(Batch batch not None, bytes field not None, bytes separator not None, loads):
-    """Decodes entries of the load balancer stream.
+def announcements(
+    Batch batch not None, bytes field not None, bytes retry_field not None,
+    bytes separator not None, loads,
+):
+    """Decodes entries of the load balancer stream: `field` announces, `retry_field` counts retries.
 
     Returns `(entries, unparseable, gone)`: the good ones as `Entry`; `(index, reason)` of those that
     announce nothing; the ids of those deleted while pending. `loads` decodes JSON and raises
@@ -258,7 +296,7 @@ def announcements(Batch batch not None, bytes field not None, bytes separator no
         if batch._at[i].pairs < 0:
             gone.append(_id_bytes(batch._at[i].id))
             continue
-        made = _announcement(batch, i, field, separator, loads)
+        made = _announcement(batch, i, field, retry_field, separator, loads)
         if type(made) is Entry:
             entries.append(made)
         else:
@@ -392,10 +430,17 @@ cdef class Endings:
             self._wake()
         return future
 
-    def take(self, Py_ssize_t most):
-        """Those asked for first, up to so many."""
+    def take(self, Py_ssize_t most, Py_ssize_t most_bytes=0):
+        """Those asked for first, up to so many, and if given of about so many bytes."""
         cdef Endings batch = Endings()
         cdef Py_ssize_t end = min(self._taken + most, len(self.heads))
+        cdef Py_ssize_t i, room = most_bytes
+        if most_bytes:
+            for i in range(self._taken, end):
+                room -= (<Entry>self.heads[i]).cost
+                if room <= 0:
+                    end = i + 1
+                    break
         batch.heads = self.heads[self._taken:end]
         batch.futures = self.futures[self._taken:end]
         self._taken = end
@@ -421,26 +466,29 @@ cdef class Endings:
                 future.set_result(None)
 
 
-cdef inline object _named_tuple(type kind, Py_ssize_t size, first, second, third=None):
-    """A `typing.NamedTuple` of two or three values, without a call of Python code."""
+cdef inline object _named_tuple(type kind, Py_ssize_t size, first, second, third=None, fourth=None):
+    """A `typing.NamedTuple` of two or four values, without a call of Python code."""
     cdef object made
     if PY_VERSION_HEX >= 0x030E0000:  # tuples keep their hash, which is not ours to set up
-        return tuple.__new__(kind, (first, second, third)[:size])
+        return tuple.__new__(kind, (first, second, third, fourth)[:size])
     made = PyType_GenericAlloc(kind, size)
     Py_INCREF(first)  # SET_ITEM takes one over
     PyTuple_SET_ITEM(made, 0, first)
     Py_INCREF(second)
     PyTuple_SET_ITEM(made, 1, second)
-    if size == 3:
+    if size == 4:
         Py_INCREF(third)
         PyTuple_SET_ITEM(made, 2, third)
+        Py_INCREF(fourth)
+        PyTuple_SET_ITEM(made, 3, fourth)
     return made
 
 
 cdef class Deliveries:
     """What waits to be told to the application: losses first, the rest in order.
 
-    An added stream waits as its `Entry`, and becomes `notification(kind, info(name, id), Info)` when
+    An added stream waits as its `Entry`, and becomes `notification(kind, info(name, id), Info, retries)`
+    when
     it is told; both types are `typing.NamedTuple`s. All else waits as it will be told. Who derives
     from this writes `_next`, a coroutine for when nothing waits, and `_make_room`, which is called
     when an entry was taken and room is wanted.
@@ -452,6 +500,7 @@ cdef class Deliveries:
     cdef public Py_ssize_t _waiting_bytes  # … and what they cost
     cdef public Py_ssize_t _expired      # all else in _items
     cdef public bint _room_wanted        # somebody found no room
+    cdef public Entry _last_added              # the stream of the last notification, if it added one
     cdef object _on_delivery
     cdef type _notification
     cdef object _kind
@@ -479,11 +528,13 @@ cdef class Deliveries:
         """What comes next, if anything waits; else None. An entry counts as delivered."""
         cdef Entry entry
         if self._urgent:
+            self._last_added = None
             return self._urgent.popleft()
         while self._items:
             item = self._popped()
             if type(item) is not Entry:
                 self._expired -= 1
+                self._last_added = None
                 return item
             entry = <Entry>item
             self._waiting -= 1
@@ -502,10 +553,10 @@ cdef class Deliveries:
             self._info, 2, entry.data_stream_name, entry._id_text()
         )
         cdef object told = _named_tuple(
-            self._notification, 3, self._kind, payload, entry._info_object()
+            self._notification, 4, self._kind, payload, entry._info_object(), entry.retry_count
         )
-        entry._info = entry._loads = None
         entry.delivered = True
+        self._last_added = entry
         return told
 
     def __anext__(self):

@@ -126,7 +126,9 @@ cdef class Plan:
             at += size + 2
         planned.size = at - planned.fields
         if value == NULL or not _plain_announcement(value, value + value_size, &plain):
-            made = _announcement(batch, index, field, self._separator, loads)
+            made = _announcement(
+                batch, index, field, self._retry_field, self._separator, loads
+            )
             if type(made) is not Entry:
                 self.unparseable.append((_id_bytes(located.id), batch.pairs(index), made))
                 return 0
@@ -192,8 +194,10 @@ cdef class Plan:
         """The command that asks who holds the locks."""
         return b"*%d\r\n$4\r\nMGET\r\n%b" % (self._n + 1, self._keys[:self._keys_size])
 
-    def judge(self, list values not None, max_retries):
+    def judge(self, list values not None, max_retries, uint64_t since_ms=0):
         """Decides by who holds the locks, `values` in the same order; for once.
+
+        Retries of entries whose ids are older than `since_ms` do not count any more.
 
         Returns `(alive, letters)`: how many are held; and of those that are free and were put back
         `max_retries` times already, or more often, the name of the stream, and what `returning`
@@ -208,6 +212,8 @@ cdef class Plan:
             raise ValueError(f"{len(values)} locks of {self._n} entries")
         for i in range(self._n):
             planned = &self._at[i]
+            if planned.id.ms < since_ms:
+                planned.retries = 0
             if values[i] is not None:
                 planned.verdict = _ALIVE
                 alive += 1

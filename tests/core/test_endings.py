@@ -46,6 +46,17 @@ def test_they_come_in_the_order_asked_and_wake_once(endings: Any, woken: list[bo
     assert woken == [True, True]
 
 
+def test_a_batch_is_of_bounded_bytes(endings: Any) -> None:
+    heads = [head(number) for number in range(5)]
+    for one in heads:
+        endings.ask(one)
+    size = heads[0].cost
+    assert endings.take(9, 2 * size).heads == heads[:2]
+    assert endings.take(9, 2 * size + 1).heads == heads[2:]
+    endings.ask(heads[0])
+    assert endings.take(9, 1).heads == heads[:1]
+
+
 def test_a_long_queue_is_taken_from_its_start(endings: Any) -> None:
     waiting: list[Entry] = []
     for number in range(100):

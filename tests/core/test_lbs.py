@@ -26,7 +26,7 @@ SEPARATOR = b"<MUTEX_KEY_SEP>"
 def read(
     *entries: bytes, loads: Any = orjson.loads
 ) -> tuple[list[Entry], list[tuple[int, str]], list[bytes]]:
-    return announcements(batch_of(*entries), b"lbs-input", SEPARATOR, loads)
+    return announcements(batch_of(*entries), b"lbs-input", b"_retry_count", SEPARATOR, loads)
 
 
 def announced(message: str | bytes, *, loads: Any = orjson.loads) -> Entry:
@@ -177,7 +177,7 @@ def test_what_is_understood_without_decoding_is_what_decoding_would_say(message:
     assert len(bad) == (expected is None)
 
 
-def test_info_is_decoded_when_it_is_asked_for_and_once() -> None:
+def test_info_is_decoded_for_each_who_asks() -> None:
     asked: list[bytes] = []
 
     def loads(raw: bytes) -> object:
@@ -186,9 +186,51 @@ def test_info_is_decoded_when_it_is_asked_for_and_once() -> None:
 
     one = announced('{"DataStreamName":"a","Info":{"k":[1.5,-2,true,null,"x"]}}', loads=loads)
     assert not asked
-    assert one.info is one.info
+    one.info["k"].clear()
     assert one.info == {"k": [1.5, -2, True, None, "x"]}
-    assert asked == [b'{"k":[1.5,-2,true,null,"x"]}']
+    assert asked == 2 * [b'{"k":[1.5,-2,true,null,"x"]}']
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        '{"DataStreamName":"a","Info":{"k":[1,2]}}',
+        '{"DataStreamName":"a","Info":null}',
+        '{"DataStreamName": "a", "Info": {"k":1}}',
+        '{"Info":{"k":1},"DataStreamName":"a"}',
+        '{"DataStreamName":"Grüße","Info":{"k":"ü"}}',
+        '{"DataStreamName":"Grüße","Info":null}',
+        '{"datastreamname":"a"}',
+    ],
+)
+def test_an_announcement_is_known_as_it_was_written(raw: str) -> None:
+    one = announced(raw)
+    written = {key.casefold(): value for key, value in json.loads(raw).items()}
+    assert one.announcement == raw.encode()
+    assert (one.data_stream_name, one.info) == (written["datastreamname"], written.get("info"))
+    assert one.retry_count == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "count", "known"),
+    [
+        ((b"_retry_count", b"3"), 3, True),
+        ((b"_retry_count", b"-3"), 0, True),
+        ((b"_retry_count", b"3", b"_retry_count", b"4"), 4, False),
+        ((b"_retry_count", b"3", b"x", b""), 3, False),
+        ((b"x", b""), 0, False),
+        ((b"lbs-input", b'{"DataStreamName":"b"}'), 0, False),
+    ],
+)
+def test_retries_and_further_fields_of_an_announcement(
+    fields: tuple[bytes, ...], count: int, known: bool
+) -> None:
+    raw = b'{"DataStreamName":"a","Info":null}'
+    last = b'{"DataStreamName":"b"}' in fields
+    (one,), _, _ = read(entry(b"1-0", b"lbs-input", raw, *fields))
+    assert one.data_stream_name == ("b" if last else "a")
+    assert one.retry_count == count
+    assert one.announcement == (raw if known else None)
 
 
 def test_a_name_that_is_not_text() -> None:

@@ -59,7 +59,7 @@ def announcing() -> None:
     list(batch)
     batch.pairs(0)
     batch.ids()
-    entries, _, _ = announcements(batch, b"lbs-input", b"<SEP>", orjson.loads)
+    entries, _, _ = announcements(batch, b"lbs-input", b"_retry_count", b"<SEP>", orjson.loads)
     [page] = reading(PENDING_ROWS, PENDING)()
     Audit(entries[::-1]).page(page, 0, True)
     list(page)

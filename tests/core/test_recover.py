@@ -127,7 +127,7 @@ def test_a_decoder_that_fails_otherwise_is_not_the_entrys_fault() -> None:
 
 def same_as_reading(*fields: bytes) -> None:
     batch = batch_of(entry(b"1-2", *fields))
-    read, bad, _ = announcements(batch, INPUT_FIELD, SEPARATOR, orjson.loads)
+    read, bad, _ = announcements(batch, INPUT_FIELD, RETRY_FIELD, SEPARATOR, orjson.loads)
     planned = plan([b"1-2"], batch)
     assert planned.names() == [one.data_stream_name for one in read]
     assert planned.lock_keys() == [one.lock_key for one in read]

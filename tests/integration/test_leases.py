@@ -396,7 +396,9 @@ async def test_a_lock_taken_unheard_of_is_ours_for_its_full_time(consumer, servi
     service.redis.set(lock("s0", entry_id), "c1", px=500)
     leases = client._partitions[0].leases
     read = batch_of(resp_entry(entry_id.encode(), b"lbs-input", b'{"DataStreamName":"s0"}'))
-    entries, _, _ = announcements(read, b"lbs-input", SEPARATOR.encode(), json.loads)
+    entries, _, _ = announcements(
+        read, b"lbs-input", b"_retry_count", SEPARATOR.encode(), json.loads
+    )
     now = asyncio.get_running_loop().time()
     new, refusals = await leases.take(entries, now, again=True)
     assert (len(new), refusals) == (1, [])

@@ -49,7 +49,7 @@ def entries(*names, info=None):
     reader, out = Reader(), []
     reader.feed(reply)
     reader.fill(out, 1, ENTRIES)
-    return announcements(out[0], b"lbs-input", b"|", json.loads)[0]
+    return announcements(out[0], b"lbs-input", b"_retry_count", b"|", json.loads)[0]
 
 
 async def said(notifications, count):
@@ -86,14 +86,18 @@ async def test_what_a_notification_carries():
     queue.added([entry])
     assert not entry.delivered
     notification = await queue.__anext__()
-    assert notification == (ADDED, ("a", "1-0"), {"k": 1})
+    assert notification == (ADDED, ("a", "1-0"), {"k": 1}, 0)
     assert entry.delivered
     assert delivered == [entry]
-    assert entry.info is None  # the application's from now on, and not kept in memory
+    assert queue.last_added is entry
+    notification.additional_info["k"] = 2  # the application's
     queue.disowned(entry)
-    assert await queue.__anext__() == (DISOWNED, ("a", "1-0"), None)
+    assert await queue.__anext__() == (DISOWNED, ("a", "1-0"), {"k": 1}, 0)
+    assert queue.last_added is None
     queue.expired(LBSInfo("b", "2-0"))
-    assert await queue.__anext__() == (EXPIRED, ("b", "2-0"), None)
+    assert await queue.__anext__() == (EXPIRED, ("b", "2-0"), None, 0)
+    queue.expired(LBSInfo("a", "1-0"), entry)
+    assert await queue.__anext__() == (EXPIRED, ("a", "1-0"), {"k": 1}, 0)
 
 
 async def test_nobody_is_told_of_a_loss_before_hearing_of_the_stream():
@@ -168,8 +172,8 @@ async def test_the_end():
     assert room_made.done()  # so that whoever waits for room sees the end
     got = [notification async for notification in queue]
     assert got == [
-        (DISOWNED, ("old", "1-0"), None),
-        (TERMINATED, ("", ""), {"info": "because"}),
+        (DISOWNED, ("old", "1-0"), None, 0),
+        (TERMINATED, ("", ""), {"info": "because"}, 0),
     ]
     with pytest.raises(StopAsyncIteration):
         await queue.__anext__()

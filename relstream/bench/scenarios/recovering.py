@@ -27,6 +27,7 @@ from relstream.lbs import SEPARATOR, Names
 from relstream.net.connection import raise_first
 from relstream.net.topology import KeyLink
 from relstream.recovery import Recoverer, Tally
+from relstream.server_clock import ServerClock
 
 OWNERS = 10
 """Consumers that the pending entries belong to, in turns of PAGE entries."""
@@ -88,17 +89,19 @@ async def _relstream(job: Job, counted: str) -> AsyncIterator[Walk]:
 
     Yields what does it and returns how many were `counted`: `requeued` or `alive`.
     """
+    names, logger = Names.of(job.service), logging.getLogger("relstream")
     async with topology(job.url) as servers:
         recoverer = Recoverer(
             servers,
-            Names.of(job.service),
+            names,
             "bench",
             leading=servers,
+            clock=ServerClock(servers.link(names.lbs), logger),
             heartbeat=2.0,
             recovery=RecoveryConfig(),
             auto_claim=False,
             recorder=None,
-            logger=logging.getLogger("relstream"),
+            logger=logger,
         )
 
         async def walk() -> int:

@@ -1,0 +1,153 @@
+"""Entries of failed streams, which wait in a sorted set until they are due.
+
+A member is a MessagePack array: the id that the entry had in the load balancer stream, then its
+field names and values in turn. The score is when it is due (ms since 1970, the server's clock).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from relstream._core import ITEM, Template, pack
+from relstream.errors import ReplyError
+from relstream.lbs import INPUT_FIELD
+from relstream.net.connection import explained_by_failover, raise_first
+from relstream.scripts import MOVE_DUE, run
+
+if TYPE_CHECKING:
+    from relstream.lbs import Names
+    from relstream.net.topology import KeyLink
+
+# Seconds between two looks for what is due.
+MOVE_EVERY = 0.1
+# Seconds until the next one where moving was refused.
+REFUSED = 5.0
+# Entries, and about how many bytes of them, that are moved in one exchange.
+MOST = 100
+MOST_BYTES = 1 << 20
+# The same where scripts are forbidden, and what is moved passes through here.
+MOST_IN_STEPS = 10
+# Milliseconds after which what was not moved after all is due again.
+CLAIM_MS = 10_000
+
+
+class DelayedEntries:
+    """The delayed entries of one load balancer stream."""
+
+    def __init__(self, link: KeyLink, names: Names, logger: logging.Logger) -> None:
+        self._link = link
+        self._names = names
+        self._logger = logger
+        self._scripts_forbidden = False
+        self._refused = False
+
+    async def run(self) -> None:
+        """Moves what is due, for as long as this consumer leads; raises what a failover explains.
+
+        What is refused otherwise is logged once, and tried again.
+        """
+        while True:
+            pause = MOVE_EVERY
+            try:
+                if await self.move_due() >= MOST:
+                    pause = 0.0
+                self._refused = False
+            except ReplyError as error:
+                if explained_by_failover(error):
+                    raise
+                pause = REFUSED
+                if not self._refused:
+                    self._refused = True
+                    self._logger.error(
+                        "failed streams can't be requeued from %r, and wait there: %s",
+                        self._names.delayed.decode(errors="replace"), error,
+                    )  # fmt: skip
+            await asyncio.sleep(pause)
+
+    async def move_due(self) -> int:
+        """Adds entries that are due to the load balancer stream; returns how many.
+
+        Atomic where scripts are allowed, and it has no more fields than a script can pass on. Else
+        it is added before it is taken out of the set: a crash between may deliver it twice, and
+        can't lose it.
+        """
+        if self._scripts_forbidden:
+            return await self._move_in_steps()
+        keys = (self._names.lbs, self._names.delayed)
+        (reply,) = await run(self._link, MOVE_DUE, [(keys, (MOST, MOST_BYTES))])
+        if isinstance(reply, ReplyError):
+            if reply.code != "NOPERM" or reply.about_keys:
+                raise reply
+            self._scripts_forbidden = True
+            return await self._move_in_steps()
+        moved, *why = reply
+        if why == [b""]:
+            moved += await self._move_in_steps()
+        elif why:
+            raise ReplyError(why[0].decode(errors="replace").removeprefix("-"))
+        return int(moved)
+
+    async def _move_in_steps(self) -> int:
+        seconds, micros = map(int, await self._link.execute(b"TIME"))
+        rows = await self._link.execute(
+            b"ZRANGEBYSCORE", self._names.delayed, b"-inf", seconds * 1000 + micros // 1000,
+            b"WITHSCORES", b"LIMIT", 0, MOST_IN_STEPS,
+        )  # fmt: skip
+        if rows and not isinstance(rows[0], list):  # RESP2
+            rows = list(zip(rows[::2], rows[1::2], strict=True))
+        members = [member for member, _ in rows]
+        if not members:
+            return 0
+        # Of several who move at the same time one sees the score that it made.
+        claim = Template(b"ZADD", self._names.delayed, b"XX", b"INCR", CLAIM_MS, ITEM)
+        scores = raise_first(await self._link.pipeline(claim.pack(members), len(members)))
+        ours = [
+            member
+            for (member, due), score in zip(rows, scores, strict=True)
+            if score is not None and float(score) == float(due) + CLAIM_MS
+        ]
+        if ours:
+            adding = [pack(b"XADD", self._names.lbs, b"*", *unpacked(m)[1:]) for m in ours]
+            raise_first(await self._link.pipeline(b"".join(adding), len(adding)))
+            await self.remove(ours)
+        return len(ours)
+
+    async def add(self, due: Sequence[tuple[int, bytes]]) -> None:
+        """Adds members, each with when it is due; those that are there already stay as they are."""
+        await self._link.execute(
+            b"ZADD", self._names.delayed, *(part for pair in due for part in pair)
+        )
+
+    async def remove(self, members: Sequence[bytes]) -> int:
+        """Takes members out; returns how many were there."""
+        removed: int = await self._link.execute(b"ZREM", self._names.delayed, *members)
+        return removed
+
+
+def packed(parts: Sequence[bytes]) -> bytes:
+    """A MessagePack array of byte strings."""
+    out = [b"\xdd", len(parts).to_bytes(4, "big")]
+    for part in parts:
+        out += (b"\xdb", len(part).to_bytes(4, "big"), part)
+    return b"".join(out)
+
+
+def unpacked(member: bytes) -> list[bytes]:
+    """The byte strings of an array that `packed` wrote.
+
+    What is none becomes an entry that announces nothing, as `MOVE_DUE` has it, too: it is not lost,
+    and ends as a dead letter.
+    """
+    parts: list[bytes] = []
+    at = 5
+    while at < len(member):
+        size = int.from_bytes(member[at + 1 : at + 5], "big")
+        parts.append(member[at + 5 : at + 5 + size])
+        at += 5 + size
+    sound = member[:5] == b"\xdd" + len(parts).to_bytes(4, "big") and at == len(member)
+    if not sound or len(parts) < 3 or len(parts) % 2 == 0:
+        return [b"", INPUT_FIELD, member]
+    return parts
