@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from relstream.locks import Locks
     from relstream.net.topology import Topology
     from relstream.put_back import PutBack
-    from relstream.recorder import SafeRecorder
+    from relstream.recorder import Outcome, SafeRecorder
 
     Future = asyncio.Future[None]
 
@@ -245,7 +246,7 @@ class Finisher:
         if lost is None:
             call.in_steps = True
             lost = await self._finish_in_steps(entries, call.again)
-        self._settle(endings, lost)
+        self._settle(endings, lost, "done")
 
     async def _finish_at_once(self, entries: list[Entry], call: _Call) -> set[Entry] | None:
         """Finishes by the script; returns entries that were lost, None where it can't be.
@@ -257,6 +258,7 @@ class Finisher:
         keys = [self._names.lbs, call.receipt, *locks]
         args = [self._names.group, self._consumer.encode(), call.token, b"%d" % RECEIPT_MS]
         args += id_range(entries)
+        start = time.perf_counter()
         (reply,) = await run(self._link, FINISH, [(keys, args + entry_ids(entries))])
         if isinstance(reply, ReplyError):
             if reply.code == "TRYAGAIN" and not call.again:
@@ -271,10 +273,7 @@ class Finisher:
             lost -= await self._lost_with_group([entry for entry in entries if entry in lost])
             await self._unlock([entry for entry in entries if entry not in lost])
         elif self._recorder is not None:
-            missing = {abs(place) - 1 for place in missed}
-            for place, entry in enumerate(entries):
-                if entry not in lost:
-                    self._recorder.lock_release(entry.data_stream_name, place not in missing)
+            self._released_locks(len(entries) - len(lost), len(missed) - len(lost), start)
         return lost
 
     async def _lost_with_group(self, entries: list[Entry]) -> set[Entry]:
@@ -358,7 +357,7 @@ class Finisher:
         # What an earlier try has put back is not pending any more.
         lost = set() if call.again else {entry for entry in entries if entry not in ours}
         await self._unlock([entry for entry in entries if entry not in lost])
-        self._settle(endings, lost)
+        self._settle(endings, lost, "released")
 
     async def _hand_back_others(self, endings: Endings, entries: list[Entry], call: _Call) -> None:
         others = [entry for head in endings.heads for entry in self._others[head]]
@@ -368,7 +367,7 @@ class Finisher:
         await self._unlock(entries)
         for head in endings.heads:
             del self._others[head]
-        self._settle(endings, set())
+        self._settle(endings, set(), "lost")
 
     async def _pending(self, entries: list[Entry]) -> set[Entry]:
         """Those pending for us: others' are theirs, under the same id even (XCLAIM)."""
@@ -394,11 +393,16 @@ class Finisher:
         return returned
 
     async def _unlock(self, entries: list[Entry]) -> None:
+        start = time.perf_counter()
         missed = await self._locks.release(lock_keys(entries))
         if self._recorder is not None:
-            missing = set(missed)
-            for entry in entries:
-                self._recorder.lock_release(entry.data_stream_name, entry.lock_key not in missing)
+            self._released_locks(len(entries), len(missed), start)
+
+    def _released_locks(self, count: int, failed: int, start: float) -> None:
+        assert self._recorder is not None
+        if count:
+            took = time.perf_counter() - start
+            self._recorder.lock_release(succeeded=count - failed, failed=failed, duration=took)
 
     def _refuse(self, endings: Endings, lost: set[Entry]) -> list[Entry]:
         """Takes out what is lost, and tells those who wait for it; returns the first entries."""
@@ -420,10 +424,10 @@ class Finisher:
                 )
         return refused
 
-    def _settle(self, endings: Endings, lost: set[Entry]) -> None:
+    def _settle(self, endings: Endings, lost: set[Entry], outcome: Outcome) -> None:
         if lost:
             self._refuse(endings, lost)
-        self._leases.drop(endings.heads)
+        self._leases.drop(endings.heads, outcome)
         endings.succeed()
 
 
