@@ -27,7 +27,7 @@ from relstream.errors import (
 )
 from relstream.notifications import LBSInfo, Notification, Notifications, NotificationType
 from relstream.producer import Producer
-from relstream.recorder import Recorder
+from relstream.recorder import Outcome, Recorder
 
 __all__ = [
     "AlreadyClaimed",
@@ -49,6 +49,7 @@ __all__ = [
     "Notification",
     "NotificationType",
     "Notifications",
+    "Outcome",
     "PermissionDenied",
     "Producer",
     "ProtocolError",

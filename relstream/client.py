@@ -330,7 +330,7 @@ class StreamClient:
         self._logger.error("the client ends: %s", reason, exc_info=error if unforeseen else None)
         self._notifications.end(reason)
         if self._recorder is not None:
-            self._recorder.terminated(reason)
+            self._recorder.terminated(reason=reason)
         for other, (name, _) in list(self._tasks.items()):
             # What the application was told of stays owned, and can be finished, until it closes.
             if name not in ("keeper", "finisher"):
@@ -401,6 +401,8 @@ class StreamClient:
             tasks = list(self._tasks)
             await end_all(tasks)
             await asyncio.gather(*(part.close() for part in self._partitions))
+            for part in self._partitions:  # not handed over
+                part.leases.drop(part.leases.all(), "lost")
             await self._close_links()
         if failure is not None:
             self._logger.warning(
@@ -578,7 +580,7 @@ class StreamClient:
             success = True
         finally:
             if self._recorder is not None:
-                self._recorder.topology_reset(success)
+                self._recorder.topology_reset(success=success)
 
     def _check_open(self) -> None:
         if not self._ready or self._closing is not None:
@@ -607,7 +609,7 @@ class StreamClient:
 
     def _delivered(self, entry: Entry) -> None:
         assert self._recorder is not None
-        self._recorder.stream_processing_start(entry.data_stream_name)
+        self._recorder.stream_processing_start(stream=entry.data_stream_name)
 
     def _part(self, stream: str | LBSInfo) -> Partition:
         if self._only is not None:
@@ -642,7 +644,7 @@ class StreamClient:
         part.recoverer.expired(payload)
         told = self._notifications.expired(payload, part.leases.by_lock(lock_key(*payload)))
         if self._recorder is not None:
-            self._recorder.keyspace_notification_received(payload.data_stream_name)
+            self._recorder.keyspace_notification_received(stream=payload.data_stream_name)
             if not told:
                 self._recorder.keyspace_notification_dropped()
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from relstream.locks import Locks
     from relstream.net.topology import Topology
     from relstream.put_back import PutBack
-    from relstream.recorder import SafeRecorder
+    from relstream.recorder import Outcome, SafeRecorder
 
     Future = asyncio.Future[None]
 
@@ -274,7 +275,7 @@ class Finisher:
             self.abandon(head, _all(head))
 
     async def _finish(self, endings: Endings, entries: list[Entry], call: _Call) -> None:
-        self._settle(endings, await self._finish_all(endings, entries, call))
+        self._settle(endings, await self._finish_all(endings, entries, call), "done")
 
     async def _finish_all(
         self,
@@ -314,7 +315,8 @@ class Finisher:
                 for head, pairs in zip(endings.heads, fields, strict=True)
             ]
         due_now = any(self._failures[head].now for head in endings.heads)
-        self._settle(endings, await self._finish_all(endings, entries, call, call.delayed))
+        lost = await self._finish_all(endings, entries, call, call.delayed)
+        self._settle(endings, lost, "failed")
         if due_now:
             with contextlib.suppress(RelstreamError):  # the leader does it
                 await self._delayed_entries.move_due()
@@ -343,20 +345,18 @@ class Finisher:
         await self._dead_letters.delete_dead_letters(
             [copy for head, copy in zip(heads, call.dead_letters, strict=True) if head in surplus]
         )
-        self._settle(endings, lost)
+        self._settle(endings, lost, "failed")
         for reason in set(reasons):
             names = [
                 head.data_stream_name
                 for head, why in zip(heads, reasons, strict=True)
                 if why == reason and head not in surplus
             ]
-            if names:
-                self._logger.warning(
-                    "%d entries became dead letters: %s", len(names), reason.decode()
-                )
+            if not names:
+                continue
+            self._logger.warning("%d entries became dead letters: %s", len(names), reason.decode())
             if self._recorder is not None:
-                for name in names:
-                    self._recorder.dlq_routing(name, reason.decode())
+                self._recorder.dlq_routing(streams=names, reason=reason.decode())
 
     async def _fields(self, heads: list[Entry]) -> list[list[bytes]]:
         """Field names and values of failed entries, with what failed.
@@ -398,6 +398,7 @@ class Finisher:
             keys.append(self._names.delayed)
             for due, member in delayed:
                 args += (b"%d" % due, member)
+        start = time.perf_counter()
         (reply,) = await run(self._link, script, [(keys, args)])
         if isinstance(reply, ReplyError):
             if reply.code == "TRYAGAIN" and not call.again:
@@ -413,10 +414,7 @@ class Finisher:
             lost -= await self._lost_with_group([entry for entry in entries if entry in lost])
             await self._unlock([entry for entry in entries if entry not in lost])
         elif self._recorder is not None:
-            missing = {abs(place) - 1 for place in missed}
-            for place, entry in enumerate(entries):
-                if entry not in lost:
-                    self._recorder.lock_release(entry.data_stream_name, place not in missing)
+            self._released_locks(len(entries) - len(lost), len(missed) - len(lost), start)
         return lost
 
     async def _lost_with_group(self, entries: list[Entry]) -> set[Entry]:
@@ -500,7 +498,7 @@ class Finisher:
         # What an earlier try has put back is not pending any more.
         lost = set() if call.again else {entry for entry in entries if entry not in ours}
         await self._unlock([entry for entry in entries if entry not in lost])
-        self._settle(endings, lost)
+        self._settle(endings, lost, "released")
 
     async def _hand_back_others(self, endings: Endings, entries: list[Entry], call: _Call) -> None:
         others = [entry for head in endings.heads for entry in self._others[head]]
@@ -510,7 +508,7 @@ class Finisher:
         await self._unlock(entries)
         for head in endings.heads:
             del self._others[head]
-        self._settle(endings, set())
+        self._settle(endings, set(), "lost")
 
     async def _pending(self, entries: list[Entry]) -> set[Entry]:
         """Those pending for us: others' are theirs, under the same id even (XCLAIM)."""
@@ -536,11 +534,16 @@ class Finisher:
         return returned
 
     async def _unlock(self, entries: list[Entry]) -> None:
+        start = time.perf_counter()
         missed = await self._locks.release(lock_keys(entries))
         if self._recorder is not None:
-            missing = set(missed)
-            for entry in entries:
-                self._recorder.lock_release(entry.data_stream_name, entry.lock_key not in missing)
+            self._released_locks(len(entries), len(missed), start)
+
+    def _released_locks(self, count: int, failed: int, start: float) -> None:
+        assert self._recorder is not None
+        if count:
+            took = time.perf_counter() - start
+            self._recorder.lock_release(succeeded=count - failed, failed=failed, duration=took)
 
     def _refuse(self, endings: Endings, lost: set[Entry]) -> list[Entry]:
         """Takes out what is lost, and tells those who wait for it; returns the first entries."""
@@ -562,10 +565,10 @@ class Finisher:
                 )
         return refused
 
-    def _settle(self, endings: Endings, lost: set[Entry]) -> None:
+    def _settle(self, endings: Endings, lost: set[Entry], outcome: Outcome) -> None:
         if lost:
             self._refuse(endings, lost)
-        self._leases.drop(endings.heads)
+        self._leases.drop(endings.heads, outcome)
         endings.succeed()
 
 

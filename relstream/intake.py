@@ -477,6 +477,6 @@ class Intake:
             "LBS entries that %s went to the dead-letter stream %r: %s", what, dlq, which
         )
         if self._recorder is not None:
-            for (index, _), outcome in zip(bad, outcomes, strict=True):
-                if outcome == PUT:
-                    self._recorder.dlq_routing(names.get(index), reason.decode())
+            routed = [names.get(i) for (i, _), how in zip(bad, outcomes, strict=True) if how == PUT]
+            if routed:
+                self._recorder.dlq_routing(streams=routed, reason=reason.decode())

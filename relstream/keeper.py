@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from relstream._core import Entry, discard, enter, lock_keys
 from relstream.errors import RelstreamError
-from relstream.lbs import SEPARATOR, Names, partition_of, split_lock_key
+from relstream.lbs import SEPARATOR, Names, partition_of
 from relstream.leases import pending_for
 from relstream.locks import Locks, chunks
 from relstream.net.asking import LOOK_EVERY
@@ -266,26 +267,21 @@ class Keeper:
         if not entries:
             return
         keys = lock_keys(entries)
-        gone, taken, error = await locks.renew(keys)
+        start = time.perf_counter()
+        gone, taken, refusals = await locks.renew(keys)
         lost = taken + (await self._revive(topology, locks, gone) if gone else [])
         if lost:
             missing = set(lost)
             self.drop([entry for entry in entries if entry.lock_key in missing])
-        if error is not None:  # the others have been seen to
-            if lost:
-                self._tell(lost, lost)
-            raise error
         if lost or self._recorder is not None:
-            self._tell(keys, lost)
+            failed = len(lost) + len(refusals)
+            self._tell(lost, len(keys) - failed, failed, time.perf_counter() - start)
+        raise_first(refusals)  # the others have been seen to
 
-    def _tell(self, keys: list[bytes], lost: list[bytes]) -> None:
+    def _tell(self, lost: list[bytes], succeeded: int, failed: int, duration: float) -> None:
         def told() -> None:
             if self._recorder is not None:
-                missing = set(lost)
-                for key in keys:
-                    parts = split_lock_key(key)
-                    if parts is not None:
-                        self._recorder.lock_extension(parts[0], key not in missing)
+                self._recorder.lock_extension(succeeded=succeeded, failed=failed, duration=duration)
             if lost:
                 self._on_lost(lost)
 

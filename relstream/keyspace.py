@@ -97,10 +97,10 @@ class ExpiryEvents:
                 await self._subscribe(protocol)
             except BaseException:
                 if self._recorder is not None:
-                    self._recorder.keyspace_setup(False)
+                    self._recorder.keyspace_setup(success=False)
                 raise
             if self._recorder is not None:
-                self._recorder.keyspace_setup(True)
+                self._recorder.keyspace_setup(success=True)
             self._protocol = protocol
 
     async def run(self) -> None:

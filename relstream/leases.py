@@ -25,13 +25,14 @@ from relstream._core import (
 )
 from relstream.errors import ReplyError
 from relstream.lbs import Names, split_lock_key
+from relstream.net.connection import raise_first
 from relstream.put_back import TOO_LATE
 
 if TYPE_CHECKING:
     from relstream.keeper import Keeper
     from relstream.locks import Locks
     from relstream.net.topology import KeyLink
-    from relstream.recorder import SafeRecorder
+    from relstream.recorder import Outcome, SafeRecorder
 
 # Pending entries compared between two looks at what else there is to do.
 WINDOW = 1000
@@ -125,9 +126,12 @@ class Leases:
         if locked:
             self._keeper.add(locked)
         if self._recorder is not None:
-            took = time.perf_counter() - start
-            for entry, reply in zip(entries, replies, strict=True):
-                self._recorder.lock_acquisition(entry.data_stream_name, reply == b"OK", took)
+            succeeded = replies.count(b"OK")
+            self._recorder.lock_acquisition(
+                succeeded=succeeded,
+                failed=len(replies) - succeeded,
+                duration=time.perf_counter() - start,
+            )
         if refusal is None:
             return new, []
         pairs = zip(entries, replies, strict=True)
@@ -143,9 +147,8 @@ class Leases:
         held = [key for key, reply in zip(keys, replies, strict=True) if reply is None]
         mine = list(compress(held, await self._locks.held(held, known=True) if held else ()))
         # Not just to be found: the keeper's next turn may come after their end.
-        gone, taken, error = await self._locks.renew(mine) if mine else ([], [], None)
-        if error is not None:
-            raise error
+        gone, taken, refusals = await self._locks.renew(mine) if mine else ([], [], [])
+        raise_first(refusals)
         ours = set(mine).difference(gone, taken)
         replies = [b"OK" if key in ours else r for key, r in zip(keys, replies, strict=True)]
         ids = entry_ids(entries)
@@ -164,14 +167,15 @@ class Leases:
         """Deletes locks that are ours; returns those that were not."""
         return await self._locks.release(keys) if keys else []
 
-    def drop(self, heads: list[Entry]) -> None:
-        """The streams of these first entries are owned no more."""
+    def drop(self, heads: list[Entry], outcome: Outcome) -> None:
+        """The ownership of the streams of these first entries ends, unless it has before."""
+        ended: list[str] = []
+        if self._recorder is not None:
+            ended = [head.data_stream_name for head in heads if head.delivered and not head.ended]
         forget(heads, self._owned)
         self._on_drop()
-        if self._recorder is not None:
-            for head in heads:
-                if head.delivered:
-                    self._recorder.stream_processing_end(head.data_stream_name)
+        if self._recorder is not None and ended:
+            self._recorder.stream_processing_end(streams=ended, outcome=outcome)
 
     def keep(self, head: Entry) -> None:
         """The stream of this entry could not be finished, and is owned as before."""

@@ -57,15 +57,17 @@ class Locks:
             raise_first(values)
         return [value == self._value for value in values]
 
-    async def renew(self, keys: list[bytes]) -> tuple[list[bytes], list[bytes], ReplyError | None]:
+    async def renew(self, keys: list[bytes]) -> tuple[list[bytes], list[bytes], list[ReplyError]]:
         """Gives locks that are ours their full time again.
 
-        Returns those gone, those taken, and an error if there was one about others of them.
+        Returns those gone, those taken, and the server's refusals, one for each of the others.
         """
         outcomes = await self._run(RENEW, RENEW_ONE, self._extend, keys, self._value, self._ttl_ms)
         gone = [key for key, outcome in zip(keys, outcomes, strict=True) if outcome == 0]
         taken = [key for key, outcome in zip(keys, outcomes, strict=True) if outcome == -1]
-        return gone, taken, first_error(outcomes)
+        if first_error(outcomes) is None:
+            return gone, taken, []
+        return gone, taken, [each for each in outcomes if isinstance(each, ReplyError)]
 
     async def release(self, keys: list[bytes]) -> list[bytes]:
         """Deletes locks that are ours; returns those that were not.

@@ -148,8 +148,9 @@ class Partition:
             raise
 
     def _disown(self, head: Entry) -> None:
-        if self.leases.get(head.data_stream_name) is head:
-            self.leases.drop([head])
+        owned = self.leases.get(head.data_stream_name) is head
+        self.leases.drop([head], "lost")
+        if owned:
             self._notifications.disowned(head)
 
     def locks_lost(self, keys: list[bytes]) -> None:

@@ -403,7 +403,7 @@ class PutBack:
             await self._add(left)
         finally:
             if self._recorder is not None and gaps:
-                self._recorder.ack_add_gap(gaps, time.perf_counter() - start)
+                self._recorder.ack_add_gap(count=gaps, duration=time.perf_counter() - start)
             if left:
                 self._logger.error(
                     "given up: %d entries %s acknowledged and not added again; what is still in "
@@ -507,7 +507,8 @@ def _shown(pairs: list[bytes]) -> str:
     return repr(dict(zip(pairs[::2], pairs[1::2], strict=True)).get(INPUT_FIELD, b"")[:100])
 
 
-async def discard(link: KeyLink, names: Names, ids: Sequence[bytes]) -> None:
-    """Acknowledges and deletes LBS entries that nobody needs any more."""
+async def discard(link: KeyLink, names: Names, ids: Sequence[bytes]) -> int:
+    """Acknowledges and deletes LBS entries that nobody needs any more; how many were pending."""
     packed = pack(b"XACK", names.lbs, names.group, *ids) + pack(b"XDEL", names.lbs, *ids)
-    raise_first(await link.pipeline(packed, 2))
+    acked: int = raise_first(await link.pipeline(packed, 2))[0]
+    return acked

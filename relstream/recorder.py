@@ -1,68 +1,97 @@
-"""What is counted: the methods of a recorder (metrics), and the one that does nothing."""
+"""Metrics: the methods of a recorder, and the guard between a user's recorder and the engine."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Concatenate, Literal, ParamSpec
 
-__all__ = ["Recorder"]
+__all__ = ["Outcome", "Recorder"]
+
+Outcome = Literal["done", "released", "failed", "lost"]
+"""How the ownership of a stream ended."""
 
 
 class Recorder:
-    """Receives what happens, for metrics. Override what you need; the rest does nothing.
+    """Receives events for metrics. Override what you need; the other methods do nothing.
 
-    All methods are called on the event loop of `StreamClient.init()` and must not block. What they
-    raise is ignored; of each method the first failure is logged. Durations are in seconds.
+    ::
+
+        class Metrics(Recorder):
+            def stream_processing_end(self, *, streams, outcome, **_):
+                STREAMS_ENDED.labels(outcome).inc(len(streams))
+
+    All arguments are passed by keyword. Later versions may add arguments: end each signature with
+    `**_`, which also takes those that you don't need. Later versions may add methods, too. Any
+    object with at least one of these methods will do; the class need not be inherited from.
+
+    The methods are called on the event loop of `StreamClient.init()` and must not block. An
+    exception that a method raises changes nothing for the client; of each method the first one is
+    logged. Where the engine works in batches, a method is called once a batch: `duration` is that
+    of the batch, in seconds, and counts that are 0 together are not reported. Locks without a
+    reply, as the connection was lost, are not counted; the engine repeats the request.
     """
 
-    def lock_acquisition(self, stream: str, success: bool, duration: float) -> None:
-        """A lock was asked for; `duration` is that of the whole batch."""
+    def startup_recovery(self, *, success: bool, count: int, duration: float) -> None:
+        """This consumer's first scan ended; it requeued `count` entries."""
 
-    def lock_extension(self, stream: str, success: bool) -> None:
-        """A lock was renewed, or found lost."""
+    def lock_acquisition(self, *, succeeded: int, failed: int, duration: float) -> None:
+        """Locks were requested; `failed`: another consumer holds them, or the server refused."""
 
-    def lock_release(self, stream: str, success: bool) -> None:
-        """A lock was released; no success: it was not ours any more."""
+    def lock_extension(self, *, succeeded: int, failed: int, duration: float) -> None:
+        """Locks were renewed; `failed`: they were lost, or the server refused."""
 
-    def stream_processing_start(self, stream: str) -> None:
-        """The application was told that it owns the stream."""
+    def lock_release(self, *, succeeded: int, failed: int, duration: float) -> None:
+        """Locks were released; `failed`: they had expired, or their master did not answer."""
 
-    def stream_processing_end(self, stream: str) -> None:
-        """The application finished the stream, handed it over, or lost it."""
+    def stream_processing_start(self, *, stream: str) -> None:
+        """The application took the notification that it owns the stream."""
 
-    def keyspace_notification_received(self, stream: str) -> None:
-        """The server told that a lock expired."""
+    def stream_processing_end(self, *, streams: Sequence[str], outcome: Outcome) -> None:
+        """The ownership of streams ended of which the application had been notified.
+
+        `"done"`: finished; `"released"`: handed over; `"failed"`: the application reported a
+        failure; `"lost"`: another consumer owns them, or will after recovery.
+        """
+
+    def keyspace_notification_received(self, *, stream: str) -> None:
+        """The server reported an expired lock of the stream."""
 
     def keyspace_notification_dropped(self) -> None:
-        """The application was not told of an expired lock, because the queue was full."""
+        """The queue was full, so the application was not notified of an expired lock."""
 
-    def dlq_routing(self, stream: str | None, reason: str) -> None:
-        """An entry went to the dead-letter stream; `stream` is None where no name could be read."""
-
-    def startup_recovery(self, success: bool, count: int, duration: float) -> None:
-        """The first scan of this consumer ended; `count` entries were put back."""
+    def dlq_routing(self, *, streams: Sequence[str | None], reason: str) -> None:
+        """Entries became dead letters; the stream is None where the entry names none."""
 
     def reconciliation_scan(
-        self, requeued: int, alive: int, dead_letters: int, duration: float
+        self, *, requeued: int, alive: int, dead_letters: int, vanished: int, duration: float
     ) -> None:
-        """A scan ended: what became of the entries that were idle for long enough."""
+        """A scan ended.
 
-    def requeue(self, stream: str, success: bool) -> None:
-        """A dead owner's stream was put back; no success: another consumer was first."""
+        Of the entries that were idle for `min_idle_time` or longer, so many were requeued, have a
+        lock that is held, became dead letters, or had been deleted from the load balancer stream.
+        """
 
-    def alive_skip(self, count: int) -> None:
-        """So many streams looked dead, but their locks are held."""
+    def requeue(self, *, streams: Sequence[str], success: bool) -> None:
+        """Dead owners' streams were requeued; not `success`: another consumer was first."""
 
-    def ack_add_gap(self, count: int, duration: float) -> None:
-        """So many entries were put back in two steps, as scripts are forbidden."""
+    def alive_skip(self, *, count: int) -> None:
+        """Recovery examined so many entries and left them alone, as their locks are held."""
 
-    def terminated(self, reason: str) -> None:
-        """The client ended by itself: `STREAM_TERMINATED` was told."""
+    def ack_add_gap(self, *, count: int, duration: float) -> None:
+        """Entries were requeued in two steps, as the atomic script could not be used.
 
-    def topology_reset(self, success: bool) -> None:
-        """`reset_topology` was called, and did it or not."""
+        A crash within `duration` would have lost them.
+        """
 
-    def keyspace_setup(self, success: bool) -> None:
-        """Expiry events were set up on a master, or could not be."""
+    def topology_reset(self, *, success: bool) -> None:
+        """`StreamClient.reset_topology()` ended."""
+
+    def keyspace_setup(self, *, success: bool) -> None:
+        """Keyspace notifications were set up on one master, or could not be."""
+
+    def terminated(self, *, reason: str) -> None:
+        """The client ended by a failure, and notified the application (`STREAM_TERMINATED`)."""
 
 
 def is_recorder(value: object) -> bool:
@@ -73,35 +102,54 @@ def is_recorder(value: object) -> bool:
     )
 
 
+_P = ParamSpec("_P")
+
+
+def _guarded(
+    method: Callable[Concatenate[Recorder, _P], None],
+) -> Callable[Concatenate[SafeRecorder, _P], None]:
+    """Calls the user's method of the same name, with this signature."""
+    name = method.__name__
+
+    def call(self: SafeRecorder, /, *args: _P.args, **arguments: _P.kwargs) -> None:
+        try:
+            users = getattr(self._recorder, name, None)
+            if users is not None:
+                users(*args, **arguments)
+        except Exception:  # noqa: BLE001 - metrics must never stop the engine
+            if name not in self._failed:
+                self._failed.add(name)
+                self._log_failure(
+                    "the recorder failed in %s; further failures there are not logged",
+                    name,
+                    exc_info=True,
+                )
+
+    functools.update_wrapper(call, method)
+    return call
+
+
 class SafeRecorder:
-    """Calls a user's recorder: methods it lacks do nothing, and its errors harm nobody.
+    """Calls a user's recorder, which may lack methods, and contains its exceptions."""
 
-    Of each method's errors the first is logged: there may be one for every stream.
-    """
-
-    def __init__(self, recorder: object, log_failure: Any) -> None:
+    def __init__(self, recorder: object, log_failure: Callable[..., None]) -> None:
         self._recorder = recorder
         self._log_failure = log_failure
+        self._failed: set[str] = set()
 
-    def __getattr__(self, name: str) -> Any:
-        getattr(Recorder, name)  # a typing mistake of ours must not pass for a method they lack
-        method = getattr(self._recorder, name, None)
-        failed = False
-
-        def call(*args: object) -> None:
-            nonlocal failed
-            if method is None:
-                return
-            try:
-                method(*args)
-            except Exception:  # noqa: BLE001 - metrics must never stop the engine
-                if not failed:
-                    failed = True
-                    self._log_failure(
-                        "the recorder failed in %s; further failures there are not logged",
-                        name,
-                        exc_info=True,
-                    )
-
-        setattr(self, name, call)
-        return call
+    startup_recovery = _guarded(Recorder.startup_recovery)
+    lock_acquisition = _guarded(Recorder.lock_acquisition)
+    lock_extension = _guarded(Recorder.lock_extension)
+    lock_release = _guarded(Recorder.lock_release)
+    stream_processing_start = _guarded(Recorder.stream_processing_start)
+    stream_processing_end = _guarded(Recorder.stream_processing_end)
+    keyspace_notification_received = _guarded(Recorder.keyspace_notification_received)
+    keyspace_notification_dropped = _guarded(Recorder.keyspace_notification_dropped)
+    dlq_routing = _guarded(Recorder.dlq_routing)
+    reconciliation_scan = _guarded(Recorder.reconciliation_scan)
+    requeue = _guarded(Recorder.requeue)
+    alive_skip = _guarded(Recorder.alive_skip)
+    ack_add_gap = _guarded(Recorder.ack_add_gap)
+    topology_reset = _guarded(Recorder.topology_reset)
+    keyspace_setup = _guarded(Recorder.keyspace_setup)
+    terminated = _guarded(Recorder.terminated)

@@ -27,6 +27,7 @@ from relstream.notifications import LBSInfo
 from relstream.outages import Outages
 from relstream.put_back import (
     ALIVE,
+    LOST,
     PUT,
     REFUSED,
     Entries,
@@ -63,6 +64,8 @@ SCAN_AGAIN = 1.0
 SAMPLE = 3
 # Expired locks that may wait to be looked at; what comes beyond is found by looking anyway.
 MAX_EXPIRED = 100_000
+# Ids kept to recognise entries that another pass of this leader requeued.
+MAX_ATTEMPTED = 100_000
 # Seconds for which a consumer that owns nothing must not have been seen before it is removed.
 REMOVE_AFTER = 3600.0
 REMOVE_EVERY = 60.0
@@ -132,6 +135,8 @@ class Recoverer:
         self.close = self._put_back.close
         self._expired: dict[bytes, bytes] = {}  # locks, and the ids of their entries
         self._pages = asyncio.Semaphore(PAGES)
+        self._passes = 0  # pages under way, and ids of entries that they tried to requeue
+        self._attempted: set[bytes] = set()
         self._leading = False
         self._succeeding = True  # another led before, or may have
         self._known: dict[bytes, bytes] = {}  # sampled entries: id, lock
@@ -347,9 +352,15 @@ class Recoverer:
             if self._recorder is not None:
                 took = time.perf_counter() - start
                 if not self._scanned:
-                    self._recorder.startup_recovery(success, tally.requeued, took)
+                    self._recorder.startup_recovery(
+                        success=success, count=tally.requeued, duration=took
+                    )
                 self._recorder.reconciliation_scan(
-                    tally.requeued, tally.alive, tally.dead_letters, took
+                    requeued=tally.requeued,
+                    alive=tally.alive,
+                    dead_letters=tally.dead_letters,
+                    vanished=tally.vanished,
+                    duration=took,
                 )
             self._scanned = self._scanned or success
 
@@ -397,10 +408,16 @@ class Recoverer:
         if not len(ids):  # nor is it to wait for others' pages
             return tally
         async with self._pages:
-            async for part, batches in self._entries.read(ids, page_size):
-                tally += await self._recover(part, batches, locks, claimed=claimed)
+            self._passes += 1
+            try:
+                async for part, batches in self._entries.read(ids, page_size):
+                    tally += await self._recover(part, batches, locks, claimed=claimed)
+            finally:
+                self._passes -= 1
+                if not self._passes:
+                    self._attempted.clear()
         if tally.alive and self._recorder is not None:
-            self._recorder.alive_skip(tally.alive)
+            self._recorder.alive_skip(count=tally.alive)
         return tally
 
     # --- deaths are looked for ----------------------------------------------------------------
@@ -566,8 +583,7 @@ class Recoverer:
         tally = Tally()
         plan = plan_for(ids, batches)
         if plan.gone:
-            await discard(self._link, self._names, plan.gone)
-            tally.vanished = len(plan.gone)
+            tally.vanished = await discard(self._link, self._names, plan.gone)
         bad = [(None, (entry_id, pairs, None)) for entry_id, pairs, _ in plan.unparseable]
         await self._bury(bad, UNPARSEABLE, tally)
         if not len(plan):
@@ -588,6 +604,7 @@ class Recoverer:
             since = max(self._clock.now_ms() - round(window * 1000), 0)
         alive, letters = plan.judge(values, self._recovery.max_retries, since)
         tally.alive += alive
+        first = self._first_attempts(plan.ids()) if self._recorder is not None else []
         outcomes, refusal = await self._put_back.put_planned(plan, counting=True, looked=True)
         if refusal is not None:
             tally.refusals.append(refusal)
@@ -597,10 +614,25 @@ class Recoverer:
             self._complained.discard("put back")
         tally.alive += outcomes.count(ALIVE)
         if self._recorder is not None:
-            for name, outcome in zip(plan.names(), outcomes, strict=True):
-                self._recorder.requeue(name, outcome == PUT)
+            told = list(zip(plan.names(), outcomes, first, strict=True))
+            if requeued := [name for name, how, _ in told if how == PUT]:
+                self._recorder.requeue(streams=requeued, success=True)
+            if lost := [name for name, how, ours in told if how == LOST and ours]:
+                self._recorder.requeue(streams=lost, success=False)
         await self._bury(letters, MAX_RETRIES, tally)
         return tally
+
+    def _first_attempts(self, ids: list[bytes]) -> list[bool]:
+        """Which of these entries no other pass under way has tried to requeue.
+
+        A scan, a probe and an expiry event may come upon the same entry. One of them requeues it;
+        that the others are too late is no failure.
+        """
+        first = [entry_id not in self._attempted for entry_id in ids]
+        if len(self._attempted) > MAX_ATTEMPTED:
+            self._attempted.clear()
+        self._attempted.update(ids)
+        return first
 
     def _complain(self, count: int, what: str, error: ReplyError) -> None:
         """Says, once until it works again, what keeps entries pending."""
@@ -636,8 +668,7 @@ class Recoverer:
         tally.dead_letters += len(buried)
         self._logger.warning("%d entries became dead letters: %s", len(buried), reason.decode())
         if self._recorder is not None:
-            for stream in buried:
-                self._recorder.dlq_routing(stream, reason.decode())
+            self._recorder.dlq_routing(streams=buried, reason=reason.decode())
 
 
 def _mapping(row: Any) -> dict[bytes, Any]:

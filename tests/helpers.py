@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import itertools
 import time
 from collections.abc import Callable, Iterable
@@ -27,8 +28,19 @@ HEARTBEAT = 4.0
 QUICK = 0.5
 
 
+# Of the methods of a recorder, as they are called.
+SIGNATURES = {
+    name: inspect.signature(getattr(Recorder(), name))
+    for name in vars(Recorder)
+    if not name.startswith("_")
+}
+
+
 class Heard(Recorder):
-    """Keeps all that a client records, as `(what, *arguments)`."""
+    """Keeps all that a client records, as `(what, *arguments)`, in the order of the signature.
+
+    Arguments that the signature does not name, or not all of them, would be an error.
+    """
 
     def __init__(self) -> None:
         self.events: list[tuple[Any, ...]] = []
@@ -36,7 +48,13 @@ class Heard(Recorder):
     def __getattribute__(self, name: str) -> Any:
         if name.startswith("_") or name in ("events", "calls"):
             return super().__getattribute__(name)
-        return lambda *args: self.events.append((name, *args))
+        signature = SIGNATURES[name]
+
+        def heard(*args: Any, **arguments: Any) -> None:
+            bound = signature.bind(*args, **arguments)
+            self.events.append((name, *bound.arguments.values()))
+
+        return heard
 
     def calls(self, what: str) -> list[tuple[Any, ...]]:
         """The arguments of each time that this was recorded."""

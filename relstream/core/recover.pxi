@@ -181,9 +181,9 @@ cdef class Plan:
         return PyUnicode_DecodeUTF8(at, planned.name_size, NULL)
 
     def ids(self):
-        """The ids of the entries."""
+        """The ids of the entries that are to be put back: of all, before `judge`."""
         cdef Py_ssize_t i
-        return [_id_bytes(self._at[i].id) for i in range(self._n)]
+        return [_id_bytes(self._at[i].id) for i in range(self._n) if self._at[i].verdict == _FREE]
 
     def lock_keys(self):
         """The keys of their locks."""

@@ -374,7 +374,7 @@ async def test_a_lock_gone_while_the_lbs_hangs_costs_no_other(lasting, apart, co
 
 
 @pytest.mark.slow
-async def test_the_recorder_hears_which_locks_could_not_be_released(lasting, apart, consumer):
+async def test_the_recorder_counts_locks_that_could_not_be_released(lasting, apart, consumer):
     victim, *healthy = sorted(lasting.masters(), key=lambda node: node is apart.lbs_master)
     tags = [tag_on(lasting, node) for node in (victim, *healthy)]
     recorder = Heard()
@@ -388,9 +388,9 @@ async def test_the_recorder_hears_which_locks_could_not_be_released(lasting, apa
         await asyncio.gather(*map(client.done_stream, wanted))
     finally:
         victim.resume()
-    assert dict(recorder.calls("lock_release")) == {
-        name: not name.startswith(tags[0]) for name in wanted
-    }
+    released = recorder.calls("lock_release")
+    assert sum(succeeded for succeeded, _, _ in released) == 10
+    assert sum(failed for _, failed, _ in released) == 5
 
 
 # --- reset_topology -------------------------------------------------------------------------------

@@ -257,6 +257,7 @@ def test_the_held_stay_and_the_hopeless_become_letters(
         b"s%d%b%b" % (i, SEPARATOR, ids[i]) for i in hopeless
     ]
     assert one.names() == [f"s{i}" for i in again]
+    assert one.ids() == [ids[i] for i in again]
     made = [row for call in calls(one, counting=True, most=3) for row in put(call)]
     assert made == one.returning(True)
     assert [id_ for id_, _, _ in made] == [ids[i] for i in again]

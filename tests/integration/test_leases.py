@@ -275,7 +275,7 @@ async def test_what_is_locked_late_may_be_anothers_already(
     quick = RecoveryConfig(reconciliation_interval=3600, min_idle_time=QUICK)
     notes = await consumer(auto_claim=False, heartbeat_interval=8 * QUICK, recovery=quick).init()
     entry_id = service.announce("s1")
-    ((_, payload, _),) = await take(notes, 1)
+    ((_, payload, *_),) = await take(notes, 1)
     assert (payload.id_in_lbs == entry_id) == (deployment != "cluster")
     ((_, fields),) = service.redis.xrange(service.lbs)
     assert b"_retry_count" not in fields  # nobody had owned it
@@ -283,7 +283,7 @@ async def test_what_is_locked_late_may_be_anothers_already(
     # How long a read has waited for it is no matter.
     await asyncio.sleep(1.2 * QUICK)
     entry_id = service.announce("s2")
-    ((_, payload, _),) = await take(notes, 1)
+    ((_, payload, *_),) = await take(notes, 1)
     assert payload.id_in_lbs == entry_id
 
 

@@ -366,25 +366,30 @@ async def test_the_recorder_hears_of_all_of_it(consumer, service, redis_url):
     await take(notes, 1)
     service.redis.set("x<MUTEX_KEY_SEP>1-1", "somebody", px=1)
     await take(notes, 1, NotificationType.STREAM_EXPIRED)
-    await eventually(lambda: ("lock_extension", "s1", True) in heard)
+    await eventually(lambda: recorder.calls("lock_extension"))
+    ((succeeded, failed, took), *_) = recorder.calls("lock_extension")
+    assert (succeeded, failed) == (1, 0)
+    assert 0 < took < 5
     await client.done_stream("s1")
     kinds = [event[0] for event in heard]
     assert ("keyspace_setup", True) in heard
-    assert ("dlq_routing", None, "unparseable") in heard
+    assert ("dlq_routing", [None], "unparseable") in heard
     assert ("keyspace_notification_received", "x") in heard
-    assert [event for event in heard if event[0] in ("lock_release", "stream_processing_end")] == [
-        ("lock_release", "s1", True),
-        ("stream_processing_end", "s1"),
+    ended = [event for event in heard if event[0] in ("lock_release", "stream_processing_end")]
+    assert [event[:3] for event in ended] == [
+        ("lock_release", 1, 0),
+        ("stream_processing_end", ["s1"], "done"),
     ]
-    acquired = next(event for event in heard if event[0] == "lock_acquisition")
-    assert acquired[1:3] == ("s1", True)
-    assert 0 < acquired[3] < 5
+    assert 0 < ended[0][3] < 5
+    ((succeeded, failed, took),) = recorder.calls("lock_acquisition")
+    assert (succeeded, failed) == (1, 0)
+    assert 0 < took < 5
     assert kinds.index("lock_acquisition") < kinds.index("stream_processing_start")
 
 
 async def test_a_recorder_that_fails_harms_nobody(consumer, service):
     class Broken:
-        def lock_acquisition(self, *args: object) -> None:
+        def lock_acquisition(self, **_: object) -> None:
             raise ZeroDivisionError
 
     service.announce("s1")
@@ -397,7 +402,7 @@ async def test_expiry_events_beyond_the_queue_are_dropped_and_counted(consumer, 
     class Counting(Recorder):
         received = dropped = 0
 
-        def keyspace_notification_received(self, stream: str) -> None:
+        def keyspace_notification_received(self, **_: object) -> None:
             self.received += 1
 
         def keyspace_notification_dropped(self) -> None:

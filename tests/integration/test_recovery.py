@@ -113,9 +113,11 @@ async def test_a_refused_dead_letter_stays_pending(consumer, service, redis_url,
     service.redis.acl_setuser(
         "app", enabled=True, nopass=True, keys=["*"], channels=["*"], commands=["+@all"]
     )
-    await eventually(lambda: len(heard.calls("dlq_routing")) == 2)
+    await eventually(lambda: heard.calls("dlq_routing"))
     assert (service.entries(), service.redis.xlen(service.dlq)) == ([], 2)
-    assert heard.calls("dlq_routing") == [(f"s{i}", "max_retries_exceeded") for i in range(2)]
+    routed = heard.calls("dlq_routing")
+    assert sorted(stream for streams, _ in routed for stream in streams) == ["s0", "s1"]
+    assert {reason for _, reason in routed} == {"max_retries_exceeded"}
 
 
 @pytest.mark.parametrize("scripts", [True, False])
@@ -125,6 +127,7 @@ async def test_the_recorder_hears_of_recovery(consumer, service, redis_url, scri
         service.redis.set(f"s{i}{SEPARATOR}{entry_id}", "slow")
     service.orphan(3)  # s2 to s4
     service.orphan(1, _retry_count="3")
+    service.redis.xdel(service.lbs, *service.orphan(1))
     service.redis.acl_setuser(
         "app", enabled=True, nopass=True, keys=["*"], channels=["*"],
         commands=["+@all", "+@scripting" if scripts else "-@scripting"],
@@ -144,10 +147,12 @@ async def test_the_recorder_hears_of_recovery(consumer, service, redis_url, scri
     assert (success, count) == (True, 3)
     assert 0 < took < 10
     first, second, *_ = heard.calls("reconciliation_scan")
-    assert first[:3] == (3, 2, 1)
-    assert second[:3] == (0, 2, 0)
-    assert heard.calls("requeue") == [(f"s{i}", True) for i in (2, 3, 4)]
-    assert heard.calls("dlq_routing") == [("s5", "max_retries_exceeded")]
+    assert first[:4] == (3, 2, 1, 1)
+    assert second[:4] == (0, 2, 0, 0)
+    requeues = heard.calls("requeue")
+    assert sorted(stream for streams, _ in requeues for stream in streams) == ["s2", "s3", "s4"]
+    assert {success for _, success in requeues} == {True}
+    assert heard.calls("dlq_routing") == [(["s5"], "max_retries_exceeded")]
     assert heard.calls("alive_skip")[:2] == [(2,), (2,)]
     gaps = heard.calls("ack_add_gap")
     assert [count for count, _ in gaps] == ([] if scripts else [3])
@@ -163,7 +168,7 @@ async def test_the_recorder_hears_of_recovery(consumer, service, redis_url, scri
     service.redis.delete(f"{got[0].payload.data_stream_name}{SEPARATOR}{entry_id}")
     with pytest.raises(AlreadyClaimed):
         await client.claim(got[0].payload)
-    assert (got[0].payload.data_stream_name, False) in heard.calls("requeue")
+    assert ([got[0].payload.data_stream_name], False) in heard.calls("requeue")
     service.redis.xdel(service.lbs, entry_id)
 
 

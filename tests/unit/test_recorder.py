@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
+from helpers import SIGNATURES
 
 from relstream import Recorder
 from relstream.recorder import SafeRecorder
@@ -12,14 +15,19 @@ def silent(*args, **kwargs):
     raise AssertionError(f"logged: {args}")
 
 
-METHODS = [name for name in vars(Recorder) if not name.startswith("_")]
-
-
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SIGNATURES)
 def test_the_base_does_nothing_and_methods_may_lack(name):
-    arguments = getattr(Recorder, name).__code__.co_argcount - 1
+    arguments = dict.fromkeys(SIGNATURES[name].parameters, 0)
     for recorder in (Recorder(), object(), 3):
-        assert getattr(SafeRecorder(recorder, silent), name)(*range(arguments)) is None
+        assert getattr(SafeRecorder(recorder, silent), name)(**arguments) is None
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_all_arguments_are_keywords_for_the_engine_too(name):
+    signature = inspect.signature(getattr(SafeRecorder(Recorder(), silent), name))
+    assert signature == SIGNATURES[name]
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    assert kinds <= {inspect.Parameter.KEYWORD_ONLY}
 
 
 def test_calls_arrive():
@@ -27,15 +35,19 @@ def test_calls_arrive():
         def __init__(self):
             self.seen = []
 
-        def lock_release(self, stream, success):
-            self.seen.append((stream, success))
+        def lock_release(self, *, failed, **_):
+            self.seen.append(failed)
+
+        def stream_processing_end(self, **arguments):
+            self.seen.append(arguments)
 
     mine = Mine()
     safe = SafeRecorder(mine, silent)
-    for success in (True, False):
-        safe.lock_release("s", success)
-        safe.stream_processing_end("s")
-    assert mine.seen == [("s", True), ("s", False)]
+    for failed in (0, 2):
+        safe.lock_release(succeeded=1, failed=failed, duration=0.1)
+    safe.stream_processing_end(streams=["s"], outcome="done")
+    safe.terminated(reason="")
+    assert mine.seen == [0, 2, {"streams": ["s"], "outcome": "done"}]
 
 
 def test_errors_are_logged_once_a_method():
@@ -43,13 +55,18 @@ def test_errors_are_logged_once_a_method():
 
     class Broken:
         calls = 0
+        terminated = "no method"
 
-        def lock_release(self, stream, success):
+        def lock_release(self, **arguments):
             self.calls += 1
-            raise ZeroDivisionError(stream)
+            raise ZeroDivisionError(arguments)
 
         def keyspace_setup(self):  # takes too few arguments
             raise NotImplementedError
+
+        @property
+        def alive_skip(self):
+            raise ZeroDivisionError
 
     def log(text, *args, exc_info):
         assert exc_info
@@ -58,12 +75,16 @@ def test_errors_are_logged_once_a_method():
     broken = Broken()
     safe = SafeRecorder(broken, log)
     for _ in range(3):
-        safe.lock_release("s", True)
-        safe.keyspace_setup(True)
+        safe.lock_release(succeeded=1, failed=0, duration=0.1)
+        safe.keyspace_setup(success=True)
+        safe.alive_skip(count=1)
+        safe.terminated(reason="")
     assert broken.calls == 3
-    assert [text.split(";")[0] for text in logged] == [
-        "the recorder failed in lock_release",
-        "the recorder failed in keyspace_setup",
+    assert [text.split(";")[0].removeprefix("the recorder failed in ") for text in logged] == [
+        "lock_release",
+        "keyspace_setup",
+        "alive_skip",
+        "terminated",
     ]
 
 
