@@ -62,8 +62,10 @@ class DelayedEntries:
                 if not self._refused:
                     self._refused = True
                     self._logger.error(
-                        "failed streams can't be requeued from %r, and wait there: %s",
+                        "failed streams that are due can't be requeued, and wait in %r until this "
+                        "is mended: %s (needed: +time, +zrangebyscore, +zadd, +zrem and ~%s)",
                         self._names.delayed.decode(errors="replace"), error,
+                        self._names.delayed.decode(errors="replace"),
                     )  # fmt: skip
             await asyncio.sleep(pause)
 

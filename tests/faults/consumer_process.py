@@ -2,7 +2,7 @@
 
 Its only argument is a JSON object. It prints a JSON object a line for all that it hears, with the
 time (`time.monotonic`, which is the same clock in all processes), and does what it is told by lines
-of its standard input: `done NAME`, `release NAME`, `claim NAME ID`, `close`.
+of its standard input: `done NAME`, `release NAME`, `fail NAME DELAY`, `claim NAME ID`, `close`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ async def obey(client: StreamClient, line: str) -> None:
             await client.done_stream(name)
         elif verb == "release":
             await client.release(name)
+        elif verb == "fail":
+            await client.fail(name, "of its work", delay=float(entry_id))
         else:
             await client.claim(LBSInfo(name, entry_id))
     except RelstreamError as error:

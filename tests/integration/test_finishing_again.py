@@ -65,9 +65,9 @@ async def test_a_try_in_steps_is_repeated_in_steps(owner, service):
     at_once, link = finisher._finish_at_once, finisher._link
     asked = []
 
-    async def not_at_first(entries, call):
-        asked.append(entries)
-        return None if len(asked) == 1 else await at_once(entries, call)
+    async def not_at_first(*args):
+        asked.append(args)
+        return None if len(asked) == 1 else await at_once(*args)
 
     class Cut:
         """The connection is cut at the first XDEL."""
@@ -97,11 +97,11 @@ async def test_a_slot_in_flight_is_waited_for(owner, service):
     at_once = finisher._finish_at_once
     asked = []
 
-    async def moved_at_first(entries, call):
-        asked.append(entries)
+    async def moved_at_first(*args):
+        asked.append(args)
         if len(asked) == 1:
             raise ReplyError("MOVED 1 127.0.0.1:1")
-        return await at_once(entries, call)
+        return await at_once(*args)
 
     finisher._finish_at_once = moved_at_first
     await owner.done_stream("s1")
