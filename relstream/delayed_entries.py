@@ -131,10 +131,18 @@ class DelayedEntries:
 
 def packed(parts: Sequence[bytes]) -> bytes:
     """A MessagePack array of byte strings."""
-    out = [b"\xdd", len(parts).to_bytes(4, "big")]
+    out = [_header(len(parts), 0x90, 15, ((0xDC, 2), (0xDD, 4)))]
     for part in parts:
-        out += (b"\xdb", len(part).to_bytes(4, "big"), part)
+        out += (_header(len(part), 0xA0, 31, ((0xD9, 1), (0xDA, 2), (0xDB, 4))), part)
     return b"".join(out)
+
+
+def _header(size: int, fixed: int, most: int, longer: Sequence[tuple[int, int]]) -> bytes:
+    """The shortest that fits: each byte more of a member costs the server."""
+    if size <= most:
+        return bytes((fixed | size,))
+    kind, width = next((kind, width) for kind, width in longer if size < 256**width)
+    return bytes((kind,)) + size.to_bytes(width, "big")
 
 
 def unpacked(member: bytes) -> list[bytes]:
@@ -143,13 +151,26 @@ def unpacked(member: bytes) -> list[bytes]:
     What is none becomes an entry that announces nothing, as `MOVE_DUE` has it, too: it is not lost,
     and ends as a dead letter.
     """
-    parts: list[bytes] = []
-    at = 5
-    while at < len(member):
-        size = int.from_bytes(member[at + 1 : at + 5], "big")
-        parts.append(member[at + 5 : at + 5 + size])
-        at += 5 + size
-    sound = member[:5] == b"\xdd" + len(parts).to_bytes(4, "big") and at == len(member)
-    if not sound or len(parts) < 3 or len(parts) % 2 == 0:
-        return [b"", INPUT_FIELD, member]
-    return parts
+    try:
+        at, count = _size(member, 0, 0x90, {0xDC: 2, 0xDD: 4})
+        parts = []
+        for _ in range(count):
+            at, size = _size(member, at, 0xA0, {0xD9: 1, 0xDA: 2, 0xDB: 4})
+            parts.append(member[at : at + size])
+            at += size
+        if at == len(member) and count >= 3 and count % 2:
+            return parts
+    except (IndexError, KeyError):
+        pass
+    return [b"", INPUT_FIELD, member]
+
+
+def _size(member: bytes, at: int, fixed: int, longer: dict[int, int]) -> tuple[int, int]:
+    """Where what has this header begins, and its size."""
+    kind = member[at]
+    if fixed <= kind < (0xA0 if fixed == 0x90 else 0xC0):
+        return at + 1, kind - fixed
+    end = at + 1 + longer[kind]
+    if end > len(member):
+        raise IndexError
+    return end, int.from_bytes(member[at + 1 : end], "big")
