@@ -155,15 +155,17 @@ async def test_a_database_that_the_server_does_not_have(redis_url):
 # --- rights -----------------------------------------------------------------------------------
 
 KEYS = ["~svc-input", "~svc-input-dlq", "~svc-input-reconciler", f"~*{SEPARATOR}*"]
-KEYS += ["~{svc-input}-finished-*"]
+KEYS += ["~{svc-input}-finished-*", "~{svc-input}-delayed"]
 CHANNEL = f"&__keyspace@0__:*{SEPARATOR}*"
 NEEDED = ["xgroup", "xreadgroup", "xadd", "xack", "xdel", "xrange", "xpending"]
 NEEDED += ["set", "get", "pexpire", "del", "psubscribe"]
 # Without these it works as well: less atomic (scripts), later (CONFIG: unless somebody else has
-# switched expiry events on), and with a slower end (CLIENT).
+# switched expiry events on), with a slower end (CLIENT), and without delays (TIME, Z…).
 USEFUL = ["evalsha", "eval", "mget", "config|get", "config|set"]
 IN_A_CLUSTER = ["cluster|slots", "asking"]
 USEFUL += ["client|setname", "client|id", "client|unblock", "ping", "select", "xinfo"]
+DELAYING = ["time", "zadd", "zrem", "zrangebyscore"]
+USEFUL += DELAYING
 
 
 @pytest.fixture
@@ -208,6 +210,48 @@ async def test_the_useful_rights_are_enough_and_nothing_is_missed(consumer, serv
     url = user(NEEDED + USEFUL)
     await whole_life(consumer(url=url, heartbeat_interval=2.0), service, url)
     assert [text for text in logged() if "announce no stream" not in text] == []
+
+
+async def failing(client, service, url):
+    """A failure that is delayed, and comes back."""
+    async with client as notes:
+        service.announce("bad")
+        (bad,) = await take(notes, 1)
+        await client.fail(bad.payload, delay=0.3)
+        (bad,) = await take(notes, 1)
+        assert bad.retry_count == 1
+        await client.done_stream(bad.payload)
+
+
+@pytest.mark.parametrize("scripts", [True, False])
+async def test_the_useful_rights_are_enough_to_fail(consumer, service, user, logged, scripts):
+    allowed = USEFUL if scripts else [c for c in USEFUL if c not in ("eval", "evalsha")]
+    url = user(NEEDED + allowed)
+    await failing(consumer(url=url, heartbeat_interval=2.0), service, url)
+    assert not scripts or logged() == []
+
+
+@pytest.mark.parametrize("missing", [*DELAYING, "~"])
+async def test_without_rights_to_delay_the_stream_stays_owned(
+    consumer, service, user, logged, missing
+):
+    keys = [key for key in KEYS if missing != "~" or not key.endswith("-delayed")]
+    url = user([c for c in NEEDED + USEFUL if c != missing], keys)
+    client = consumer(url=url, heartbeat_interval=2.0)
+    async with client as notes:
+        service.announce("bad")
+        (bad,) = await take(notes, 1)
+        if missing in ("zadd", "~"):
+            with pytest.raises(ReplyError, match=r"NOPERM|permission"):
+                await client.fail(bad.payload, delay=0.3)
+            await client.done_stream(bad.payload)
+        else:
+            await client.fail(bad.payload, delay=0.3)
+            assert service.redis.zcard("{svc-input}-delayed") == 1
+            assert client.id  # its own clock serves
+        await eventually(lambda: "grant +time" in "".join(logged()) or missing != "time")
+        if missing != "zadd":
+            await eventually(lambda: "can't be requeued" in "".join(logged()))
 
 
 async def test_the_needed_rights_are_enough(consumer, service, user, logged):
