@@ -381,7 +381,7 @@ class StreamClient:
         try:
             if self._ready:
                 await asyncio.wait_for(self._give_up_all(finish), CLOSE_TIMEOUT)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             failure = ConnectionFailed(f"closing took over {CLOSE_TIMEOUT:g} s")
         except RelstreamError as error:
             failure = error
