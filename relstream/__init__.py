@@ -29,6 +29,7 @@ from relstream.notifications import LBSInfo, Notification, Notifications, Notifi
 from relstream.producer import Producer
 from relstream.recorder import Recorder
 
+from relstream.running import run
 __all__ = [
     "AlreadyClaimed",
     "AuthenticationFailed",
@@ -63,3 +64,4 @@ __all__ = [
     "StreamNotOwned",
     "UsageError",
 ]
+    "run",

@@ -43,7 +43,7 @@ from relstream.partition import Partition
 from relstream.recorder import Recorder, SafeRecorder, is_recorder
 from relstream.rights import check_rights
 from relstream.room import Room
-from relstream.tasks import OneLoop, end_all
+from relstream.tasks import CLOSING, OneLoop, end_all
 
 if TYPE_CHECKING:
     import redis.asyncio
@@ -370,7 +370,7 @@ class StreamClient:
         if self._closing is None:
             self._finishing = finish
             self._closing = asyncio.ensure_future(self._shut_down(finish))
-            self._closing.set_name("relstream-close")
+            self._closing.set_name(CLOSING)
         # Whoever stops waiting does not stop the closing; it is bounded in time.
         return await asyncio.shield(self._closing)
 
