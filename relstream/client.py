@@ -22,6 +22,7 @@ from relstream.config import (
 )
 from relstream.errors import (
     ClientClosed,
+    ClientTerminated,
     ClusterClientRequired,
     ConnectionFailed,
     ConsumerIdMissing,
@@ -166,6 +167,9 @@ class StreamClient:
         self._ready = False
         self._terminated = False
         self._finishing = False
+        # Why the client ended, if by a failure.
+        self._reason: str | None = None
+        self._failure: BaseException | None = None
         self._warned_of_config = False
         self._closing: asyncio.Task[RelstreamError | None] | None = None
         guide = self._guide = deployment.guide()
@@ -300,7 +304,13 @@ class StreamClient:
         traceback: TracebackType | None,
     ) -> None:
         await self.aclose()
+        """Closes, as `aclose` does. Raises `ClientTerminated` if the client ended by a failure.
 
+        Never in place of an exception, or a cancellation, that is on its way.
+        """
+
+        if exc_type is None and self._reason is not None:
+            raise ClientTerminated(self._reason) from self._failure
     def _start(
         self, name: str, work: Coroutine[Any, Any, None], part: Partition | None = None
     ) -> None:
@@ -324,6 +334,7 @@ class StreamClient:
         if error is not None:
             reason = f"{name} failed: {error}"
         unforeseen = error is not None and not isinstance(error, RelstreamError)
+        self._reason, self._failure = reason, error
         self._logger.error("the client ends: %s", reason, exc_info=error if unforeseen else None)
         self._notifications.end(reason)
         if self._recorder is not None:
