@@ -29,8 +29,8 @@ from relstream.errors import (
 from relstream.notifications import LBSInfo, Notification, Notifications, NotificationType
 from relstream.producer import Producer
 from relstream.recorder import Recorder
-
 from relstream.running import run
+
 __all__ = [
     "AlreadyClaimed",
     "AuthenticationFailed",
@@ -65,5 +65,5 @@ __all__ = [
     "StreamClient",
     "StreamNotOwned",
     "UsageError",
-]
     "run",
+]

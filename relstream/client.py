@@ -84,8 +84,9 @@ class StreamClient:
         heartbeat_interval: the locks' time to live, in seconds; they are renewed twice in it.
         queue_size: added streams that may wait for the application, and as many expiry events.
         max_streams: how many streams this consumer owns at most; None: no limit.
-        retry: how often a failing read is tried again before the client ends. Of a Redis Cluster
-            and behind Sentinel a lost master is waited for, for 60 s, unless `max_retries` is 0.
+        retry: how often a failing read is tried again before the client ends: for ever, unless a
+            bound is given. A bound other than 0 does not hold for the first 60 s without a master
+            where a lost one is replaced, that is of a Redis Cluster and behind Sentinel.
         recovery: how streams of dead consumers come back.
         auto_claim: whether this consumer helps to recover streams whose locks expired.
         cluster_mode: OSS insists on a Redis Cluster; one is recognised without it.
@@ -149,8 +150,8 @@ class StreamClient:
                 f"got {type(redis).__name__}"
             )
         if deployment.heals and retry.max_retries:
-            # A lost master is replaced, which takes longer than most retries, and is not to be
-            # missed once it has happened.
+            # A lost master is replaced, which takes longer than most bounds allow, and is not to
+            # be missed once it has happened.
             patience = FAILOVER_TIMEOUT
             retry = replace(retry, max_delay=max(min(retry.max_delay, 0.5), retry.initial_delay))
         else:
@@ -166,10 +167,10 @@ class StreamClient:
         self._opened = False
         self._ready = False
         self._terminated = False
-        self._finishing = False
         # Why the client ended, if by a failure.
         self._reason: str | None = None
         self._failure: BaseException | None = None
+        self._finishing = False
         self._warned_of_config = False
         self._closing: asyncio.Task[RelstreamError | None] | None = None
         guide = self._guide = deployment.guide()
@@ -303,14 +304,14 @@ class StreamClient:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self.aclose()
         """Closes, as `aclose` does. Raises `ClientTerminated` if the client ended by a failure.
 
         Never in place of an exception, or a cancellation, that is on its way.
         """
-
+        await self.aclose()
         if exc_type is None and self._reason is not None:
             raise ClientTerminated(self._reason) from self._failure
+
     def _start(
         self, name: str, work: Coroutine[Any, Any, None], part: Partition | None = None
     ) -> None:
@@ -333,8 +334,8 @@ class StreamClient:
         reason = f"{name} was cancelled" if task.cancelled() else f"{name} ended"
         if error is not None:
             reason = f"{name} failed: {error}"
-        unforeseen = error is not None and not isinstance(error, RelstreamError)
         self._reason, self._failure = reason, error
+        unforeseen = error is not None and not isinstance(error, RelstreamError)
         self._logger.error("the client ends: %s", reason, exc_info=error if unforeseen else None)
         self._notifications.end(reason)
         if self._recorder is not None:

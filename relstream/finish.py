@@ -23,7 +23,13 @@ from relstream._core import (
 )
 from relstream.errors import ClientClosed, RelstreamError, ReplyError, StreamNotOwned
 from relstream.leases import pending_for
-from relstream.net.connection import Backoff, explained_by_failover, observe, raise_first
+from relstream.net.connection import (
+    Backoff,
+    Forbidden,
+    explained_by_failover,
+    observe,
+    raise_first,
+)
 from relstream.put_back import PUT, Entries
 from relstream.scripts import FINISH, run
 from relstream.tasks import end_all
@@ -176,6 +182,7 @@ class Finisher:
     ) -> None:
         """Tries until it works, as often as `retry` allows. Trying again is safe."""
         backoff = Backoff(self._retry.initial_delay, self._retry.max_delay)
+        forbidden = Forbidden()
         entries = endings.entries()
         owned = end != self._hand_back_others
         call = _Call(self._receipts.pop())
@@ -197,14 +204,19 @@ class Finisher:
                     passing = explained_by_failover(error)
                     hopeless = isinstance(error, ReplyError) and not passing
                     patience = self._patience if passing else 0.0
-                    if hopeless or backoff.exhausted(self._retry.max_retries, patience):
+                    if (
+                        hopeless
+                        or forbidden.exhausted(error)
+                        or backoff.exhausted(self._retry.max_retries, patience)
+                    ):
                         self._give_up(endings, error, owned)
                         return
+                    pause = forbidden.pause(error, backoff.failed())
                     if not self._failing:  # once for all calls, until one works
                         self._failing = True
                         self._logger.warning("ending ownership failed, trying again: %s", error)
                     call.again = True
-                await asyncio.sleep(backoff.failed())
+                await asyncio.sleep(pause)
         except asyncio.CancelledError:
             _fail(endings.futures, _closed())
             raise
