@@ -31,6 +31,7 @@ from relstream.errors import (
     ReplyError,
     StreamNotOwned,
 )
+from relstream.eviction import evicting
 from relstream.keeper import Keeper
 from relstream.keyspace import NEEDED, SETTING, ClusterEvents, ExpiryEvents
 from relstream.lbs import Names, partition_of, split_lock_key
@@ -278,8 +279,9 @@ class StreamClient:
             await self._events.set_up()
             if self._closing is not None:
                 raise ClientClosed(CLOSED_MEANWHILE)
+        looking: list[asyncio.Task[list[str]]] = []
         except BaseException as error:
-            await self._close_links()
+            await asyncio.gather(self._close_links(), end_all(looking))
             if self._closing is not None and isinstance(error, RelstreamError):
                 raise ClientClosed(CLOSED_MEANWHILE) from None
             raise
@@ -288,7 +290,9 @@ class StreamClient:
         self._start("events", self._events.run())
         if isinstance(self._guide, NamedMaster):
             self._start("sentinel", self._guide.run())
+            looking.append(asyncio.ensure_future(evicting(self._commands)))
         for part in self._partitions:
+            self._warn_of_eviction(await looking[0])
             self._start("finisher", part.finisher.run(), part)
             self._start("intake", part.intake.run(), part)
             self._start("audit", part.audit_for_ever(), part)
@@ -614,6 +618,15 @@ def _consumer_name(consumer_id: str | None) -> str:
     if not pod:
         raise ConsumerIdMissing(
             "a consumer needs a name of its own: pass consumer_id, or set POD_NAME or POD_IP in "
+    def _warn_of_eviction(self, masters: list[str]) -> None:
+        if masters:
+            self._logger.warning(
+                "keys can be evicted on %s: a stream whose lock is evicted gets a second owner, "
+                "and allkeys-* can evict load balancer streams, whose announced streams are lost; "
+                "set maxmemory-policy to noeviction, or use a Redis of its own",
+                ", ".join(masters),
+            )  # fmt: skip
+
             "the environment"
         )
     check_name("POD_NAME or POD_IP", pod)
