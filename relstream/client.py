@@ -59,6 +59,8 @@ __all__ = ["StreamClient"]
 CLOSE_TIMEOUT = 10.0
 # Seconds for which a client waits for a lost master to be replaced, however few retries it has.
 FAILOVER_TIMEOUT = 60.0
+# A heartbeat interval, in seconds, above which it may have been meant in milliseconds.
+LONG_HEARTBEAT = 60.0
 CLOSED_MEANWHILE = "the client was closed while it was being opened"
 
 
@@ -82,7 +84,8 @@ class StreamClient:
         service_name: names the load balancer stream, `<service>-input`, and its group.
         consumer_id: this consumer's name, as it is. Without it `redis-consumer-` and POD_NAME, else
             POD_IP, of the environment. Two living consumers must never share one.
-        heartbeat_interval: the locks' time to live, in seconds; they are renewed twice in it.
+        heartbeat_interval: the locks' time to live, in seconds; they are renewed twice in it. Above
+            60 a warning is logged: it takes as long until streams of a dead consumer come back.
         queue_size: added streams that may wait for the application, and as many expiry events.
         max_streams: how many streams this consumer owns at most; None: no limit.
         retry: how often a failing read is tried again before the client ends: for ever, unless a
@@ -159,12 +162,21 @@ class StreamClient:
             patience = 0.0
         self._heartbeat = float(heartbeat_interval)
         self._logger = logger or logging.getLogger("relstream")
+        if self._heartbeat > LONG_HEARTBEAT:
+            self._logger.warning(
+                "heartbeat_interval=%g is in seconds: streams of a dead consumer come back no "
+                "earlier than %g s after its last renewal; if it was meant in milliseconds, divide "
+                "it by 1000",
+                self._heartbeat, self._heartbeat,
+            )  # fmt: skip
         self._recorder = None if recorder is None else SafeRecorder(recorder, self._logger.warning)
         self._notifications = Notifications(
             queue_size, self._delivered if self._recorder is not None else None
         )
         self._tasks: dict[asyncio.Task[None], tuple[str, Partition | None]] = {}
         self._loop = OneLoop("the client was")
+        # That of `init`.
+        self._home: asyncio.AbstractEventLoop | None = None
         self._opened = False
         self._ready = False
         self._terminated = False
@@ -265,7 +277,9 @@ class StreamClient:
             before = "init() was called before" if self._closing is None else "it was closed"
             raise ClientClosed(f"{before}: make a new StreamClient")
         self._loop.check()
+        self._home = asyncio.get_running_loop()
         self._opened = True
+        looking: list[asyncio.Task[list[str]]] = []
         try:
             for part in self._partitions:
                 server = await part.link.get()
@@ -276,10 +290,11 @@ class StreamClient:
                     )
                 await check_rights(self._commands, part.names, self._consumer)
                 await part.create_group()
+            looking.append(asyncio.ensure_future(evicting(self._commands)))
             await self._events.set_up()
+            self._warn_of_eviction(await looking[0])
             if self._closing is not None:
                 raise ClientClosed(CLOSED_MEANWHILE)
-        looking: list[asyncio.Task[list[str]]] = []
         except BaseException as error:
             await asyncio.gather(self._close_links(), end_all(looking))
             if self._closing is not None and isinstance(error, RelstreamError):
@@ -290,9 +305,7 @@ class StreamClient:
         self._start("events", self._events.run())
         if isinstance(self._guide, NamedMaster):
             self._start("sentinel", self._guide.run())
-            looking.append(asyncio.ensure_future(evicting(self._commands)))
         for part in self._partitions:
-            self._warn_of_eviction(await looking[0])
             self._start("finisher", part.finisher.run(), part)
             self._start("intake", part.intake.run(), part)
             self._start("audit", part.audit_for_ever(), part)
@@ -479,7 +492,10 @@ class StreamClient:
                 stream is still owned.
             ReplyError: the server refuses; the stream is still owned.
             ClientClosed: the client is closed, or was before the server had answered.
+            UsageError: this is another event loop than that of `init`; nothing was changed.
         """
+        if asyncio.get_running_loop() is not self._home:
+            self._check_open()
         part = self._only or self._part(stream)
         try:
             head = part.leases.get(stream)
@@ -507,6 +523,7 @@ class StreamClient:
             InvalidOption: `lbs_info` has no name of a stream, or no id of an entry.
             ConnectionFailed, ReplyError: nothing was changed, as far as is known.
             ClientClosed: the client is closed.
+            UsageError: this is another event loop than that of `init`; nothing was changed.
         """
         self._check_open()
         if not isinstance(lbs_info, LBSInfo):
@@ -527,6 +544,7 @@ class StreamClient:
             KeyspaceSetupFailed: on no master events could be set up.
             ConnectionFailed: no node can be reached.
             ClientClosed: the client is closed.
+            UsageError: this is another event loop than that of `init`; nothing was changed.
         """
         self._check_open()
         success = False
@@ -537,9 +555,15 @@ class StreamClient:
             if self._recorder is not None:
                 self._recorder.topology_reset(success)
 
+    async def reinit_topology(self) -> None:
+        """`reset_topology`, by the reference's newer name."""
+        await self.reset_topology()
+
     def _check_open(self) -> None:
+        """Raises `ClientClosed`, or `UsageError` in another event loop than that of `init`."""
         if not self._ready or self._closing is not None:
             raise ClientClosed("the client is not open: call init() first, and not after closing")
+        self._loop.check()
 
     def _told(self, stream: str | LBSInfo) -> Entry:
         """The first entry of an owned stream that the application knows of."""
@@ -594,6 +618,15 @@ class StreamClient:
             refusal, SETTING.decode(), NEEDED,
         )  # fmt: skip
 
+    def _warn_of_eviction(self, masters: list[str]) -> None:
+        if masters:
+            self._logger.warning(
+                "keys can be evicted on %s: a stream whose lock is evicted gets a second owner, "
+                "and allkeys-* can evict load balancer streams, whose announced streams are lost; "
+                "set maxmemory-policy to noeviction, or use a Redis of its own",
+                ", ".join(masters),
+            )  # fmt: skip
+
     def _expired(self, payload: LBSInfo) -> None:
         self._part(payload.data_stream_name).recoverer.expired(payload)
         told = self._notifications.expired(payload)
@@ -618,15 +651,6 @@ def _consumer_name(consumer_id: str | None) -> str:
     if not pod:
         raise ConsumerIdMissing(
             "a consumer needs a name of its own: pass consumer_id, or set POD_NAME or POD_IP in "
-    def _warn_of_eviction(self, masters: list[str]) -> None:
-        if masters:
-            self._logger.warning(
-                "keys can be evicted on %s: a stream whose lock is evicted gets a second owner, "
-                "and allkeys-* can evict load balancer streams, whose announced streams are lost; "
-                "set maxmemory-policy to noeviction, or use a Redis of its own",
-                ", ".join(masters),
-            )  # fmt: skip
-
             "the environment"
         )
     check_name("POD_NAME or POD_IP", pod)
