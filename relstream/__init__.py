@@ -7,6 +7,7 @@ from relstream.errors import (
     AlreadyClaimed,
     AuthenticationFailed,
     ClientClosed,
+    ClientTerminated,
     ClusterClientRequired,
     ClusterNotSettled,
     ConfigConflict,
@@ -28,11 +29,13 @@ from relstream.errors import (
 from relstream.notifications import LBSInfo, Notification, Notifications, NotificationType
 from relstream.producer import Producer
 from relstream.recorder import Outcome, Recorder
+from relstream.running import run
 
 __all__ = [
     "AlreadyClaimed",
     "AuthenticationFailed",
     "ClientClosed",
+    "ClientTerminated",
     "ClusterClientRequired",
     "ClusterMode",
     "ClusterNotSettled",
@@ -64,4 +67,5 @@ __all__ = [
     "StreamClient",
     "StreamNotOwned",
     "UsageError",
+    "run",
 ]

@@ -22,6 +22,7 @@ from relstream.config import (
 )
 from relstream.errors import (
     ClientClosed,
+    ClientTerminated,
     ClusterClientRequired,
     ConnectionFailed,
     ConsumerIdMissing,
@@ -30,6 +31,7 @@ from relstream.errors import (
     ReplyError,
     StreamNotOwned,
 )
+from relstream.eviction import evicting
 from relstream.failures import check_delay
 from relstream.keeper import Keeper
 from relstream.keyspace import NEEDED, SETTING, ClusterEvents, ExpiryEvents
@@ -44,7 +46,7 @@ from relstream.partition import Partition
 from relstream.recorder import Recorder, SafeRecorder, is_recorder
 from relstream.rights import check_rights
 from relstream.room import Room
-from relstream.tasks import OneLoop, end_all
+from relstream.tasks import CLOSING, OneLoop, end_all
 
 if TYPE_CHECKING:
     import redis.asyncio
@@ -58,6 +60,8 @@ __all__ = ["StreamClient"]
 CLOSE_TIMEOUT = 10.0
 # Seconds for which a client waits for a lost master to be replaced, however few retries it has.
 FAILOVER_TIMEOUT = 60.0
+# A heartbeat interval, in seconds, above which it may have been meant in milliseconds.
+LONG_HEARTBEAT = 60.0
 CLOSED_MEANWHILE = "the client was closed while it was being opened"
 
 
@@ -81,11 +85,13 @@ class StreamClient:
         service_name: names the load balancer stream, `<service>-input`, and its group.
         consumer_id: this consumer's name, as it is. Without it `redis-consumer-` and POD_NAME, else
             POD_IP, of the environment. Two living consumers must never share one.
-        heartbeat_interval: the locks' time to live, in seconds; they are renewed twice in it.
+        heartbeat_interval: the locks' time to live, in seconds; they are renewed twice in it. Above
+            60 a warning is logged: it takes as long until streams of a dead consumer come back.
         queue_size: added streams that may wait for the application, and as many expiry events.
         max_streams: how many streams this consumer owns at most; None: no limit.
-        retry: how often a failing read is tried again before the client ends. Of a Redis Cluster
-            and behind Sentinel a lost master is waited for, for 60 s, unless `max_retries` is 0.
+        retry: how often a failing read is tried again before the client ends: for ever, unless a
+            bound is given. A bound other than 0 does not hold for the first 60 s without a master
+            where a lost one is replaced, that is of a Redis Cluster and behind Sentinel.
         recovery: how streams of dead consumers come back.
         auto_claim: whether this consumer helps to recover streams whose locks expired.
         cluster_mode: OSS insists on a Redis Cluster; one is recognised without it.
@@ -149,23 +155,35 @@ class StreamClient:
                 f"got {type(redis).__name__}"
             )
         if deployment.heals and retry.max_retries:
-            # A lost master is replaced, which takes longer than most retries, and is not to be
-            # missed once it has happened.
+            # A lost master is replaced, which takes longer than most bounds allow, and is not to
+            # be missed once it has happened.
             patience = FAILOVER_TIMEOUT
             retry = replace(retry, max_delay=max(min(retry.max_delay, 0.5), retry.initial_delay))
         else:
             patience = 0.0
         self._heartbeat = float(heartbeat_interval)
         self._logger = logger or logging.getLogger("relstream")
+        if self._heartbeat > LONG_HEARTBEAT:
+            self._logger.warning(
+                "heartbeat_interval=%g is in seconds: streams of a dead consumer come back no "
+                "earlier than %g s after its last renewal; if it was meant in milliseconds, divide "
+                "it by 1000",
+                self._heartbeat, self._heartbeat,
+            )  # fmt: skip
         self._recorder = None if recorder is None else SafeRecorder(recorder, self._logger.warning)
         self._notifications = Notifications(
             queue_size, self._delivered if self._recorder is not None else None
         )
         self._tasks: dict[asyncio.Task[None], tuple[str, Partition | None]] = {}
         self._loop = OneLoop("the client was")
+        # That of `init`.
+        self._home: asyncio.AbstractEventLoop | None = None
         self._opened = False
         self._ready = False
         self._terminated = False
+        # Why the client ended, if by a failure.
+        self._reason: str | None = None
+        self._failure: BaseException | None = None
         self._finishing = False
         self._warned_of_config = False
         self._closing: asyncio.Task[RelstreamError | None] | None = None
@@ -260,7 +278,9 @@ class StreamClient:
             before = "init() was called before" if self._closing is None else "it was closed"
             raise ClientClosed(f"{before}: make a new StreamClient")
         self._loop.check()
+        self._home = asyncio.get_running_loop()
         self._opened = True
+        looking: list[asyncio.Task[list[str]]] = []
         try:
             for part in self._partitions:
                 server = await part.link.get()
@@ -272,11 +292,13 @@ class StreamClient:
                 await check_rights(self._commands, part.names, self._consumer)
                 await part.create_group()
                 await part.clock.refresh()
+            looking.append(asyncio.ensure_future(evicting(self._commands)))
             await self._events.set_up()
+            self._warn_of_eviction(await looking[0])
             if self._closing is not None:
                 raise ClientClosed(CLOSED_MEANWHILE)
         except BaseException as error:
-            await self._close_links()
+            await asyncio.gather(self._close_links(), end_all(looking))
             if self._closing is not None and isinstance(error, RelstreamError):
                 raise ClientClosed(CLOSED_MEANWHILE) from None
             raise
@@ -301,8 +323,15 @@ class StreamClient:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # In a loop that works on one stream after another that one is the poison.
+        """Closes, as `aclose` does. Raises `ClientTerminated` if the client ended by a failure.
+
+        An exception that is no cancellation fails the stream that was notified last: in a loop that
+        works on one stream after another that one is the poison. `ClientTerminated` never takes the
+        place of an exception, or a cancellation, that is on its way.
+        """
         await self._close(finish=False, failure=exc if isinstance(exc, Exception) else None)
+        if exc_type is None and self._reason is not None:
+            raise ClientTerminated(self._reason) from self._failure
 
     def _start(
         self, name: str, work: Coroutine[Any, Any, None], part: Partition | None = None
@@ -326,6 +355,7 @@ class StreamClient:
         reason = f"{name} was cancelled" if task.cancelled() else f"{name} ended"
         if error is not None:
             reason = f"{name} failed: {error}"
+        self._reason, self._failure = reason, error
         unforeseen = error is not None and not isinstance(error, RelstreamError)
         self._logger.error("the client ends: %s", reason, exc_info=error if unforeseen else None)
         self._notifications.end(reason)
@@ -375,7 +405,7 @@ class StreamClient:
         if self._closing is None:
             self._finishing = finish
             self._closing = asyncio.ensure_future(self._shut_down(finish, failure))
-            self._closing.set_name("relstream-close")
+            self._closing.set_name(CLOSING)
         # Whoever stops waiting does not stop the closing; it is bounded in time.
         return await asyncio.shield(self._closing)
 
@@ -393,7 +423,7 @@ class StreamClient:
                 if application_failed is not None:
                     self._fail_last(application_failed)
                 await asyncio.wait_for(self._give_up_all(finish), CLOSE_TIMEOUT)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             failure = ConnectionFailed(f"closing took over {CLOSE_TIMEOUT:g} s")
         except RelstreamError as error:
             failure = error
@@ -491,7 +521,10 @@ class StreamClient:
                 stream is still owned.
             ReplyError: the server refuses; the stream is still owned.
             ClientClosed: the client is closed, or was before the server had answered.
+            UsageError: this is another event loop than that of `init`; nothing was changed.
         """
+        if asyncio.get_running_loop() is not self._home:
+            self._check_open()
         part = self._only or self._part(stream)
         try:
             head = part.leases.get(stream)
@@ -552,6 +585,7 @@ class StreamClient:
             InvalidOption: `lbs_info` has no name of a stream, or no id of an entry.
             ConnectionFailed, ReplyError: nothing was changed, as far as is known.
             ClientClosed: the client is closed.
+            UsageError: this is another event loop than that of `init`; nothing was changed.
         """
         self._check_open()
         if not isinstance(lbs_info, LBSInfo):
@@ -572,6 +606,7 @@ class StreamClient:
             KeyspaceSetupFailed: on no master events could be set up.
             ConnectionFailed: no node can be reached.
             ClientClosed: the client is closed.
+            UsageError: this is another event loop than that of `init`; nothing was changed.
         """
         self._check_open()
         success = False
@@ -582,9 +617,15 @@ class StreamClient:
             if self._recorder is not None:
                 self._recorder.topology_reset(success=success)
 
+    async def reinit_topology(self) -> None:
+        """`reset_topology`, by the reference's newer name."""
+        await self.reset_topology()
+
     def _check_open(self) -> None:
+        """Raises `ClientClosed`, or `UsageError` in another event loop than that of `init`."""
         if not self._ready or self._closing is not None:
             raise ClientClosed("the client is not open: call init() first, and not after closing")
+        self._loop.check()
 
     def _told(self, stream: str | LBSInfo) -> Entry:
         """The first entry of an owned stream that the application knows of."""
@@ -638,6 +679,15 @@ class StreamClient:
             "STREAM_EXPIRED is not told, and dead consumers are found a little later",
             refusal, SETTING.decode(), NEEDED,
         )  # fmt: skip
+
+    def _warn_of_eviction(self, masters: list[str]) -> None:
+        if masters:
+            self._logger.warning(
+                "keys can be evicted on %s: a stream whose lock is evicted gets a second owner, "
+                "and allkeys-* can evict load balancer streams, whose announced streams are lost; "
+                "set maxmemory-policy to noeviction, or use a Redis of its own",
+                ", ".join(masters),
+            )  # fmt: skip
 
     def _expired(self, payload: LBSInfo) -> None:
         part = self._part(payload.data_stream_name)

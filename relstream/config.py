@@ -53,13 +53,18 @@ def check_name(option: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class RetryConfig:
-    """How often a failing read is tried again; the count starts anew with each good read."""
+    """How often a failing read is tried again; the count starts anew with each good read.
 
-    max_retries: int = 5
+    By default an outage of any length is waited out. Two failures end the client all the same, as
+    waiting does not heal them: a load balancer stream that is no stream, at once, and a server that
+    forbids reading (NOPERM, NOAUTH, a wrong password), after 60 s.
+    """
+
+    max_retries: int = -1
     """-1: for ever; 0: the first failure ends the client."""
     initial_delay: float = 0.1
     """Seconds before the first repetition; doubles with each further one."""
-    max_delay: float = 30.0
+    max_delay: float = 5.0
     """Seconds that no pause exceeds."""
 
     def __post_init__(self) -> None:

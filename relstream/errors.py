@@ -6,7 +6,8 @@ Three families, because a caller answers each differently:
 * `ServerError`: Redis answered, and said no: change the server, its rights or its settings.
 * `ConnectionFailed`: Redis could not be reached, or the connection broke: trying again may help.
 
-`ProtocolError` stands apart: what arrived is not Redis' protocol, so the connection is closed.
+Two stand apart. `ProtocolError`: what arrived is not Redis' protocol, so the connection is closed.
+`ClientTerminated`: the consumer died; let the program end, and be started again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ __all__ = [
     "AlreadyClaimed",
     "AuthenticationFailed",
     "ClientClosed",
+    "ClientTerminated",
     "ClusterClientRequired",
     "ClusterNotSettled",
     "ConfigConflict",
@@ -103,6 +105,21 @@ class StreamNotOwned(UsageError):
 
 class ClientClosed(UsageError):
     """The client is closed, or was never opened with `init()`."""
+
+
+class ClientTerminated(RelstreamError):
+    """The client ended by a failure. `reason` is that of its last notification.
+
+    Raised when `async with client` is left, so that a program does not end with exit code 0 because
+    its consumer died. `__cause__` is the error that ended the client, if there is one.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the client ended by a failure: {self.reason}"
 
 
 class ServerError(RelstreamError):

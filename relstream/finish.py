@@ -27,7 +27,13 @@ from relstream.delayed_entries import DelayedEntries, packed
 from relstream.errors import ClientClosed, RelstreamError, ReplyError, StreamNotOwned
 from relstream.lbs import INPUT_FIELD, message, replace_fields
 from relstream.leases import pending_for
-from relstream.net.connection import Backoff, explained_by_failover, observe, raise_first
+from relstream.net.connection import (
+    Backoff,
+    Forbidden,
+    explained_by_failover,
+    observe,
+    raise_first,
+)
 from relstream.put_back import PUT, Entries
 from relstream.scripts import FAIL, FINISH, run
 from relstream.tasks import end_all
@@ -209,6 +215,7 @@ class Finisher:
     ) -> None:
         """Tries until it works, as often as `retry` allows. Trying again is safe."""
         backoff = Backoff(self._retry.initial_delay, self._retry.max_delay)
+        forbidden = Forbidden()
         entries = endings.entries()
         owned = end != self._hand_back_others
         handed_over = end in (self._hand_over, self._hand_back_others)
@@ -232,14 +239,19 @@ class Finisher:
                     passing = explained_by_failover(error)
                     hopeless = isinstance(error, ReplyError) and not passing
                     patience = self._patience if passing else 0.0
-                    if hopeless or backoff.exhausted(self._retry.max_retries, patience):
+                    if (
+                        hopeless
+                        or forbidden.exhausted(error)
+                        or backoff.exhausted(self._retry.max_retries, patience)
+                    ):
                         self._give_up(endings, error, owned)
                         return
+                    pause = forbidden.pause(error, backoff.failed())
                     if not self._failing:  # once for all calls, until one works
                         self._failing = True
                         self._logger.warning("ending ownership failed, trying again: %s", error)
                     call.again = True
-                await asyncio.sleep(backoff.failed())
+                await asyncio.sleep(pause)
         except asyncio.CancelledError:
             _fail(endings.futures, _closed())
             raise

@@ -24,7 +24,7 @@ from relstream.lbs import (
     Names,
     partition_of,
 )
-from relstream.net.connection import Backoff, explained_by_failover
+from relstream.net.connection import Backoff, Forbidden, explained_by_failover
 from relstream.notifications import MAX_WAITING_BYTES
 from relstream.put_back import PUT, TOO_LATE, discard, fitting
 from relstream.tasks import end_all
@@ -115,6 +115,7 @@ class Intake:
         self._refusing: set[Endpoint | None] = set()
         # Batches whose locks are being asked for: no audit may take these for strays.
         self._locking: list[list[Entry]] = []
+        self._forbidden = Forbidden()
         self._audited = False
         self._stopping = False
         self._blocked = False
@@ -153,7 +154,10 @@ class Intake:
     # --- the loop -----------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Reads until `stop`. Raises the last error when reading failed too often in a row."""
+        """Reads until `stop`. Raises the last error when reading failed too often in a row.
+
+        Also an error that waiting does not heal: at once, or once it has lasted for too long.
+        """
         backoff = Backoff(self._retry.initial_delay, self._retry.max_delay)
         try:
             while not self._stopping:
@@ -183,13 +187,14 @@ class Intake:
                 error = failure
         if isinstance(error, (DeadlineExceeded, ProtocolError)):
             self._count = max(self._count // 8, 1)  # it may have been too large a reply
-        hopeless = isinstance(error, ReplyError) and error.code in ("NOPERM", "WRONGTYPE", "NOAUTH")
-        if hopeless:
-            raise ReplyError(f"{error} ({self._names.lbs.decode()!r})") from None
+        if isinstance(error, ReplyError) and error.code in ("NOPERM", "WRONGTYPE", "NOAUTH"):
+            error = ReplyError(f"{error} ({self._names.lbs.decode()!r})")
+            if error.code == "WRONGTYPE":
+                raise error
         patience = self._patience if explained_by_failover(error) else 0.0
-        if backoff.exhausted(self._retry.max_retries, patience):
+        if self._forbidden.exhausted(error) or backoff.exhausted(self._retry.max_retries, patience):
             raise error
-        pause = backoff.failed()
+        pause = self._forbidden.pause(error, backoff.failed())
         self._logger.warning("reading failed, trying again in %.2f s: %s", pause, error)
         await asyncio.sleep(pause)
 
@@ -298,8 +303,10 @@ class Intake:
             self._blocked = False
         if isinstance(reply, ReplyError):
             if reply.code == "UNBLOCKED":
+                self._forbidden.reset()
                 return []
             raise reply
+        self._forbidden.reset()
         batches: list[Batch] = reply
         return batches
 

@@ -19,13 +19,7 @@ from relstream.locks import Locks, chunks
 from relstream.net.asking import LOOK_EVERY
 from relstream.net.connection import Backoff, raise_first
 from relstream.net.sentinel import NamedMaster
-from relstream.tasks import end_all, until_one_ends, within
-
-new_event_loop: Callable[[], asyncio.AbstractEventLoop]
-try:
-    from uvloop import new_event_loop
-except ImportError:  # there is none for Windows
-    from asyncio import new_event_loop
+from relstream.tasks import end_all, new_event_loop, until_one_ends, within
 
 if TYPE_CHECKING:
     from relstream.net.connection import Endpoint

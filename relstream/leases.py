@@ -125,6 +125,9 @@ class Leases:
         new, locked, refusal = grant(entries, replies, self._owned)
         if locked:
             self._keeper.add(locked)
+        if None in replies and not late and not again:
+            pairs = zip(entries, replies, strict=True)
+            await self._locks.warn_of_holder([entry for entry, reply in pairs if reply is None])
         if self._recorder is not None:
             succeeded = replies.count(b"OK")
             self._recorder.lock_acquisition(

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from relstream._core import ITEM, Template, first_error, scatter
+from relstream._core import ITEM, Template, first_error, lock_keys, scatter
 from relstream.errors import ProtocolError, RelstreamError, ReplyError
 from relstream.net.connection import explained_by_failover, raise_first
 from relstream.scripts import (
@@ -21,6 +21,7 @@ from relstream.scripts import (
 )
 
 if TYPE_CHECKING:
+    from relstream._core import Entry
     from relstream.net.topology import Topology
 
 
@@ -41,6 +42,7 @@ class Locks:
         self._ttl_ms = ttl_ms
         self._logger = logger
         self._scripts_forbidden = False
+        self._warned_of_holder = False
         self._set = Template(b"SET", ITEM, self._value, b"NX", b"PX", ttl_ms)
         self._get = Template(b"GET", ITEM)
         self._extend = Template(b"PEXPIRE", ITEM, ttl_ms)
@@ -49,6 +51,30 @@ class Locks:
     async def acquire(self, keys: list[bytes]) -> list[Any]:
         """For each lock b"OK", None (it is held) or a `ReplyError`."""
         return await self._topology.each(self._set.pack, keys)
+
+    async def warn_of_holder(self, entries: list[Entry]) -> None:
+        """Logs, once, who holds the lock of one of these entries, which nobody can have owned yet.
+
+        Another service's consumer does, if both services have an entry of this id and name.
+        """
+        if self._warned_of_holder:
+            return
+        self._warned_of_holder = True  # batches are locked side by side
+        try:
+            holders = await self._topology.each(self._get.pack, lock_keys(entries))
+        except RelstreamError:
+            holders = []
+        for entry, holder in zip(entries, holders, strict=False):
+            if isinstance(holder, bytes) and holder != self._value:
+                self._logger.warning(
+                    "LBS entry %s of data stream %r, read just now, is locked by %r already: it "
+                    "stays pending until that lock is gone. If another service uses this database, "
+                    "equal LBS ids and stream names share a lock: give each service a database of "
+                    "its own, or names that differ",
+                    entry.id_in_lbs, entry.data_stream_name, holder.decode(errors="replace"),
+                )  # fmt: skip
+                return
+        self._warned_of_holder = False
 
     async def held(self, keys: list[bytes], *, known: bool = False) -> list[bool]:
         """Which of these locks are ours; `known`: and are on masters that can be asked."""

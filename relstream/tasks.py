@@ -6,10 +6,21 @@ And what belongs to one event loop.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from relstream.errors import UsageError
+
+__all__ = ["CLOSING", "OneLoop", "end_all", "new_event_loop", "until_one_ends", "within"]
+
+new_event_loop: Callable[[], asyncio.AbstractEventLoop]
+try:
+    from uvloop import new_event_loop
+except ImportError:  # there is none for Windows
+    from asyncio import new_event_loop
+
+# The name of tasks that close a client: `relstream.run` waits for them.
+CLOSING = "relstream-close"
 
 
 async def end_all(tasks: Iterable[asyncio.Future[Any]]) -> None:

@@ -90,7 +90,7 @@ async def nothing_comes(notifications: Notifications, seconds: float) -> None:
     """Fails if there is a notification, but of an expired lock, within this time."""
     try:
         (got,) = await asyncio.wait_for(_not_expired(notifications), seconds)
-    except asyncio.TimeoutError:
+    except TimeoutError:
         return
     raise AssertionError(f"unexpected: {got}")
 

@@ -42,6 +42,8 @@ OLDEST_SERVER = (6, 2)
 DEFAULT_TIMEOUT = 5.0
 # Seconds that an orderly close may take: TLS waits for the other side's goodbye.
 CLOSE_TIMEOUT = 1.0
+# Seconds for which a refusal of the user, or of a right, is waited out: rights may be on their way.
+FORBIDDEN_FOR = 60.0
 # What keeps idle connections known to the firewalls on their way, and finds out that a server is
 # gone, in seconds; as redis-py has it. Not every system knows all of them.
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
@@ -361,6 +363,16 @@ def explained_by_failover(error: RelstreamError) -> bool:
     return isinstance(error, ConnectionFailed)
 
 
+def is_forbidden(error: RelstreamError) -> bool:
+    """Whether the server refuses the user, or a right that the user lacks.
+
+    That may heal, where rights are being changed or a server has not loaded them yet.
+    """
+    if isinstance(error, ReplyError):
+        return error.code in ("NOPERM", "NOAUTH")
+    return isinstance(error, (AuthenticationFailed, PermissionDenied))
+
+
 class _Attempt:
     """An opening of a connection, and how many callers wait for it."""
 
@@ -595,3 +607,28 @@ class Backoff:
         if self.failures < max_retries or max_retries < 0:
             return False
         return not max_retries or time.monotonic() - self._since >= patience
+
+
+class Forbidden:
+    """Bounds the time for which refusals of the user, or of a right, are waited out.
+
+    Counts the pauses after them: what an outage in between takes is no refusal.
+    """
+
+    def __init__(self) -> None:
+        self._waited = 0.0
+
+    def reset(self) -> None:
+        """Something was allowed."""
+        self._waited = 0.0
+
+    def exhausted(self, error: RelstreamError) -> bool:
+        """Whether this is a refusal, and they have lasted for too long."""
+        return is_forbidden(error) and self._waited >= FORBIDDEN_FOR
+
+    def pause(self, error: RelstreamError, seconds: float) -> float:
+        """How much of a pause after this error to make, so that it ends in time."""
+        if is_forbidden(error):
+            seconds = min(seconds, FORBIDDEN_FOR - self._waited)
+            self._waited += seconds
+        return seconds

@@ -80,8 +80,8 @@ class Topology(Protocol):
     def link(self, key: bytes) -> KeyLink:
         """For commands on this key."""
 
-    def to(self, node: Endpoint) -> Link:
-        """For commands to a server, whatever keys it has."""
+    def to(self, node: Endpoint | None) -> Link:
+        """For commands to a server, one of `servers` or another, whatever keys it has."""
 
     async def each(
         self, packed: Callable[[list[bytes]], bytes], keys: list[bytes], decode: int = OBJECT
@@ -111,7 +111,7 @@ class SingleTopology:
     def link(self, key: bytes) -> Link:
         return self._link
 
-    def to(self, node: Endpoint) -> Link:
+    def to(self, node: Endpoint | None) -> Link:
         return self._link
 
     async def each(
@@ -391,7 +391,8 @@ class ClusterTopology:
             found = self._keys[key] = _ClusterLink(self, key)
         return found
 
-    def to(self, node: Endpoint) -> Link:
+    def to(self, node: Endpoint | None) -> Link:
+        assert node is not None  # only of a single server
         link = self._links.get(node)
         if link is None:
             if self._closed:

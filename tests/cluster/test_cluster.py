@@ -574,6 +574,21 @@ async def test_one_node_is_no_single_server(cluster, consumer):
             await consumer(redis=node.url).init()
 
 
+# --- eviction -------------------------------------------------------------------------------------
+
+
+async def test_a_master_that_is_down_hides_no_policy_of_others(cluster, service, consumer, caplog):
+    service.redis.config_set("maxmemory-policy", "volatile-lru")
+    lbs = cluster.master_of(service.lbs)
+    dead, alive = (node for node in cluster.masters() if node is not lbs)
+    dead.kill()
+    await consumer().init()
+    (said,) = [r.getMessage() for r in caplog.records if "evicted" in r.getMessage()]
+    for node in (lbs, alive):
+        assert f"{node.address[1]}/0 (volatile-lru)" in said
+    assert f":{dead.address[1]}/" not in said
+
+
 # --- reset_topology -------------------------------------------------------------------------------
 
 

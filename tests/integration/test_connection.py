@@ -7,7 +7,6 @@ import math
 import os
 import socket
 import ssl
-import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -877,7 +876,7 @@ async def test_cancelled_at_any_moment(redis_url, complaints, turns):
     opening.cancel()
     with pytest.raises(asyncio.CancelledError):
         await opening
-    assert asyncio.all_tasks() == {asyncio.current_task()} or sys.version_info < (3, 11)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
     assert not complaints
 
 

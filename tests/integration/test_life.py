@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import random
 
@@ -70,14 +71,30 @@ async def test_a_part_that_fails_while_closing_is_seen(consumer, caplog):
     assert "never retrieved" not in caplog.text
 
 
-def test_a_client_belongs_to_one_event_loop(redis_url):
+def test_a_client_belongs_to_one_event_loop(redis_url, service):
     loop = asyncio.new_event_loop()
     client = StreamClient(redis=redis_url, service_name="svc", consumer_id="c1")
-    loop.run_until_complete(client.init())
-    for call in client.aclose, client.done:
+    notes = loop.run_until_complete(client.init())
+    service.announce("s1")
+    (added,) = loop.run_until_complete(take(notes, 1))
+    for call in (
+        client.aclose,
+        client.done,
+        client.reset_topology,
+        client.reinit_topology,
+        functools.partial(client.done_stream, "s1"),
+        functools.partial(client.done_stream, added.payload),
+        functools.partial(client.release, "s1"),
+        functools.partial(client.claim, added.payload),
+    ):
         with pytest.raises(UsageError, match=r"another event loop.*each asyncio\.run"):
             asyncio.run(call())
+    loop.run_until_complete(client.done_stream("s1"))  # nothing was changed
+    assert service.entries() == []
     loop.run_until_complete(client.aclose())
+    for call in (client.reset_topology, functools.partial(client.done_stream, "s1")):
+        with pytest.raises(ClientClosed):
+            asyncio.run(call())
     loop.close()
 
 
@@ -354,6 +371,7 @@ async def test_a_single_shard_has_no_topology_to_reset(consumer):
     client = consumer()
     await client.init()
     await client.reset_topology()  # there is but one shard
+    await client.reinit_topology()
 
 
 async def test_the_recorder_hears_of_all_of_it(consumer, service, redis_url):

@@ -149,7 +149,12 @@ def test_cluster_mode_wants_a_cluster_client():
 
 async def test_a_client_never_opened():
     client = make()
-    for call in (client.done_stream("s"), client.release("s"), client.reset_topology()):
+    for call in (
+        client.done_stream("s"),
+        client.release("s"),
+        client.reset_topology(),
+        client.reinit_topology(),
+    ):
         with pytest.raises(ClientClosed, match=r"call init\(\) first"):
             await call
     await client.aclose()
@@ -158,3 +163,12 @@ async def test_a_client_never_opened():
     with pytest.raises(ClientClosed, match="make a new StreamClient"):
         await client.init()
     assert [n.type async for n in client._notifications] == [NotificationType.STREAM_TERMINATED]
+
+
+@pytest.mark.parametrize(("seconds", "warned"), [(60, False), (60.5, True), (2000, True)])
+def test_a_heartbeat_that_may_be_meant_in_milliseconds(caplog, seconds, warned):
+    make(heartbeat_interval=seconds)
+    said = [record.getMessage() for record in caplog.records]
+    assert [f"heartbeat_interval={seconds:g} is in seconds" in line for line in said] == (
+        [True] if warned else []
+    )

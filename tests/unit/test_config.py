@@ -76,7 +76,7 @@ def test_name_of_the_dead_letter_stream(bad):
 
 
 def test_defaults_are_those_of_the_contract():
-    assert RetryConfig() == RetryConfig(max_retries=5, initial_delay=0.1, max_delay=30.0)
+    assert RetryConfig() == RetryConfig(max_retries=-1, initial_delay=0.1, max_delay=5.0)
     contract = {"reconciliation_interval": 60, "min_idle_time": 30, "max_retries": 3}
     contract |= {"dlq_stream": None, "dlq_max_len": 10_000}
     assert RecoveryConfig() == RecoveryConfig(**contract)

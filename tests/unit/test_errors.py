@@ -10,6 +10,7 @@ import pytest
 
 import relstream
 from relstream import (
+    ClientTerminated,
     ConnectionFailed,
     InvalidOption,
     ProtocolError,
@@ -35,7 +36,7 @@ CLASSES = [
 def test_each_is_public_in_one_family_and_can_be_copied(kind):
     assert kind.__name__ in errors.__all__
     assert getattr(relstream, kind.__name__) is kind
-    families = [UsageError, ServerError, ConnectionFailed, ProtocolError]
+    families = [UsageError, ServerError, ConnectionFailed, ProtocolError, ClientTerminated]
     assert sum(issubclass(kind, family) for family in families) == (kind is not RelstreamError)
     error = kind(*ARGUMENTS.get(kind, ("what happened",)))
     for twin in (copy.copy(error), pickle.loads(pickle.dumps(error)), kind(*error.args)):
