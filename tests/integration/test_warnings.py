@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 
 import pytest
+from core.resp import batch_of
+from core.resp import entry as resp_entry
 from helpers import HEARTBEAT, SEPARATOR, eventually, names, nothing_comes, take
 
 from relstream import StreamClient
+from relstream._core import announcements
 
 
 @pytest.fixture
@@ -113,3 +117,18 @@ async def test_a_lock_of_our_own_is_no_other_services(consumer, service, logged)
     assert names(await take(notes, 1)) == ["mine"]
     await nothing_comes(notes, 0.2)
     assert logged() == []
+
+
+@pytest.mark.parametrize("how", ["fresh", "again", "late"])
+async def test_only_fresh_entries_tell_of_another_service(consumer, service, logged, how):
+    """What was read long ago, or is tried once more, may have got another owner by recovery."""
+    client = consumer("c1", max_streams=1)
+    await client.init()
+    service.redis.set(f"s0{SEPARATOR}1-1", "somebody")
+    read = batch_of(resp_entry(b"1-1", b"lbs-input", b'{"DataStreamName":"s0"}'))
+    entries, _, _ = announcements(read, b"lbs-input", SEPARATOR.encode(), json.loads)
+    now = asyncio.get_running_loop().time()
+    leases = client._partitions[0].leases
+    taken = await leases.take(entries, now - 60 * (how == "late"), again=how == "again")
+    assert taken == ([], [])
+    assert len(logged()) == (how == "fresh")
