@@ -5,6 +5,7 @@ Arguments: URL, and how many streams it reads before it leaves `async with` by i
 
 from __future__ import annotations
 
+import asyncio
 import sys
 
 import relstream
@@ -27,6 +28,7 @@ async def main(url: str, leave_after: int) -> None:
                 say("owns", notification.payload.data_stream_name)
                 owned += 1
                 if owned == leave_after:
+                    await asyncio.sleep(2)  # so that it is seen to own them all
                     break
         say("leaving")
 
