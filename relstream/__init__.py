@@ -3,6 +3,7 @@
 from relstream.client import StreamClient
 from relstream.config import ClusterMode, RecoveryConfig, RetryConfig, RetryDelay
 from relstream.dead_letters import DeadLetter, DeadLetters
+from relstream.delayed import Delayed, DelayedEntry
 from relstream.errors import (
     AlreadyClaimed,
     AuthenticationFailed,
@@ -46,6 +47,8 @@ __all__ = [
     "DeadLetter",
     "DeadLetters",
     "DeadlineExceeded",
+    "Delayed",
+    "DelayedEntry",
     "InvalidOption",
     "KeyspaceSetupFailed",
     "LBSInfo",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
-from relstream._core import ENTRIES, OBJECT, Batch, Entry, announcements, pack
-from relstream.errors import ClientClosed, InvalidOption, ReplyError
+from relstream._core import ENTRIES, Batch, Entry, announcements, pack
+from relstream.base_client import BaseClient
+from relstream.errors import ReplyError
+from relstream.failures import recorded_failure
 from relstream.lbs import (
     DLQ_REASON_FIELD,
     INPUT_FIELD,
@@ -17,16 +18,13 @@ from relstream.lbs import (
     SEPARATOR,
     SOURCE_FIELD,
     Names,
-    entry_id_of,
+    entry_ids_of,
     partition_of,
     replace_fields,
     retry_count,
 )
 from relstream.net.connection import raise_first
-from relstream.net.deployment import deployment_of
-from relstream.net.topology import unless_replaced
 from relstream.put_back import fitting
-from relstream.tasks import OneLoop
 
 if TYPE_CHECKING:
     import redis.asyncio
@@ -46,16 +44,25 @@ class DeadLetter(NamedTuple):
     source_id: str
     """The id it had in the load balancer stream; empty where the Go client put it there."""
     reason: str
-    """`max_retries_exceeded` or `unparseable`; with several partitions also `wrong_partition`."""
+    """`max_retries_exceeded`, `rejected` or `unparseable`; with several partitions also
+    `wrong_partition`."""
     retry_count: int
     data_stream_name: str | None
     """None where it announces none."""
     info: dict[str, Any] | None
     fields: dict[bytes, bytes]
     """All its fields, as they are."""
+    error: str
+    """The text of the error that the stream failed with last; empty where there is none."""
+    error_type: str
+    """The type of that error, by its full name; empty where it was given as text."""
+    failed_at: int | None
+    """When the stream failed (ms since 1970, server time); None where it did not."""
+    owner: str
+    """The consumer that it failed at; empty where it did not."""
 
 
-class DeadLetters:
+class DeadLetters(BaseClient):
     """The dead letters of a service. Belongs to the event loop that it is first used in.
 
     Args:
@@ -68,6 +75,8 @@ class DeadLetters:
         InvalidOption: for a URL or a name that can't be.
     """
 
+    _role = "dead-letters"
+
     def __init__(
         self,
         redis: str | redis.asyncio.Redis | redis.asyncio.RedisCluster,
@@ -76,13 +85,8 @@ class DeadLetters:
         dlq_stream: str | None = None,
         partitions: int = 1,
     ) -> None:
-        self._partitions = Names.all_of(service_name, dlq_stream, partitions)
-        self._names = self._partitions[0]
-        deployment = deployment_of(redis)
-        self._guide = deployment.guide()
-        self._topology = deployment.open("dead-letters", self._guide)
-        self._closed = False
-        self._loop = OneLoop("these DeadLetters were")
+        super().__init__(redis, Names.all_of(service_name, dlq_stream, partitions))
+        self._dlq = self._partitions[0].dlq
 
     async def __aiter__(self) -> AsyncIterator[DeadLetter]:
         """All dead letters, oldest first, read by pages (XRANGE)."""
@@ -116,14 +120,15 @@ class DeadLetters:
                 command = pack(b"XADD", lbs, b"*", *kept)
                 adding.setdefault(lbs, []).append((batch.id(index), command))
             for lbs, letters in adding.items():
-                replies = await self._send(lbs, [command for _, command in letters])
+                adds = [command for _, command in letters]
+                replies = await self._pipeline(lbs, b"".join(adds), len(adds))
                 added = [
                     letter
                     for (letter, _), reply in zip(letters, replies, strict=True)
                     if not isinstance(reply, ReplyError)
                 ]
                 if added:
-                    await self._execute(b"XDEL", self._names.dlq, *added)
+                    await self._execute(b"XDEL", self._dlq, *added)
                 replayed += len(added)
                 raise_first(replies)
         return replayed
@@ -132,7 +137,7 @@ class DeadLetters:
         """Deletes dead letters, all that are there now unless `ids` are given; returns how many."""
         purged = 0
         async for batch in self._chosen(ids):
-            purged += await self._execute(b"XDEL", self._names.dlq, *batch.ids())
+            purged += await self._execute(b"XDEL", self._dlq, *batch.ids())
         return purged
 
     async def _chosen(self, ids: Iterable[str] | None) -> AsyncIterator[Batch]:
@@ -140,17 +145,14 @@ class DeadLetters:
             async for page in self._pages():
                 yield page
             return
-        if isinstance(ids, str) or not isinstance(ids, Iterable):
-            raise InvalidOption("ids", ids, "ids of dead letters: [<ms>-<seq>, …]")
-        wanted = [entry_id_of("ids", entry_id) for entry_id in ids]
-        for entry_id in wanted:
+        for entry_id in entry_ids_of("ids", ids, "dead letters"):
             batch: Batch = await self._range(entry_id, entry_id)
             if len(batch):
                 yield batch
 
     async def _pages(self) -> AsyncIterator[Batch]:
         newest: Batch = await self._execute(
-            b"XREVRANGE", self._names.dlq, b"+", b"-", b"COUNT", 1, decode=ENTRIES
+            b"XREVRANGE", self._dlq, b"+", b"-", b"COUNT", 1, decode=ENTRIES
         )
         start = b"-"
         count = 1
@@ -164,37 +166,9 @@ class DeadLetters:
 
     async def _range(self, start: bytes, end: bytes, count: int = 1) -> Batch:
         batch: Batch = await self._execute(
-            b"XRANGE", self._names.dlq, start, end, b"COUNT", count, decode=ENTRIES
+            b"XRANGE", self._dlq, start, end, b"COUNT", count, decode=ENTRIES
         )
         return batch
-
-    async def _execute(self, *args: bytes | int, decode: int = OBJECT) -> Any:
-        return raise_first(await self._send(self._names.dlq, [pack(*args)], decode))[0]
-
-    async def _send(self, key: bytes, commands: list[bytes], decode: int = OBJECT) -> list[Any]:
-        if self._closed:
-            raise ClientClosed("these DeadLetters were closed")
-        self._loop.check()
-        link = self._topology.link(key)
-        sending = link.pipeline(b"".join(commands), len(commands), decode=decode)
-        return await unless_replaced(sending, self._guide)
-
-    async def aclose(self) -> None:
-        """Closes the connection. Raises `UsageError` in another event loop than it was used in."""
-        self._loop.check()
-        self._closed = True
-        await self._topology.close()
-
-    async def __aenter__(self) -> DeadLetters:
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
 
 
 def _named(batch: Batch) -> dict[bytes, Entry]:
@@ -214,4 +188,5 @@ def _letter(batch: Batch, index: int, named: Entry | None) -> DeadLetter:
         data_stream_name=named.data_stream_name if named else None,
         info=named.info if named else None,
         fields=fields,
+        **recorded_failure(fields)._asdict(),
     )

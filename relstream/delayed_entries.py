@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from relstream._core import ITEM, Template, pack
 from relstream.errors import ReplyError
@@ -98,8 +98,7 @@ class DelayedEntries:
             b"ZRANGEBYSCORE", self._names.delayed, b"-inf", seconds * 1000 + micros // 1000,
             b"WITHSCORES", b"LIMIT", 0, MOST_IN_STEPS,
         )  # fmt: skip
-        if rows and not isinstance(rows[0], list):  # RESP2
-            rows = list(zip(rows[::2], rows[1::2], strict=True))
+        rows = scored(rows)
         members = [member for member, _ in rows]
         if not members:
             return 0
@@ -109,7 +108,7 @@ class DelayedEntries:
         ours = [
             member
             for (member, due), score in zip(rows, scores, strict=True)
-            if score is not None and float(score) == float(due) + CLAIM_MS
+            if score is not None and float(score) == due + CLAIM_MS
         ]
         if ours:
             adding = [pack(b"XADD", self._names.lbs, b"*", *unpacked(m)[1:]) for m in ours]
@@ -127,6 +126,13 @@ class DelayedEntries:
         """Takes members out; returns how many were there."""
         removed: int = await self._link.execute(b"ZREM", self._names.delayed, *members)
         return removed
+
+
+def scored(reply: list[Any]) -> list[tuple[bytes, float]]:
+    """Members and their scores, of a reply WITHSCORES: pairs in RESP3, and a flat list in RESP2."""
+    if reply and not isinstance(reply[0], list):
+        reply = list(zip(reply[::2], reply[1::2], strict=True))
+    return [(member, float(score)) for member, score in reply]
 
 
 def packed(parts: Sequence[bytes]) -> bytes:

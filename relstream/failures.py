@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import random
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from relstream._core import backoff, parse_id
 from relstream.config import MAX_DELAY
@@ -82,6 +84,27 @@ class Failures:
         fields = {FAILED_AT_FIELD: b"%d" % now, OWNER_FIELD: self._owner}
         fields[ERROR_FIELD], fields[ERROR_TYPE_FIELD] = _described(error)
         return fields
+
+
+class RecordedFailure(NamedTuple):
+    """What the fields of an entry say of the last failure."""
+
+    error: str
+    error_type: str
+    failed_at: int | None
+    """ms since 1970, server time; None where it never failed, or that can't be read."""
+    owner: str
+
+
+def recorded_failure(fields: Mapping[bytes, bytes]) -> RecordedFailure:
+    """The last failure, of which texts are empty where the fields say nothing."""
+    error, error_type, owner = (
+        fields.get(name, b"").decode(errors="replace")
+        for name in (ERROR_FIELD, ERROR_TYPE_FIELD, OWNER_FIELD)
+    )
+    failed_at = fields.get(FAILED_AT_FIELD, b"")
+    known = re.fullmatch(rb"[0-9]{1,19}", failed_at)
+    return RecordedFailure(error, error_type, int(failed_at) if known else None, owner)
 
 
 def check_delay(delay: object) -> None:

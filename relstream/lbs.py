@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -155,6 +155,13 @@ def entry_id_of(option: str, value: object) -> bytes:
         if parsed is not None:
             return b"%d-%d" % parsed
     raise InvalidOption(option, value, "an entry's id, of the form <ms>-<seq>")
+
+
+def entry_ids_of(option: str, values: object, what: str) -> list[bytes]:
+    """Ids as Redis has them; raises `InvalidOption` for what is no iterable of ids."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise InvalidOption(option, values, f"ids of {what}: [<ms>-<seq>, …]")
+    return [entry_id_of(option, value) for value in values]
 
 
 def lock_key(data_stream_name: str, entry_id: str) -> bytes:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Iterator
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from relstream._core import ITEM, Template
-from relstream.errors import ClientClosed, InvalidOption
+from relstream.base_client import BaseClient
+from relstream.errors import InvalidOption
 from relstream.lbs import INPUT_FIELD, Names, message, partition_of
 from relstream.net.connection import raise_first
-from relstream.net.deployment import deployment_of
-from relstream.net.topology import unless_replaced
-from relstream.tasks import OneLoop
 
 if TYPE_CHECKING:
     import redis.asyncio
@@ -25,7 +22,7 @@ BATCH = 1000
 BATCH_BYTES = 256 * 1024
 
 
-class Producer:
+class Producer(BaseClient):
     """Announces data streams: from then on some consumer of the service owns each.
 
     Holds one connection, opened at the first use and again after it was lost. In a Redis Cluster
@@ -41,6 +38,8 @@ class Producer:
         InvalidOption: for a URL or a name that can't be.
     """
 
+    _role = "producer"
+
     def __init__(
         self,
         redis: str | redis.asyncio.Redis | redis.asyncio.RedisCluster,
@@ -48,15 +47,9 @@ class Producer:
         *,
         partitions: int = 1,
     ) -> None:
-        names = Names.all_of(service_name, partitions=partitions)
-        deployment = deployment_of(redis)
-        self._guide = deployment.guide()
-        self._topology = deployment.open("producer", self._guide)
-        self._links = [self._topology.link(its_names.lbs) for its_names in names]
-        self._closed = False
-        self._loop = OneLoop("the producer was")
+        super().__init__(redis, Names.all_of(service_name, partitions=partitions))
         self._add = [
-            Template(b"XADD", its_names.lbs, b"*", INPUT_FIELD, ITEM) for its_names in names
+            Template(b"XADD", names.lbs, b"*", INPUT_FIELD, ITEM) for names in self._partitions
         ]
 
     async def announce(self, data_stream_name: str, info: dict[str, Any] | None = None) -> str:
@@ -83,9 +76,7 @@ class Producer:
         All are checked before the first is sent. Raises as `announce` does; of several, some may
         have been announced by then.
         """
-        if self._closed:
-            raise ClientClosed("the producer is closed: make a new one")
-        self._loop.check()
+        self._check_usable()
         pipelines = [_Pipelines(add) for add in self._add]
         numbers = []
         for name, info in _pairs(streams):
@@ -107,27 +98,9 @@ class Producer:
     async def _announce(self, partition: int, pipelines: _Pipelines) -> list[str]:
         ids: list[str] = []
         for packed, count in pipelines.all():
-            sending = self._links[partition].pipeline(packed, count)
-            replies = await unless_replaced(sending, self._guide)
+            replies = await self._pipeline(self._partitions[partition].lbs, packed, count)
             ids += [reply.decode() for reply in raise_first(replies)]
         return ids
-
-    async def aclose(self) -> None:
-        """Closes the connection. Raises `UsageError` in another event loop than it was used in."""
-        self._loop.check()
-        self._closed = True
-        await self._topology.close()
-
-    async def __aenter__(self) -> Producer:
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
 
 
 class _Pipelines:

@@ -24,6 +24,34 @@ async def test_letters_are_listed_with_all_that_is_known(service, redis_url):
     assert listed[-1][1:6] == ("", "unparseable", 0, None, None)
 
 
+FAILURE = {
+    "_error": "boom \u20ac",
+    "_error_type": "KeyError",
+    "_failed_at": "1700000000123",
+    "_owner": "c1",
+}
+
+
+async def test_letters_tell_of_their_failure_and_keep_it_when_replayed(service, redis_url):
+    announced = {"lbs-input": '{"DataStreamName":"s"}', "_retry_count": "4"}
+    service.redis.xadd(service.dlq, {**announced, **FAILURE, "_dlq_reason": "rejected"})
+    service.redis.xadd(
+        service.dlq, {"_error": b"\xff", "_failed_at": "-1", "_dlq_reason": "unparseable"}
+    )
+    service.bury(1)
+    async with DeadLetters(redis_url, "svc") as letters:
+        failed, odd, never = [letter async for letter in letters]
+        assert failed[7:] == ("boom \u20ac", "KeyError", 1700000000123, "c1")
+        assert (failed.error, failed.error_type) == ("boom \u20ac", "KeyError")
+        assert (failed.failed_at, failed.owner) == (1700000000123, "c1")
+        assert odd[7:] == ("\ufffd", "", None, "")
+        assert never[7:] == ("", "", None, "")
+        assert await letters.replay([failed.id]) == 1
+    ((_, fields),) = service.redis.xrange(service.lbs)
+    stored = {name.decode(): value.decode() for name, value in fields.items()}
+    assert stored == {**announced, **FAILURE, "_retry_count": "0"}
+
+
 async def test_large_letters_are_read_a_few_at_a_time(service, redis_url, monkeypatch):
     value = json.dumps({"DataStreamName": "s", "Info": {"a": "x" * 1_000_000}})
     for _ in range(20):

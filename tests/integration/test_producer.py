@@ -55,7 +55,7 @@ async def test_a_hundred_thousand(producer, service):
 
 
 async def test_much_is_sent_in_parts_that_a_slow_line_carries_in_time(producer, service):
-    (link,) = producer._links
+    link = producer._topology.link(service.lbs.encode())
     sizes = weigh(link)
     large = {"k": "x" * 10_000}
     ids = await producer.announce_many([(f"s{i}", large) for i in range(1000)])
