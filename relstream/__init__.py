@@ -25,6 +25,8 @@ from relstream.errors import (
     StreamNotOwned,
     UsageError,
 )
+from relstream.health import Health
+from relstream.leases import OwnedStream
 from relstream.notifications import LBSInfo, Notification, Notifications, NotificationType
 from relstream.producer import Producer
 from relstream.recorder import Recorder
@@ -43,12 +45,14 @@ __all__ = [
     "DeadLetter",
     "DeadLetters",
     "DeadlineExceeded",
+    "Health",
     "InvalidOption",
     "KeyspaceSetupFailed",
     "LBSInfo",
     "Notification",
     "NotificationType",
     "Notifications",
+    "OwnedStream",
     "PermissionDenied",
     "Producer",
     "ProtocolError",

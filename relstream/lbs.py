@@ -45,8 +45,18 @@ class Names:
 
         In the slot of `lbs`, but for names with stray braces.
         """
-        tagged = self.lbs if b"{" in self.lbs else b"{%s}" % self.lbs
-        return b"%s-finished-%s/%d" % (tagged, consumer.encode(), number)
+        return b"%s-finished-%s/%d" % (self._tagged, consumer.encode(), number)
+
+    def instance(self, consumer: str) -> bytes:
+        """Key in which each living consumer of this name writes which instance it is.
+
+        In the slot of `lbs`, as `receipt`.
+        """
+        return b"%s-instance-%s" % (self._tagged, consumer.encode())
+
+    @property
+    def _tagged(self) -> bytes:
+        return self.lbs if b"{" in self.lbs else b"{%s}" % self.lbs
 
     @classmethod
     def all_of(

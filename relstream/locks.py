@@ -39,6 +39,8 @@ class Locks:
         self._topology = topology
         self._value = consumer.encode()
         self._ttl_ms = ttl_ms
+        self.ttl = ttl_ms / 1000
+        """Seconds that a lock lives from when it was taken, or renewed."""
         self._logger = logger
         self._scripts_forbidden = False
         self._set = Template(b"SET", ITEM, self._value, b"NX", b"PX", ttl_ms)
@@ -62,10 +64,14 @@ class Locks:
 
         Returns those gone, those taken, and an error if there was one about others of them.
         """
-        outcomes = await self._run(RENEW, RENEW_ONE, self._extend, keys, self._value, self._ttl_ms)
+        outcomes = await self.renew_each(keys)
         gone = [key for key, outcome in zip(keys, outcomes, strict=True) if outcome == 0]
         taken = [key for key, outcome in zip(keys, outcomes, strict=True) if outcome == -1]
         return gone, taken, first_error(outcomes)
+
+    async def renew_each(self, keys: list[bytes]) -> list[Any]:
+        """As `renew`; returns for each lock 1 (done), 0 (gone), -1 (taken) or a `ReplyError`."""
+        return await self._run(RENEW, RENEW_ONE, self._extend, keys, self._value, self._ttl_ms)
 
     async def release(self, keys: list[bytes]) -> list[bytes]:
         """Deletes locks that are ours; returns those that were not.
