@@ -200,6 +200,9 @@ class Keeper:
         """Renews until `stop`; raises what ends it otherwise."""
         try:
             await self._run()
+        except Exception as error:
+            self._report_opened(RelstreamError(f"renewal can't start: {error!r}"))
+            raise
         finally:
             self._report_opened(ConnectionLost("renewal has ended"))
 

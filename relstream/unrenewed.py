@@ -41,9 +41,12 @@ ANSWERED_FOR = 1 / 5
 # A command without an answer for so long says that the server does not answer.
 ANSWERS_WITHIN = 1 / 8
 # A renewal may go on without an answer for so long after the server has answered a later command,
-# and once more after its connection was opened anew.
+# and once more after its connection was given up.
 SILENT_FOR = 1 / 16
 SILENT_AGAIN_FOR = 1 / 8
+# Round trips of a renewal, whose script may be unknown; with those that open a connection.
+ROUND_TRIPS = 2
+ROUND_TRIPS_TO_OPEN = 5
 # Whatever has less left is about to expire.
 ABOUT_TO_EXPIRE = 3 / 8
 # Keys that are looked through for one on a given master of a cluster, and at a time.
@@ -58,6 +61,9 @@ class _Answers:
         self.since: float | None = None
         self.asked_at = 0.0
         self.asking: asyncio.Task[bool] | None = None
+        self.overtook: tuple[float, float] | None = None
+        """When the first command that was answered ahead of a renewal sent earlier was sent, and
+        when it was answered."""
         self.reopened_at: float | None = None
         """When the connection for renewals was given up, as it was silent."""
 
@@ -115,7 +121,7 @@ class UnrenewedLeases:
         certain: dict[Endpoint | None, Trouble] = {}
         for server, trouble in troubles.items():
             answers = self._answers.setdefault(server, _Answers())
-            self._ask(server, answers, now)
+            self._ask(server, answers, trouble, now)
             if answers.since is not None and self._in_vain(server, trouble, answers, now):
                 certain[server] = trouble
         if not certain:
@@ -138,17 +144,24 @@ class UnrenewedLeases:
 
     # --- whether the server answers ------------------------------------------------------------
 
-    def _ask(self, server: Endpoint | None, answers: _Answers, now: float) -> None:
+    def _ask(
+        self, server: Endpoint | None, answers: _Answers, trouble: Trouble, now: float
+    ) -> None:
         """Goes on asking the server on the command connection, and takes note of the answer."""
         task = answers.asking
         if task is not None and task.done():
             answers.asking = None
             if task.cancelled() or not task.result():
-                answers.since = None
-            elif answers.since is None:
-                answers.since = now
+                answers.since = answers.overtook = None
+            else:
+                answers.since = answers.since or now
+                silent_since = trouble.silent_since
+                if silent_since is None or answers.asked_at <= silent_since:
+                    answers.overtook = None
+                elif answers.overtook is None or answers.overtook[0] <= silent_since:
+                    answers.overtook = answers.asked_at, now
         elif task is not None and now - answers.asked_at > self._ttl * ANSWERS_WITHIN:
-            answers.since = None
+            answers.since = answers.overtook = None
         if answers.asking is None and now - answers.asked_at >= self._ttl * LOOK_EVERY:
             answers.asked_at = now
             answers.asking = asyncio.ensure_future(self._answered(server))
@@ -189,17 +202,22 @@ class UnrenewedLeases:
         assert answers.since is not None
         if trouble.tried_at > answers.since:
             return True
-        if trouble.silent_since is None:
+        # Far away an answer takes long, but to the first renewal before a later command.
+        if trouble.silent_since is None or answers.overtook is None:
+            return False
+        asked_at, answered_at = answers.overtook
+        round_trip = answered_at - asked_at
+        if asked_at <= trouble.silent_since or (
+            now - answered_at < max(self._ttl * SILENT_FOR, round_trip * ROUND_TRIPS)
+        ):
             return False
         if answers.reopened_at is None:
-            if now - answers.since >= self._ttl * SILENT_FOR:
-                # The connection may have died without a word, as in an outage that is over.
-                answers.reopened_at = now
-                self._keeper.reopen(server)
+            # The connection may have died without a word, as in an outage that is over.
+            answers.reopened_at = now
+            self._keeper.reopen(server)
             return False
-        return (
-            trouble.silent_since < now - self._ttl * SILENT_AGAIN_FOR
-            and now - answers.reopened_at >= self._ttl * SILENT_AGAIN_FOR
+        return now - answers.reopened_at >= max(
+            self._ttl * SILENT_AGAIN_FOR, round_trip * ROUND_TRIPS_TO_OPEN
         )
 
     # --- handing over --------------------------------------------------------------------------
