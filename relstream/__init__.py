@@ -27,6 +27,8 @@ from relstream.errors import (
     StreamNotOwned,
     UsageError,
 )
+from relstream.health import Health
+from relstream.leases import OwnedStream
 from relstream.notifications import LBSInfo, Notification, Notifications, NotificationType
 from relstream.producer import Producer
 from relstream.recorder import Outcome, Recorder
@@ -49,6 +51,7 @@ __all__ = [
     "DeadlineExceeded",
     "Delayed",
     "DelayedEntry",
+    "Health",
     "InvalidOption",
     "KeyspaceSetupFailed",
     "LBSInfo",
@@ -56,6 +59,7 @@ __all__ = [
     "NotificationType",
     "Notifications",
     "Outcome",
+    "OwnedStream",
     "PermissionDenied",
     "Producer",
     "ProtocolError",

@@ -7,6 +7,7 @@ from relstream.errors import ReplyError
 
 _K = TypeVar("_K")
 _Owner = TypeVar("_Owner")
+_Owned = TypeVar("_Owned")
 
 OBJECT: Final = 0
 STREAMS: Final = 1
@@ -73,6 +74,10 @@ class Entry:
     acked: bool
     ended: bool
     @property
+    def since(self) -> float: ...
+    @property
+    def lease_deadline(self) -> float: ...
+    @property
     def info(self) -> dict[str, Any] | None: ...
     @property
     def announcement(self) -> bytes | None: ...
@@ -97,8 +102,28 @@ def announcements(
     loads: Callable[[bytes], object],
 ) -> tuple[list[Entry], list[tuple[int, str]], list[bytes]]: ...
 def grant(
-    entries: list[Entry], replies: list[Any], owned: dict[str, Entry]
+    entries: list[Entry],
+    replies: list[Any],
+    owned: dict[str, Entry],
+    since: float = 0.0,
+    lease_deadline: float = 0.0,
 ) -> tuple[list[Entry], list[Entry], ReplyError | None]: ...
+def extend(entries: list[Entry], outcomes: list[Any], deadline: float) -> None:
+    """Leases whose outcome is 1 last until `deadline` (seconds, time.monotonic())."""
+
+def holds(head: Entry | None, token: str | None, now: float) -> bool:
+    """Whether the application may work on this stream at `now` (seconds, time.monotonic())."""
+
+def ending_before(heads: list[Entry], deadline: float) -> list[Entry]:
+    """Owned streams of which a lease ends before this (seconds, time.monotonic())."""
+
+class OwnedStreams(Iterator[_Owned]):
+    """Iterates over the streams in tables of owned streams, as `kind`, a NamedTuple."""
+
+    def __init__(self, kind: type[_Owned], tables: list[dict[str, Entry]]) -> None: ...
+    def __length_hint__(self) -> int: ...
+    def __next__(self) -> _Owned: ...
+
 def lock_keys(entries: list[Entry]) -> list[bytes]: ...
 def entry_ids(entries: list[Entry]) -> list[bytes]: ...
 def id_range(entries: list[Entry]) -> tuple[bytes, bytes]: ...

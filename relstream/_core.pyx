@@ -3,7 +3,7 @@
 
 One file a concern, included as text so that the C compiler sees them as one unit:
 `reader` (RESP), `streams` (entries and pending pages), `pack` (commands), `lbs` (announcements and
-what is owned), `recover` (what to do about pending entries), `timing` (backoff and jitter), `slots` (Redis Cluster key slots).
+what is owned), `owned` (their leases), `recover` (what to do about pending entries), `timing` (backoff and jitter), `slots` (Redis Cluster key slots).
 """
 
 cimport cython
@@ -27,6 +27,7 @@ from relstream.errors import ProtocolError, ReplyError
 
 cdef extern from "Python.h":
     object PyType_GenericAlloc(type kind, Py_ssize_t size)
+    void PyObject_GC_UnTrack(PyObject* made)
 
     ctypedef enum PySendResult:
         PYGEN_RETURN
@@ -44,6 +45,7 @@ include "core/reader.pxi"
 include "core/streams.pxi"
 include "core/pack.pxi"
 include "core/lbs.pxi"
+include "core/owned.pxi"
 include "core/recover.pxi"
 include "core/timing.pxi"
 include "core/slots.pxi"

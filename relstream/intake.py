@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from types import MappingProxyType
@@ -119,6 +120,14 @@ class Intake:
         self._audited = False
         self._stopping = False
         self._blocked = False
+        self._ended = False
+        self.failing: str | None = None
+        """Why the last read failed; None when it did not."""
+        self.read_at: float | None = None
+        """When the last read was answered, on the clock of time.monotonic(); None: none was yet."""
+        self.asked: tuple[float, float] | None = None
+        """When what has no answer yet was sent, on that clock, and for how many seconds the server
+        may take its time; None: nothing is asked."""
         self._dlq_failed = False
 
     # --- from outside -------------------------------------------------------------------------
@@ -127,7 +136,21 @@ class Intake:
         """Lets `run` return once the server has answered the read under way."""
         self._stopping = True
         self._notifications.room_made.set()
-        while self._blocked:
+        await self._end_read(lambda: True)
+
+    async def pause(self) -> None:
+        """Ends the read under way, for when there is no room any more (`Room.close`)."""
+        await self._end_read(lambda: self._room.closed)
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is being read, being locked, or waits for a lock."""
+        taking = any(not task.done() for task in self._taking)
+        return self._ended or not (self._blocked or self._locking or self._refused or taking)
+
+    async def _end_read(self, wanted: Callable[[], bool]) -> None:
+        """Returns when the read under way is answered, or its end is `wanted` no more."""
+        while self._blocked and wanted():
             try:
                 # Where it waits, which need not be where it was sent first.
                 for server, protocol in self._reading.waiting:
@@ -173,6 +196,7 @@ class Intake:
         finally:
             self._room.end_turn(self)
             await end_all(self._taking)
+            self._ended = True
 
     async def _repair(self, error: RelstreamError, backoff: Backoff) -> None:
         """Answers a failure: by a pause, or by raising it again when there were too many."""
@@ -185,6 +209,7 @@ class Intake:
                 return
             except RelstreamError as failure:
                 error = failure
+        self.failing = str(error)
         if isinstance(error, (DeadlineExceeded, ProtocolError)):
             self._count = max(self._count // 8, 1)  # it may have been too large a reply
         if isinstance(error, ReplyError) and error.code in ("NOPERM", "WRONGTYPE", "NOAUTH"):
@@ -221,7 +246,12 @@ class Intake:
         while self._taking and self._taking[0].done():
             self._taking.popleft().result()
         self._audited = self._audited and self._reading.alive
-        await self._reading.get()
+        if not self._reading.alive:
+            self.asked = time.monotonic(), 0.0
+        try:
+            await self._reading.get()
+        finally:
+            self.asked = None
         if not self._audited:
             # The reply to a read may have been lost with the connection. Those in hand are known.
             await self._settle()
@@ -248,6 +278,7 @@ class Intake:
         if self._refused:
             block = min(block, max(self._again_at - loop.time(), 0.001))
         if room <= 0:
+            self.failing = None
             self._room.await_turn(self)
             made = self._notifications.room_made.wait()
             try:
@@ -297,16 +328,20 @@ class Intake:
         )  # fmt: skip
         timeout = block + self._reading.endpoint.timeout
         self._blocked = True
+        self.asked = time.monotonic(), block
         try:
             (reply,) = await self._reading.pipeline(command, 1, decode=STREAMS, timeout=timeout)
         finally:
             self._blocked = False
+            self.asked = None
         if isinstance(reply, ReplyError):
             if reply.code == "UNBLOCKED":
                 self._forbidden.reset()
                 return []
             raise reply
         self._forbidden.reset()
+        self.failing = None
+        self.read_at = time.monotonic()
         batches: list[Batch] = reply
         return batches
 

@@ -9,10 +9,10 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from itertools import compress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from relstream._core import Entry, discard, enter, lock_keys
-from relstream.errors import RelstreamError
+from relstream._core import Entry, discard, enter, extend, lock_keys, pack
+from relstream.errors import ConnectionFailed, ConnectionLost, RelstreamError, ReplyError
 from relstream.lbs import SEPARATOR, Names, partition_of
 from relstream.leases import pending_for
 from relstream.locks import Locks, chunks
@@ -34,6 +34,33 @@ WINDOWS = 8
 # The part of the renewal period over which its windows are spread, so that the server can serve
 # others in between; the rest of the period is reserve.
 SPREAD = 0.5
+# How long a server may take to answer a renewal before that is remarkable, as a part of the TTL.
+PROMPT = 1 / 16
+
+
+class Trouble(NamedTuple):
+    """Leases are not renewed on one server. Times in seconds, on the clock of time.monotonic()."""
+
+    since: float
+    """Leases there that were renewed since then are safe."""
+    tried_at: float
+    """When the last try began that failed; 0.0: none has."""
+    silent_since: float | None
+    """Since when a renewal waits for its answer, if it does for remarkably long."""
+    error: str | None
+    """Why the last try failed."""
+
+
+def probe(names: Names) -> bytes:
+    """Changes nothing, and is answered as the renewal of a lock would be: no entry has this id."""
+    return pack(b"PEXPIRE", names.lbs + SEPARATOR + b"0-0", 1)
+
+
+def refusal(reply: object) -> ReplyError | None:
+    """The error by which a `probe` was answered, if it says that no lock can be renewed."""
+    if isinstance(reply, ReplyError) and not (reply.code == "NOPERM" and reply.about_keys):
+        return reply
+    return None
 
 
 class Keeper:
@@ -45,6 +72,9 @@ class Keeper:
 
     A lock that is gone is taken anew only if the entry is still pending for this very consumer,
     both before and after: it may have been put back under another id, and have another owner.
+
+    While nothing is owned the connection is kept open, and tried, all the same: a consumer that
+    can't renew must not take anything. What another thread may ask: `troubles`, `renewed_at`.
     """
 
     def __init__(
@@ -62,6 +92,8 @@ class Keeper:
     ) -> None:
         # A server that keeps us waiting for longer than that has let the leases expire.
         self._deployment = deployment.patient(ttl)
+        self._connect_timeout = deployment.endpoint.connect_timeout
+        self._patience = self._deployment.endpoint.connect_timeout
         self._guide = guide
         self._partitions = partitions
         self._consumer = consumer
@@ -77,6 +109,16 @@ class Keeper:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = asyncio.Event()
         self._rounds: dict[asyncio.Task[None], Endpoint | None] = {}
+        self._began: dict[Endpoint | None, float] = {}  # the last round of each server
+        self._failures: dict[Endpoint | None, Trouble] = {}
+        # Renewals under way: to which server, and when they were sent.
+        self._sent: dict[object, tuple[Endpoint | None, float]] = {}
+        self._topology: Topology | None = None
+        self._opened: asyncio.Future[RelstreamError | None] | None = None
+        self.renewed_at: float | None = None
+        """When the last round began that renewed something, or found that it could (monotonic)."""
+        self.on_failure: Callable[[], None] = _nothing
+        """Called on the application's loop when a round has failed."""
 
     # --- on the application's loop -------------------------------------------------------------
 
@@ -90,6 +132,48 @@ class Keeper:
         with self._guard:
             discard(self._kept, entries)
 
+    async def opened(self) -> None:
+        """Waits for the first connection of `run`; raises what keeps it from being opened."""
+        if self._opened is None:
+            self._opened = asyncio.get_running_loop().create_future()
+        await asyncio.wait({self._opened})
+        error = self._opened.result()
+        if error is not None:
+            raise error
+
+    def _report_opened(self, error: RelstreamError | None) -> None:
+        if self._opened is not None and not self._opened.done():
+            self._opened.set_result(error)
+
+    def troubles(self, now: float) -> dict[Endpoint | None, Trouble]:
+        """Servers on which leases are not renewed at `now` (seconds, time.monotonic())."""
+        found = dict(self._failures)
+        for server, sent_at in list(self._sent.values()):
+            if now - sent_at > self._ttl * PROMPT:
+                known = found.get(server)
+                if known is None:
+                    began = min(self._began.get(server, sent_at), sent_at)
+                    found[server] = Trouble(began, 0.0, sent_at, None)
+                elif known.silent_since is None or sent_at < known.silent_since:
+                    found[server] = known._replace(silent_since=sent_at)
+        return found
+
+    def reopen(self, server: Endpoint | None) -> None:
+        """Gives the connection to this server up, so that what waits for it is tried anew."""
+
+        def give_up() -> None:
+            topology, error = self._topology, ConnectionLost("renewals were not answered")
+            if topology is None:
+                return
+            link = topology.link(self._partitions[0].lbs)
+            if server is not None or topology.single:
+                topology.to(server or link.endpoint).reopen(error)
+            else:
+                for _, protocol in link.waiting:
+                    protocol.abort(error)
+
+        self._call(self._loop if self._threaded else self._app_loop, give_up)
+
     def stop(self) -> None:
         """Ends `run`, whatever it is doing."""
         if not self._threaded or self._loop is None:
@@ -98,8 +182,25 @@ class Keeper:
         with contextlib.suppress(RuntimeError):  # its loop is closed already
             self._loop.call_soon_threadsafe(self._stopping.set)
 
+    def _call(self, loop: asyncio.AbstractEventLoop | None, function: Callable[[], None]) -> None:
+        """Calls it on this loop, the application's or our own, from whichever."""
+        if not self._threaded:
+            function()
+        elif loop is not None:
+            with contextlib.suppress(RuntimeError):  # it is closed
+                loop.call_soon_threadsafe(function)
+
     async def run(self) -> None:
         """Renews until `stop`; raises what ends it otherwise."""
+        try:
+            await self._run()
+        except Exception as error:
+            self._report_opened(RelstreamError(f"renewal can't start: {error!r}"))
+            raise
+        finally:
+            self._report_opened(ConnectionLost("renewal has ended"))
+
+    async def _run(self) -> None:
         app_loop = self._app_loop = asyncio.get_running_loop()
         if not self._threaded:
             await self._main()
@@ -138,7 +239,7 @@ class Keeper:
 
     async def _main(self) -> None:
         guide = self._deployment.guide(self._guide)
-        topology = self._deployment.open(f"{self._consumer}:renew", guide)
+        topology = self._topology = self._deployment.open(f"{self._consumer}:renew", guide)
         replaced = guide.replaced if guide is not None else asyncio.Event()
         parts: list[Coroutine[Any, Any, object]] = [
             self._stopping.wait(),
@@ -159,25 +260,23 @@ class Keeper:
         locks = Locks(topology, self._consumer, round(self._ttl * 1000), self._logger)
         period = self._ttl / 2
         backoff = Backoff(period / 20, period / 2)
-        due = loop.time()
         assert self._app_loop is not None
-        connected = False
+        # Leases can't be told apart by servers that are not known yet.
+        await self._connect(topology)
+        due = loop.time()
         while not self._app_loop.is_closed():  # else there is nobody left to own anything
             start = loop.time()
             replaced.clear()
             try:
-                if not connected:
-                    connected = True  # or tried, once
-                    # Leases can't be told apart by servers that are not known yet.
-                    await within(period / 2, topology.link(self._partitions[0].lbs).get())
                 await self._renew_all(topology, locks, period * SPREAD)
             except RelstreamError as error:
                 if not backoff.failures:
                     self._logger.warning("leases can't be renewed, trying again: %s", error)
+                self._call(self._app_loop, self.on_failure)
                 await asyncio.sleep(backoff.failed())
                 due = loop.time()
                 continue
-            if backoff.failures:
+            if backoff.failures and not self._failures:
                 self._logger.warning("leases are renewed again")
                 backoff.reset()
             if loop.time() - start > period:
@@ -191,21 +290,43 @@ class Keeper:
             if replaced.is_set():
                 due = loop.time()
 
+    async def _connect(self, topology: Topology) -> None:
+        """Opens the first connection; reports, once, whether that worked."""
+        started = time.monotonic()
+        error: RelstreamError | None = None
+        while True:
+            asked_at = time.monotonic()
+            try:
+                await topology.link(self._partitions[0].lbs).get()
+                error = None
+            except RelstreamError as failure:
+                error = failure
+            now = time.monotonic()
+            # One that just does not answer in time may: a TTL can be shorter than that takes.
+            patient = isinstance(error, ConnectionFailed) and now - asked_at >= self._patience
+            if not patient or now - started >= self._connect_timeout:
+                break
+        if error is None:
+            self.renewed_at = started
+        reported = error
+        self._call(self._app_loop, lambda: self._report_opened(reported))
+
     async def _renew_all(self, topology: Topology, locks: Locks, spread: float) -> None:
         """Renews all; of several servers one that is silent keeps none of the others' waiting."""
         with self._guard:
             held = list(self._kept)
-        for server, entries in _apart(topology, held):
+        parts = _apart(topology, held)
+        for server, entries in parts:
             # One that owes us replies is not done with what it was sent before; where it does not,
             # what is waited for is another server, to which a slot moves, say.
             if server in self._rounds.values() and (
                 topology.single or server is None or topology.to(server).waiting
             ):
                 continue
-            work = self._renew_some(topology, locks, entries, spread)
-            self._rounds[asyncio.ensure_future(work)] = server
-        if not self._rounds:
-            return
+            self._begin(server, self._renew_some(topology, locks, server, entries, spread))
+        for server in self._idle(topology, [server for server, _ in parts]):
+            if server not in self._rounds.values():
+                self._begin(server, self._check(topology, server))
         try:
             await asyncio.wait(
                 self._rounds,
@@ -215,20 +336,60 @@ class Keeper:
         except asyncio.CancelledError:
             await self._end_rounds()
             raise
-        ended = [task for task in self._rounds if task.done()]
-        errors = [task.exception() for task in ended]
-        for task in ended:
-            del self._rounds[task]
+        errors: list[BaseException] = []
+        for task in [task for task in self._rounds if task.done()]:
+            server = self._rounds.pop(task)
+            began = self._began[server]
+            error = task.exception()
+            if error is None:
+                self._failures.pop(server, None)
+                self.renewed_at = began
+            else:
+                errors.append(error)
+                before = self._failures.get(server)
+                since = before.since if before is not None else began
+                self._failures[server] = Trouble(since, began, None, str(error))
         for error in errors:
-            if error is not None:
-                raise error
+            raise error
+
+    def _begin(self, server: Endpoint | None, work: Coroutine[Any, Any, None]) -> None:
+        self._began[server] = time.monotonic()
+        self._rounds[asyncio.ensure_future(work)] = server
+
+    def _idle(self, topology: Topology, busy: list[Endpoint | None]) -> list[Endpoint | None]:
+        """Servers to be tried though no lease is there; None: that of the first LBS."""
+        for gone in self._failures.keys() - topology.servers - {None}:
+            self._failures.pop(gone, None)
+        idle = [server for server in self._failures if server not in busy]
+        return idle if busy or None in idle else [*idle, None]
+
+    async def _check(self, topology: Topology, server: Endpoint | None) -> None:
+        """Makes sure that a lease could be renewed there."""
+        call = object()
+        self._sent[call] = server, time.monotonic()
+        try:
+            if topology.single:
+                (reply,) = await topology.link(b"").pipeline(probe(self._partitions[0]), 1)
+                if (error := refusal(reply)) is not None:
+                    raise error
+            elif server is not None:  # other commands need a key of the right slot
+                await topology.to(server).get()
+            else:
+                await topology.link(self._partitions[0].lbs).get()
+        finally:
+            del self._sent[call]
 
     async def _end_rounds(self) -> None:
         rounds, self._rounds = self._rounds, {}
         await end_all(rounds)
 
     async def _renew_some(
-        self, topology: Topology, locks: Locks, held: list[Entry], spread: float
+        self,
+        topology: Topology,
+        locks: Locks,
+        server: Endpoint | None,
+        held: list[Entry],
+        spread: float,
     ) -> None:
         """Renews these, window by window; several are under way where the server is far away."""
         loop = asyncio.get_running_loop()
@@ -246,7 +407,7 @@ class Keeper:
                         under_way, return_when=asyncio.FIRST_COMPLETED
                     )
                     ended |= done
-                under_way.add(asyncio.ensure_future(self._renew(topology, locks, window)))
+                under_way.add(asyncio.ensure_future(self._renew(topology, locks, server, window)))
             if under_way:
                 ended |= (await asyncio.wait(under_way))[0]
         except asyncio.CancelledError:
@@ -256,20 +417,33 @@ class Keeper:
         if failures:  # all others are renewed all the same
             raise failures[0]
 
-    async def _renew(self, topology: Topology, locks: Locks, window: Sequence[Entry]) -> None:
+    async def _renew(
+        self, topology: Topology, locks: Locks, server: Endpoint | None, window: Sequence[Entry]
+    ) -> None:
         entries = [entry for entry in window if entry in self._kept]
         if not entries:
             return
         keys = lock_keys(entries)
-        start = time.perf_counter()
-        gone, taken, refusals = await locks.renew(keys)
-        lost = taken + (await self._revive(topology, locks, gone) if gone else [])
+        sent_at = time.monotonic()
+        call = object()
+        self._sent[call] = server, sent_at
+        try:
+            outcomes = await locks.renew_each(keys)
+        finally:
+            del self._sent[call]
+        extend(entries, outcomes, sent_at + self._ttl)
+        took = time.monotonic() - sent_at
+        gone = [entry for entry, outcome in zip(entries, outcomes, strict=True) if outcome == 0]
+        lost = [key for key, outcome in zip(keys, outcomes, strict=True) if outcome == -1]
+        refusals = [outcome for outcome in outcomes if isinstance(outcome, ReplyError)]
+        if gone:
+            lost += await self._revive(topology, locks, gone)
         if lost:
-            missing = set(lost)
-            self.drop([entry for entry in entries if entry.lock_key in missing])
+            unowned = set(lost)
+            self.drop([entry for entry in entries if entry.lock_key in unowned])
         if lost or self._recorder is not None:
             failed = len(lost) + len(refusals)
-            self._tell(lost, len(keys) - failed, failed, time.perf_counter() - start)
+            self._tell(lost, len(keys) - failed, failed, took)
         raise_first(refusals)  # the others have been seen to
 
     def _tell(self, lost: list[bytes], succeeded: int, failed: int, duration: float) -> None:
@@ -279,18 +453,15 @@ class Keeper:
             if lost:
                 self._on_lost(lost)
 
-        assert self._app_loop is not None
-        if self._threaded:
-            with contextlib.suppress(RuntimeError):  # the application's loop is closed
-                self._app_loop.call_soon_threadsafe(told)
-        else:
-            told()
+        self._call(self._app_loop, told)
 
-    async def _revive(self, topology: Topology, locks: Locks, gone: list[bytes]) -> list[bytes]:
+    async def _revive(self, topology: Topology, locks: Locks, entries: list[Entry]) -> list[bytes]:
         """Takes locks anew whose entries are still ours; returns the others: they are lost."""
+        gone = lock_keys(entries)
         ours = await self._pending(topology, gone)
         kept = [key for key in gone if key in ours]
         if kept:
+            sent_at = time.monotonic()
             replies = raise_first(await locks.acquire(kept))
             held = [key for key, reply in zip(kept, replies, strict=True) if reply is None]
             # Another round may have been faster.
@@ -303,6 +474,9 @@ class Keeper:
             if late:
                 await locks.release(late)
             kept = [key for key in kept if key in still]
+            # Since when another round has taken some of them is known to that one.
+            anew = set(kept).difference(held)
+            extend(entries, [int(key in anew) for key in gone], sent_at + self._ttl)
             self._logger.warning("%d leases had expired and were taken again in time", len(kept))
         alive = set(kept)
         return [key for key in gone if key not in alive]
@@ -321,6 +495,10 @@ class Keeper:
     def _partition(self, lock_key: bytes) -> int:
         name = lock_key.rpartition(SEPARATOR)[0].decode()
         return partition_of(name, len(self._partitions))
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
 
 
 def _apart(topology: Topology, entries: list[Entry]) -> list[tuple[Endpoint | None, list[Entry]]]:

@@ -55,6 +55,10 @@ class Names:
         """A sorted set: entries of failed streams, by when they are due (ms, server time)."""
         return _in_slot_of(self.lbs) + b"-delayed"
 
+    def instance(self, consumer: str) -> bytes:
+        """Key in which each living consumer of this name writes which instance it is."""
+        return b"%s-instance-%s" % (_in_slot_of(self.lbs), consumer.encode())
+
     @classmethod
     def all_of(
         cls, service_name: str, dlq_stream: str | None = None, partitions: int = 1

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from itertools import compress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from relstream._core import (
     ITEM,
@@ -42,6 +42,22 @@ DOUBTFUL_AFTER = 0.75
 # Seconds within which an entry is always locked in time, on a cluster; else some settings would let
 # nothing be owned at all.
 SOONEST = 0.1
+
+
+class OwnedStream(NamedTuple):
+    """A data stream that this consumer owns, as `StreamClient.owned` lists it.
+
+    Times are seconds on the clock of `time.monotonic()` of this process.
+    """
+
+    data_stream_name: str
+    id_in_lbs: str
+    """The id of the LBS entry, `<ms>-<seq>`: the fencing token."""
+    since: float
+    """When the lock was taken."""
+    lease_deadline: float
+    """When the lease ends unless it is renewed before, which happens every half
+    `heartbeat_interval`. Counted from when the renewal was sent: the lock itself lives longer."""
 
 
 async def pending_for(
@@ -102,6 +118,11 @@ class Leases:
     def __len__(self) -> int:
         return len(self._owned)
 
+    @property
+    def table(self) -> dict[str, Entry]:
+        """The first entry of every owned stream, by its name; only to be read."""
+        return self._owned
+
     def all(self) -> list[Entry]:
         """The first entry of every owned stream."""
         return list(self._owned.values())
@@ -117,12 +138,15 @@ class Leases:
         meantime. `again`: we may have locked them ourselves, and not heard of it.
         """
         start = time.perf_counter()
+        sent_at = time.monotonic()
         keys = lock_keys(entries)
         replies = await self._locks.acquire(keys)
         late = asyncio.get_running_loop().time() - asked_at > self._doubtful_after
         if late or again:
             replies = await self._confirmed(entries, keys, replies)
-        new, locked, refusal = grant(entries, replies, self._owned)
+        new, locked, refusal = grant(
+            entries, replies, self._owned, time.monotonic(), sent_at + self._locks.ttl
+        )
         if locked:
             self._keeper.add(locked)
         if None in replies and not late and not again:

@@ -40,6 +40,8 @@ class Locks:
         self._topology = topology
         self._value = consumer.encode()
         self._ttl_ms = ttl_ms
+        self.ttl = ttl_ms / 1000
+        """Seconds that a lock lives from when it was taken, or renewed."""
         self._logger = logger
         self._scripts_forbidden = False
         self._warned_of_holder = False
@@ -88,12 +90,16 @@ class Locks:
 
         Returns those gone, those taken, and the server's refusals, one for each of the others.
         """
-        outcomes = await self._run(RENEW, RENEW_ONE, self._extend, keys, self._value, self._ttl_ms)
+        outcomes = await self.renew_each(keys)
         gone = [key for key, outcome in zip(keys, outcomes, strict=True) if outcome == 0]
         taken = [key for key, outcome in zip(keys, outcomes, strict=True) if outcome == -1]
         if first_error(outcomes) is None:
             return gone, taken, []
         return gone, taken, [each for each in outcomes if isinstance(each, ReplyError)]
+
+    async def renew_each(self, keys: list[bytes]) -> list[Any]:
+        """As `renew`; returns for each lock 1 (done), 0 (gone), -1 (taken) or a `ReplyError`."""
+        return await self._run(RENEW, RENEW_ONE, self._extend, keys, self._value, self._ttl_ms)
 
     async def release(self, keys: list[bytes]) -> list[bytes]:
         """Deletes locks that are ours; returns those that were not.

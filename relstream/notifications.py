@@ -141,6 +141,11 @@ class Notifications(Deliveries, AsyncIterator[Notification]):
             return 0
         return self._size - self._waiting
 
+    @property
+    def waiting(self) -> int:
+        """How many added streams wait to be taken."""
+        return self._waiting
+
     def added(self, entries: list[Entry]) -> None:
         """These are owned from now on."""
         if self._ended:

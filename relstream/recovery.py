@@ -158,6 +158,11 @@ class Recoverer:
 
     # --- from outside -------------------------------------------------------------------------
 
+    @property
+    def leads(self) -> bool:
+        """Whether this consumer recovers for all at the moment."""
+        return self._leading
+
     def expired(self, payload: LBSInfo) -> None:
         """A lock expired: if it is ours to do so, its entry will be looked at."""
         if self._leading and self._auto_claim and len(self._expired) < MAX_EXPIRED:

@@ -29,6 +29,31 @@ class Room:
         self._readers = readers
         self._in_hand = 0
         self._waiting: dict[object, None] = {}  # readers, in the order in which they came
+        self._closed: set[str] = set()  # reasons for which nothing more is taken
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more is taken, for whatever reason."""
+        return bool(self._closed)
+
+    def closed_for(self, reason: str) -> bool:
+        """Whether nothing more is taken for this reason."""
+        return reason in self._closed
+
+    @property
+    def in_hand(self) -> int:
+        """Streams that are asked for, or being locked."""
+        return self._in_hand
+
+    def close(self, reason: str) -> None:
+        """There is no room, however few streams are owned, until `reopen` with the same reason."""
+        self._closed.add(reason)
+
+    def reopen(self, reason: str) -> None:
+        """This reason holds no more."""
+        if reason in self._closed:
+            self._closed.discard(reason)
+            self._notifications.room_made.set()
 
     def share(self, reader: object) -> int:
         """How many this reader may ask for now."""
@@ -40,6 +65,8 @@ class Room:
         return room if room <= 1 else max(1, room // self._readers)
 
     def _left(self) -> int:
+        if self._closed:
+            return 0
         room = self._notifications.room - self._in_hand
         if self._max_streams is not None:
             room = min(room, self._max_streams - self._owned() - self._in_hand)

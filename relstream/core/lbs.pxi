@@ -22,6 +22,8 @@ cdef class Entry:
     cdef public bint acked        # the server has confirmed its XACK
     cdef public bint ended        # no longer owned: finished, handed over or lost
     cdef readonly Py_ssize_t cost # size of the announcement, in bytes
+    cdef readonly double since    # when its lock was taken, on the clock of time.monotonic() …
+    cdef readonly double lease_deadline  # … and until when it is held unless renewed
     cdef Id _id
 
     @property
@@ -304,10 +306,17 @@ def announcements(
     return entries, unparseable, gone
 
 
-def grant(list entries not None, list replies not None, dict owned not None):
+def grant(
+    list entries not None,
+    list replies not None,
+    dict owned not None,
+    double since=0.0,
+    double lease_deadline=0.0,
+):
     """Enters locked entries into the table of owned streams, `{name: first entry}`.
 
-    `replies` are those to the SET of each entry's lock. Returns `(new, locked, refusal)`: entries
+    `replies` are those to the SET of each entry's lock, whose lease lasts from `since` until
+    `lease_deadline` (seconds, time.monotonic()). Returns `(new, locked, refusal)`: entries
     that brought a new stream, all whose locks were taken, and the last error reply, or None.
     """
     cdef list new = [], locked = []
@@ -324,6 +333,8 @@ def grant(list entries not None, list replies not None, dict owned not None):
         if type(reply) is ReplyError:
             refusal = reply
             continue
+        entry.since = since
+        entry.lease_deadline = lease_deadline
         locked.append(entry)
         first = owned.setdefault(entry.data_stream_name, entry)
         if first is entry:

@@ -492,8 +492,12 @@ class Link:
         """The master is there now: a connection to another server is of no use any more."""
         if (self.endpoint.host, self.endpoint.port) == address:
             return
+        self.reopen(ConnectionLost(f"{self.endpoint} is no master any more"))
+
+    def reopen(self, error: ConnectionLost) -> None:
+        """Gives the connection up: callers that wait for replies get `error`, others a new one."""
         if self._protocol is not None:
-            self._protocol.abort(ConnectionLost(f"{self.endpoint} is no master any more"))
+            self._protocol.abort(error)
         if self._attempt is not None:
             self._attempt.task.cancel()
             self._attempt = None
