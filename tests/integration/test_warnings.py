@@ -126,7 +126,8 @@ async def test_only_fresh_entries_tell_of_another_service(consumer, service, log
     await client.init()
     service.redis.set(f"s0{SEPARATOR}1-1", "somebody")
     read = batch_of(resp_entry(b"1-1", b"lbs-input", b'{"DataStreamName":"s0"}'))
-    entries, _, _ = announcements(read, b"lbs-input", SEPARATOR.encode(), json.loads)
+    separator = SEPARATOR.encode()
+    entries, _, _ = announcements(read, b"lbs-input", b"_retry_count", separator, json.loads)
     now = asyncio.get_running_loop().time()
     leases = client._partitions[0].leases
     taken = await leases.take(entries, now - 60 * (how == "late"), again=how == "again")
