@@ -436,3 +436,34 @@ async def test_disowned_carries_what_was_announced(consumer: Consumer, service: 
         service.put_back(entry_id)
         (lost,) = await take(notifications, 1, NotificationType.STREAM_DISOWNED)
         assert (lost.additional_info, lost.retry_count) == ({"k": 1}, 2)
+
+
+async def test_healthy_streams_are_left_alone_by_a_poisonous_one(
+    consumer: Consumer, service: Service
+) -> None:
+    """Work that raises each time is retried with the delays between, and then a dead letter."""
+    delay = 0.5
+    failed_at: list[float] = []
+    healthy = {f"healthy{number}" for number in range(20)}
+    for name in [*healthy, "poison"]:
+        service.announce(name)
+    client = consumer(recovery=RecoveryConfig(max_retries=2))
+    async with client as notifications:
+        got = await take(notifications, 21)
+        tokens = {n.payload for n in got if n.payload.data_stream_name in healthy}
+        (poison,) = (n for n in got if n.payload.data_stream_name == "poison")
+        while True:
+            try:
+                raise Broken(f"for the {poison.retry_count + 1}. time")
+            except Broken as error:
+                now = asyncio.get_running_loop().time()
+                assert not failed_at or now - failed_at[-1] >= delay
+                failed_at.append(now)
+                await client.fail(poison.payload, error, delay=delay)
+            if len(failed_at) == 3:
+                break
+            (poison,) = await take(notifications, 1)
+        (letter,) = dead(service)
+        assert (letter["_error"], letter["_retry_count"]) == ("for the 3. time", "3")
+        await nothing_comes(notifications, 0.5)
+        assert {LBSInfo(each.data_stream_name, each.id_in_lbs) for each in client.owned()} == tokens
