@@ -269,7 +269,7 @@ class Recoverer:
             self._keep_leading(),
             self._recover_for_ever(),
             self._tidy_for_ever(),
-            self._delayed.run(),
+            self._delayed.run(self._clock),
         ]
         if self._outages is not None:
             # First: what it leaves in the dark is not looked at before that is over.

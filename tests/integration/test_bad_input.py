@@ -164,7 +164,7 @@ NEEDED += ["set", "get", "pexpire", "del", "psubscribe"]
 USEFUL = ["evalsha", "eval", "mget", "config|get", "config|set"]
 IN_A_CLUSTER = ["cluster|slots", "asking"]
 USEFUL += ["client|setname", "client|id", "client|unblock", "ping", "select", "xinfo"]
-DELAYING = ["time", "zadd", "zrem", "zrangebyscore"]
+DELAYING = ["time", "zadd", "zrem", "zcount", "zrangebyscore"]
 USEFUL += DELAYING
 
 
