@@ -69,7 +69,7 @@ class DelayedEntries:
                     self._refused = True
                     self._logger.error(
                         "failed streams that are due can't be requeued, and wait in %r until this "
-                        "is mended: %s (needed: +time, +zcount, +zrangebyscore, +zadd, +zrem and ~%s)",
+                        "is mended: %s (needed: +time +zcount +zrangebyscore +zadd +zrem and ~%s)",
                         self._names.delayed.decode(errors="replace"), error,
                         self._names.delayed.decode(errors="replace"),
                     )  # fmt: skip
