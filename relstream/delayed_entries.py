@@ -45,6 +45,7 @@ class DelayedEntries:
         self._logger = logger
         self._scripts_forbidden = False
         self._refused = False
+        self._added: list[bytes] = []  # members that are in the stream, and not yet out of the set
 
     async def run(self, clock: ServerClock) -> None:
         """Moves what is due, for as long as this consumer leads; raises what a failover explains.
@@ -79,8 +80,8 @@ class DelayedEntries:
         """Adds entries that are due to the load balancer stream; returns how many.
 
         Atomic where scripts are allowed, and it has no more fields than a script can pass on. Else
-        it is added before it is taken out of the set: a crash between may deliver it twice, and
-        can't lose it.
+        it is added before it is taken out of the set: a crash, or a lost reply, between may
+        deliver it twice, and can't lose it.
         """
         if self._scripts_forbidden:
             return await self._move_in_steps()
@@ -99,6 +100,9 @@ class DelayedEntries:
         return int(moved)
 
     async def _move_in_steps(self) -> int:
+        if self._added:  # the connection was lost in between
+            await self.remove(self._added)
+            self._added = []
         seconds, micros = map(int, await self._link.execute(b"TIME"))
         rows = await self._link.execute(
             b"ZRANGEBYSCORE", self._names.delayed, b"-inf", seconds * 1000 + micros // 1000,
@@ -118,8 +122,16 @@ class DelayedEntries:
         ]
         if ours:
             adding = [pack(b"XADD", self._names.lbs, b"*", *unpacked(m)[1:]) for m in ours]
-            raise_first(await self._link.pipeline(b"".join(adding), len(adding)))
-            await self.remove(ours)
+            replies = await self._link.pipeline(b"".join(adding), len(adding))
+            self._added = [
+                member
+                for member, reply in zip(ours, replies, strict=True)
+                if not isinstance(reply, ReplyError)
+            ]
+            if self._added:
+                await self.remove(self._added)
+                self._added = []
+            raise_first(replies)
         return len(ours)
 
     async def add(self, due: Sequence[tuple[int, bytes]]) -> None:
