@@ -467,3 +467,29 @@ async def test_healthy_streams_are_left_alone_by_a_poisonous_one(
         assert (letter["_error"], letter["_retry_count"]) == ("for the 3. time", "3")
         await nothing_comes(notifications, 0.5)
         assert {LBSInfo(each.data_stream_name, each.id_in_lbs) for each in client.owned()} == tokens
+
+
+async def test_out_of_memory_nothing_is_lost(
+    consumer: Consumer, service: Service, request: pytest.FixtureRequest
+) -> None:
+    """A script that has written may add; in steps a failure waits for room."""
+    service.announce("bad")
+    client = consumer()
+    async with client as notifications:
+        (bad,) = await take(notifications, 1)
+        service.redis.config_set("maxmemory", 1)
+        try:
+            failing = asyncio.ensure_future(client.fail(bad.payload, "full", delay=0.3))
+            if "scripts" in request.node.name:
+                await asyncio.wait_for(failing, 10)
+                await eventually(lambda: len(service.entries()) == 1 and not delayed(service))
+            else:
+                await asyncio.sleep(1.0)
+                assert not failing.done()
+                assert len(service.pending()) == len(service.locks()) == 1
+        finally:
+            service.redis.config_set("maxmemory", 0)
+        await failing
+        (again,) = await take(notifications, 1)
+        assert again.retry_count == 1
+        assert len(service.entries()) == 1
