@@ -155,7 +155,7 @@ async def test_a_database_that_the_server_does_not_have(redis_url):
 # --- rights -----------------------------------------------------------------------------------
 
 KEYS = ["~svc-input", "~svc-input-dlq", "~svc-input-reconciler", f"~*{SEPARATOR}*"]
-KEYS += ["~{svc-input}-finished-*", "~{svc-input}-delayed"]
+KEYS += ["~{svc-input}-finished-*", "~{svc-input}-delayed", "~{svc-input}-instance-*"]
 CHANNEL = f"&__keyspace@0__:*{SEPARATOR}*"
 NEEDED = ["xgroup", "xreadgroup", "xadd", "xack", "xdel", "xrange", "xpending"]
 NEEDED += ["set", "get", "pexpire", "del", "psubscribe"]
