@@ -175,8 +175,16 @@ cdef void _skip(const char** at, const char* end) noexcept nogil:
             at[0] = _line_end(at[0] + 1, end) + 2
 
 
+cdef int _beyond(const char* at, const char* end) except -1:
+    """The first pass saw less than the second would read: nothing of it may be shown."""
+    raise ProtocolError(f"malformed reply: {_show(at, end)}")
+
+
 cdef object _build(const char** at, const char* end):
-    """The next reply as Python objects; moves `at` behind it."""
+    """The next reply as Python objects; moves `at` behind it.
+
+    Checks its own bounds: should the two passes disagree, nothing beyond `end` is read.
+    """
     cdef const char* p = at[0]
     cdef char kind = p[0]
     cdef const char* cr
@@ -193,6 +201,8 @@ cdef object _build(const char** at, const char* end):
         n = _header(at)
         if n < 0:
             return None
+        if n > end - at[0] - 2:
+            _beyond(p, end)
         p = at[0]
         at[0] = p + n + 2
         return PyBytes_FromStringAndSize(p, n)
@@ -203,10 +213,12 @@ cdef object _build(const char** at, const char* end):
         items = [_build(at, end) for i in range(n)]
         return Push(items) if kind == c'>' else items
     if kind == c'+':
-        if p[1] == c'O' and p[2] == c'K' and p[3] == c'\r':
+        if end - p >= 5 and memcmp(p + 1, b"OK\r\n", 4) == 0:
             at[0] = p + 5
             return _OK
         cr = _line_end(p + 1, end)
+        if cr == NULL:
+            _beyond(p, end)
         at[0] = cr + 2
         return PyBytes_FromStringAndSize(p + 1, cr - p - 1)
     if kind == c':':
@@ -219,6 +231,8 @@ cdef object _build(const char** at, const char* end):
         return mapping
     if kind == c'=' or kind == c'!':
         n = _header(at)
+        if n > end - at[0] - 2:
+            _beyond(p, end)
         p = at[0]
         at[0] = p + n + 2
         if kind == c'!':
@@ -229,6 +243,8 @@ cdef object _build(const char** at, const char* end):
 
     # What is left is a line.
     cr = _line_end(p + 1, end)
+    if cr == NULL:
+        _beyond(p, end)
     at[0] = cr + 2
     if kind == c'_' and cr == p + 1:
         return None

@@ -214,6 +214,21 @@ def test_the_same_as_hiredis(reply: tuple[bytes, Any]) -> None:
 # --- pipelines, push frames, counts ---------------------------------------------------------------
 
 
+@pytest.mark.parametrize("length", [2, 262_000, 536_870_912])
+def test_ok_and_a_lone_carriage_return_is_another_text(length: int) -> None:
+    """Taken for OK, what follows would be read as the length of a string, far beyond the reply."""
+    text = b"OK\rX$%d" % length
+    assert read(b"*2\r\n+" + text + b"\r\n+second\r\n") == [[text, b"second"]]
+
+
+@given(st.lists(st.text("OK\r$*:1+X"), min_size=1, max_size=5))
+@example(["OK\r"])
+@example(["OK\r$1"])
+def test_lines_end_at_cr_lf_alone(lines: list[str]) -> None:
+    data = b"*%d\r\n" % len(lines) + b"".join(b"+%b\r\n" % line.encode() for line in lines)
+    assert read(data) == [[line.encode() for line in lines]]
+
+
 def test_fill_takes_no_more_than_count() -> None:
     reader = Reader()
     reader.feed(b":1\r\n:2\r\n:3\r\n")
