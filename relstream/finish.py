@@ -142,6 +142,8 @@ class Finisher:
         self.release = self._released.ask
         """Hands the stream over: its entries are put back as they are, then the locks released."""
         self._under_way: set[asyncio.Task[None]] = set()
+        # One at most: where the dead-letter stream can't be written all else goes on.
+        self._dead_under_way: asyncio.Task[None] | None = None
         self._running = False
         self._failure: BaseException | None = None
 
@@ -188,13 +190,15 @@ class Finisher:
                 if self._failure is not None:
                     raise self._failure
                 for queue, end, most_bytes in self._queues:
-                    while queue:
+                    while queue and not (queue is self._dead and self._dead_under_way):
                         while len(self._under_way) >= BATCHES:
                             await asyncio.wait(self._under_way, return_when=asyncio.FIRST_COMPLETED)
                         task = asyncio.ensure_future(
                             self._persist(end, queue.take(BATCH, most_bytes))
                         )
                         self._under_way.add(task)
+                        if queue is self._dead:
+                            self._dead_under_way = task
                         task.add_done_callback(self._batch_ended)
         finally:
             self._running = False
@@ -204,6 +208,9 @@ class Finisher:
 
     def _batch_ended(self, task: asyncio.Task[None]) -> None:
         self._under_way.discard(task)
+        if task is self._dead_under_way:
+            self._dead_under_way = None
+            self._asked.set()
         if not task.cancelled() and task.exception() is not None:
             self._failure = task.exception()
             self._asked.set()

@@ -493,3 +493,25 @@ async def test_out_of_memory_nothing_is_lost(
         (again,) = await take(notifications, 1)
         assert again.retry_count == 1
         assert len(service.entries()) == 1
+
+
+async def test_dead_letters_that_can_not_be_written_keep_nothing_else_waiting(
+    consumer: Consumer, service: Service
+) -> None:
+    """Out of memory they wait, by many batches; other streams are finished meanwhile."""
+    for number in range(700):
+        service.announce(f"s{number}")
+    async with (client := consumer(queue_size=1000)) as notifications:
+        got = await take(notifications, 700)
+        service.redis.config_set("maxmemory", 1)
+        try:
+            rejecting = [asyncio.ensure_future(client.reject(n.payload)) for n in got[:650]]
+            await asyncio.sleep(0.5)
+            assert not any(each.done() for each in rejecting)
+            done = [client.done_stream(n.payload) for n in got[650:]]
+            await asyncio.wait_for(asyncio.gather(*done), 10)
+        finally:
+            service.redis.config_set("maxmemory", 0)
+        await asyncio.gather(*rejecting)
+        assert len(dead(service)) == 650
+        assert not service.entries()
