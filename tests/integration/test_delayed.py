@@ -182,6 +182,20 @@ async def test_what_goes_meanwhile_hides_nothing_that_stays(
     assert seen == [f"5-{i}" for i in range(60)]
 
 
+async def test_nothing_due_after_the_last_of_the_beginning_is_listed(
+    service: Service, redis_url: str
+) -> None:
+    delay(service, 30, lambda number: LATER + number)
+    seen: list[str] = []
+    async with Delayed(redis_url, "svc") as delayed:
+        async for entry in delayed:
+            if not seen:
+                service.redis.zrem(KEY, member(20))
+                service.redis.zadd(KEY, {member(100): LATER + 1000})
+            seen.append(entry.source_id)
+    assert seen == [f"5-{i}" for i in range(30) if i != 20]
+
+
 async def test_entries_that_go_hide_none_that_is_due_later(
     service: Service, redis_url: str
 ) -> None:
@@ -234,6 +248,23 @@ async def test_an_entry_that_is_gone_by_then_does_not_come_back(
         assert await ids(delayed) == ["5-1"]
         delay(service, 2, lambda number: LATER + number)
         assert await delayed.drop() == 1
+
+
+async def test_what_another_made_due_earlier_stays_so(
+    service: Service, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delay(service, 2, lambda number: LATER + number)
+    pipeline = BaseClient._pipeline
+
+    async def after_another(client: Delayed, key: bytes, packed: bytes, *rest: Any) -> list[Any]:
+        if b"ZADD" in packed:
+            service.redis.zadd(KEY, {member(0): 1000}, xx=True)
+        return await pipeline(client, key, packed, *rest)
+
+    monkeypatch.setattr(BaseClient, "_pipeline", after_another)
+    async with Delayed(redis_url, "svc") as delayed:
+        assert await delayed.requeue() == 1
+        assert (await listed(delayed))[0].due == 1000
 
 
 async def test_without_a_consumer_requeued_entries_wait(
