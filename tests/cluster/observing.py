@@ -7,7 +7,7 @@ from typing import Any
 import redis
 from helpers import SEPARATOR, Service
 
-from relstream import DeadLetters, Producer
+from relstream import DeadLetters, Delayed, Producer
 from relstream.servers import Cluster, Node, Sentinels
 
 
@@ -32,8 +32,11 @@ def subscriptions(node: Node) -> dict[str, int]:
     return {c["name"] or c["addr"]: int(c["psub"]) for c in clients if int(c["psub"])}
 
 
-async def announces(client: Producer | DeadLetters) -> None:
-    await (client.announce("s") if isinstance(client, Producer) else client.replay())
+async def announces(client: Producer | DeadLetters | Delayed) -> None:
+    if isinstance(client, Producer):
+        await client.announce("s")
+    else:
+        await (client.replay() if isinstance(client, DeadLetters) else client.requeue())
 
 
 class EveryMaster(redis.RedisCluster):

@@ -40,6 +40,7 @@ from relstream import (
     ConfigConflict,
     ConnectionFailed,
     DeadLetters,
+    Delayed,
     KeyspaceSetupFailed,
     LBSInfo,
     PermissionDenied,
@@ -410,7 +411,7 @@ async def test_leases_are_renewed_at_once_on_a_new_master(cluster, service, cons
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("work", [Producer, DeadLetters])
+@pytest.mark.parametrize("work", [Producer, DeadLetters, Delayed])
 async def test_nobody_waits_for_a_master_that_was_replaced(cluster, service, work):
     """It would acknowledge, once it wakes up, what is lost by then."""
     victim = cluster.master_of(service.lbs)

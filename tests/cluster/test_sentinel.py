@@ -32,6 +32,7 @@ from relstream import (
     ClusterMode,
     ConnectionFailed,
     DeadLetters,
+    Delayed,
     InvalidOption,
     Producer,
     RecoveryConfig,
@@ -194,7 +195,7 @@ async def test_a_new_master_is_followed(service, consumer, sentinels, how):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("work", [Producer, DeadLetters])
+@pytest.mark.parametrize("work", [Producer, DeadLetters, Delayed])
 async def test_nobody_waits_for_a_master_that_was_replaced(service, sentinels, work):
     """It would acknowledge, once it wakes up, what is lost by then."""
     async with work(f"{sentinels.url}?socket_timeout=60", "svc") as client:

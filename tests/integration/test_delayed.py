@@ -21,9 +21,9 @@ from relstream import (
     StreamClient,
     UsageError,
 )
+from relstream.base_client import BaseClient
 from relstream.delayed_entries import packed
 from relstream.lbs import Names
-from relstream.net.connection import Link
 
 Consumer = Callable[..., StreamClient]
 KEY = "{svc-input}-delayed"
@@ -137,17 +137,17 @@ async def test_large_entries_are_read_a_few_at_a_time(
     delay(service, small, lambda number: LATER - 1)
     for number in range(50, 70):
         service.redis.zadd(KEY, {member(number, info={"a": "x" * 1_000_000}): LATER})
-    pipeline, sizes = Link.pipeline, []
+    pipeline, sizes = BaseClient._pipeline, []
 
-    async def weighed(self: Link, packed: bytes, replies: int, **options: Any) -> list[Any]:
-        received = await pipeline(self, packed, replies, **options)
+    async def weighed(client: Delayed, key: bytes, packed: bytes, *rest: Any) -> list[Any]:
+        received = await pipeline(client, key, packed, *rest)
         rows = received[0] if isinstance(received[0], list) else []
         parts = [part for row in rows for part in (row if isinstance(row, list) else [row])]
         came = sum(len(part) for part in parts if isinstance(part, bytes))
         sizes.append(len(packed) + came)
         return received
 
-    monkeypatch.setattr(Link, "pipeline", weighed)
+    monkeypatch.setattr(BaseClient, "_pipeline", weighed)
     async with Delayed(redis_url, "svc") as delayed:
         assert len(await listed(delayed)) == small + 20
         assert await delayed.requeue() == small + 20
@@ -182,6 +182,20 @@ async def test_what_goes_meanwhile_hides_nothing_that_stays(
     assert seen == [f"5-{i}" for i in range(60)]
 
 
+async def test_nothing_due_after_the_last_of_the_beginning_is_listed(
+    service: Service, redis_url: str
+) -> None:
+    delay(service, 30, lambda number: LATER + number)
+    seen: list[str] = []
+    async with Delayed(redis_url, "svc") as delayed:
+        async for entry in delayed:
+            if not seen:
+                service.redis.zrem(KEY, member(20))
+                service.redis.zadd(KEY, {member(100): LATER + 1000})
+            seen.append(entry.source_id)
+    assert seen == [f"5-{i}" for i in range(30) if i != 20]
+
+
 async def test_entries_that_go_hide_none_that_is_due_later(
     service: Service, redis_url: str
 ) -> None:
@@ -214,6 +228,43 @@ async def test_requeued_entries_are_delivered_at_once_with_their_retries(
             assert len(set(names(await take(notifications, 58)))) == 58
             assert await listed(delayed) == []
         assert await delayed.requeue() == 0
+
+
+async def test_an_entry_that_is_gone_by_then_does_not_come_back(
+    service: Service, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The leader moved it between the look at it and its requeueing, or another operator did."""
+    delay(service, 2, lambda number: LATER + number)
+    pipeline = BaseClient._pipeline
+
+    async def too_late(client: Delayed, key: bytes, packed: bytes, *rest: Any) -> list[Any]:
+        if b"ZADD" in packed or b"ZREM" in packed:
+            service.redis.zrem(KEY, member(0))
+        return await pipeline(client, key, packed, *rest)
+
+    monkeypatch.setattr(BaseClient, "_pipeline", too_late)
+    async with Delayed(redis_url, "svc") as delayed:
+        assert await delayed.requeue() == 1
+        assert await ids(delayed) == ["5-1"]
+        delay(service, 2, lambda number: LATER + number)
+        assert await delayed.drop() == 1
+
+
+async def test_what_another_made_due_earlier_stays_so(
+    service: Service, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delay(service, 2, lambda number: LATER + number)
+    pipeline = BaseClient._pipeline
+
+    async def after_another(client: Delayed, key: bytes, packed: bytes, *rest: Any) -> list[Any]:
+        if b"ZADD" in packed:
+            service.redis.zadd(KEY, {member(0): 1000}, xx=True)
+        return await pipeline(client, key, packed, *rest)
+
+    monkeypatch.setattr(BaseClient, "_pipeline", after_another)
+    async with Delayed(redis_url, "svc") as delayed:
+        assert await delayed.requeue() == 1
+        assert (await listed(delayed))[0].due == 1000
 
 
 async def test_without_a_consumer_requeued_entries_wait(
@@ -334,16 +385,16 @@ async def test_interrupted_at_any_command_it_loses_none(
     """And is finished by another go."""
     delay(service, 35, lambda number: LATER + number // 9)
     sent = 0
-    pipeline = Link.pipeline
+    pipeline = BaseClient._pipeline
 
-    async def interrupted(link: Link, *args: Any, **options: Any) -> list[Any]:
+    async def interrupted(client: Delayed, *args: Any) -> list[Any]:
         nonlocal sent
         sent += 1
         if sent == command:
             asyncio.current_task().cancel()  # type: ignore[union-attr]
-        return await pipeline(link, *args, **options)
+        return await pipeline(client, *args)
 
-    monkeypatch.setattr(Link, "pipeline", interrupted)
+    monkeypatch.setattr(BaseClient, "_pipeline", interrupted)
     async with Delayed(redis_url, "svc") as delayed:
         going = asyncio.create_task(getattr(delayed, what)())
         await asyncio.wait({going})
