@@ -323,9 +323,10 @@ class StreamClient:
                 await part.clock.refresh()
             looking.append(asyncio.ensure_future(evicting(self._commands)))
             await self._events.set_up()
-            self._start("keeper", self._keeper.run())
-            await self._keeper.opened()  # a consumer that can't renew must not take anything
             self._warn_of_eviction(await looking[0])
+            self._start("keeper", self._keeper.run())
+            # A consumer that can't renew must not take anything. Last, so that its end is noticed.
+            await self._keeper.opened()
             if self._closing is not None:
                 raise ClientClosed(CLOSED_MEANWHILE)
         except BaseException as error:
