@@ -157,7 +157,8 @@ def packed(parts: Sequence[bytes]) -> bytes:
     """A MessagePack array of byte strings."""
     out = [_header(len(parts), 0x90, 15, ((0xDC, 2), (0xDD, 4)))]
     for part in parts:
-        out += (_header(len(part), 0xA0, 31, ((0xD9, 1), (0xDA, 2), (0xDB, 4))), part)
+        size = len(part)
+        out += (_SHORT[size] if size < 256 else _text_header(size), part)
     return b"".join(out)
 
 
@@ -167,6 +168,13 @@ def _header(size: int, fixed: int, most: int, longer: Sequence[tuple[int, int]])
         return bytes((fixed | size,))
     kind, width = next((kind, width) for kind, width in longer if size < 256**width)
     return bytes((kind,)) + size.to_bytes(width, "big")
+
+
+def _text_header(size: int) -> bytes:
+    return _header(size, 0xA0, 31, ((0xD9, 1), (0xDA, 2), (0xDB, 4)))
+
+
+_SHORT = [_text_header(size) for size in range(256)]
 
 
 def unpacked(member: bytes) -> list[bytes]:
