@@ -182,7 +182,7 @@ async def test_what_is_announced_in_another_partition_is_a_dead_letter(
     assert list(map(len, pending(partitions))) == [0, 0, 1]
     await client.done_stream(stray)
     assert "is of partition 2: give partitions=3" in caplog.text
-    assert ("dlq_routing", stray, "wrong_partition") in recorder.events
+    assert ("dlq_routing", [stray], "wrong_partition") in recorder.events
 
 
 async def test_dead_letters_go_back_to_where_they_were(url, partitions, consumer):
