@@ -59,8 +59,8 @@ def take_away(service, stream, entry_id):
     with service.redis.pipeline(transaction=True) as pipe:
         pipe.xack(service.lbs, service.group, entry_id)
         pipe.xdel(service.lbs, entry_id)
-        pipe.delete(f"{stream}{SEPARATOR}{entry_id}")
         pipe.execute()
+    service.redis.delete(f"{stream}{SEPARATOR}{entry_id}")
 
 
 @pytest.mark.parametrize("scripts", [True, False])
