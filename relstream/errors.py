@@ -54,9 +54,12 @@ _SHORT.maxstring = _SHORT.maxother = 200
 
 # Before Redis 7 an error inside a script arrives wrapped, with its code in the middle.
 _WRAPPED = re.compile(r"ERR Error running script .*?@user_script: ?\d+: -([A-Z]+) ", re.DOTALL)
-# Inside a script a command that the user may not run is a general error.
+# Inside a script a command that the user may not run is a general error; where the script went on,
+# of Redis 6.2 without any code.
 _SCRIPT_DENIED = re.compile(
-    r"ERR (ACL failure in script|.*The user executing the script can't run )", re.DOTALL
+    r"(?:ERR|@user_script: ?\d+:) "
+    r"(ACL failure in script|.*The user executing the script can't run )",
+    re.DOTALL,
 )
 # A command that was taken away by `rename-command` is as good as forbidden.
 _RENAMED = re.compile(r"ERR unknown command ")
@@ -136,7 +139,7 @@ class ReplyError(ServerError):
         super().__init__(message)
         self.message = message
         self.code = message.split(" ", 1)[0]
-        if self.code == "ERR":
+        if self.code in ("ERR", "@user_script:"):
             if wrapped := _WRAPPED.match(message):
                 self.code = wrapped[1]
             elif _SCRIPT_DENIED.match(message) or _RENAMED.match(message):

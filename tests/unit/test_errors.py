@@ -78,6 +78,7 @@ REFUSALS = [
         ("NOGROUP No such key 'x' or consumer group 'g'", "NOGROUP", False),
         ("NOPERM this user has no permissions to run the 'get' command", "NOPERM", False),
         (f"{OLD}{DENIED}", "NOPERM", False),
+        (f"@user_script: 39: {DENIED}", "NOPERM", False),
         (f"ERR {DENIED}{NEW}", "NOPERM", False),
         (f"ERR ACL failure in script: User u has no permissions to …{NEW}", "NOPERM", False),
         (f"{OLD}Wrong number of args calling Redis command From Lua script", "ERR", False),
