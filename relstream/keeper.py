@@ -17,7 +17,7 @@ from relstream.lbs import SEPARATOR, Names, partition_of
 from relstream.leases import pending_for
 from relstream.locks import Locks, chunks
 from relstream.net.asking import LOOK_EVERY
-from relstream.net.connection import Backoff, raise_first
+from relstream.net.connection import Backoff, explained_by_failover, raise_first
 from relstream.net.sentinel import NamedMaster
 from relstream.tasks import end_all, new_event_loop, until_one_ends, within
 
@@ -49,6 +49,8 @@ class Trouble(NamedTuple):
     """Since when a renewal waits for its answer, if it does for remarkably long."""
     error: str | None
     """Why the last try failed."""
+    passing: bool = False
+    """Whether a server said so that is not ready to serve, as in an outage or a failover."""
 
 
 def probe(names: Names) -> bytes:
@@ -348,7 +350,7 @@ class Keeper:
                 errors.append(error)
                 before = self._failures.get(server)
                 since = before.since if before is not None else began
-                self._failures[server] = Trouble(since, began, None, str(error))
+                self._failures[server] = Trouble(since, began, None, str(error), _passing(error))
         for error in errors:
             raise error
 
@@ -495,6 +497,13 @@ class Keeper:
     def _partition(self, lock_key: bytes) -> int:
         name = lock_key.rpartition(SEPARATOR)[0].decode()
         return partition_of(name, len(self._partitions))
+
+
+def _passing(error: BaseException) -> bool:
+    # MASTERDOWN stands for a connection to one of several masters that can't be opened.
+    if not isinstance(error, ReplyError) or error.code == "MASTERDOWN":
+        return False
+    return explained_by_failover(error)
 
 
 def _nothing() -> None:

@@ -60,6 +60,8 @@ class _Answers:
     def __init__(self) -> None:
         self.since: float | None = None
         self.asked_at = 0.0
+        self.confirmed_at = 0.0
+        """When the last question was asked that was answered."""
         self.asking: asyncio.Task[bool] | None = None
         self.overtook: tuple[float, float] | None = None
         """When the first command that was answered ahead of a renewal sent earlier was sent, and
@@ -155,6 +157,7 @@ class UnrenewedLeases:
                 answers.since = answers.overtook = None
             else:
                 answers.since = answers.since or now
+                answers.confirmed_at = answers.asked_at
                 silent_since = trouble.silent_since
                 if silent_since is None or answers.asked_at <= silent_since:
                     answers.overtook = None
@@ -173,11 +176,13 @@ class UnrenewedLeases:
         One without an answer is left under way: to give it up would break the connection.
         """
         try:
-            if self._commands.single or server is None:
-                first = self._partitions[0]
-                (reply,) = await first.link.pipeline(
-                    probe(first.names) if self._commands.single else pack(b"PING"), 1
-                )
+            first = self._partitions[0]
+            if self._commands.single:
+                (reply,) = await first.link.pipeline(probe(first.names), 1)
+            elif server is None:
+                # Not PING, which a node answers while the cluster is down.
+                asking = pack(b"XPENDING", first.names.lbs, first.names.group, b"0-0", b"0-0", 1)
+                (reply,) = await first.link.pipeline(asking, 1)
             else:
                 node, key = self._key_on(server)
                 (reply,) = await self._commands.to(node).pipeline(pack(b"PEXPIRE", key, 1), 1)
@@ -200,7 +205,8 @@ class UnrenewedLeases:
     ) -> bool:
         """Whether renewing was tried in vain while the server answered."""
         assert answers.since is not None
-        if trouble.tried_at > answers.since:
+        # It has to answer afterwards, too: an outage may have begun with the failure.
+        if not trouble.passing and answers.since < trouble.tried_at < answers.confirmed_at:
             return True
         # Far away an answer takes long, but to the first renewal before a later command.
         if trouble.silent_since is None or answers.overtook is None:
