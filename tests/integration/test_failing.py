@@ -85,7 +85,7 @@ async def test_a_failed_stream_comes_back_once_and_no_earlier(
         }
         await nothing_comes(notifications, 0.5)
         assert service.entries() == [_good.payload.id_in_lbs, again.payload.id_in_lbs]
-        assert len(service.locks()) == 2
+        await eventually(lambda: len(service.locks()) == 2)
         assert not delayed(service)
 
 

@@ -136,6 +136,7 @@ async def test_renewal_extends_the_lease(consumer, service, threaded):
     assert later.lease_deadline < time.monotonic() + 2.0
 
 
+@pytest.mark.only("single", "sentinel", reason="clients of a cluster find ways past a Tap")
 async def test_a_lease_that_is_not_renewed_ends_though_nobody_said_so(consumer, service):
     blocked = False
 
@@ -697,6 +698,7 @@ async def test_init_fails_when_the_renewal_connection_does(consumer, service):
 
 @pytest.mark.parametrize("silently", [False, True])
 @pytest.mark.parametrize("beats", [1.2, 2.5])
+@pytest.mark.only("single", "sentinel", reason="clients of a cluster find ways past a Tap")
 async def test_an_outage_causes_no_hand_over(consumer, service, caplog, silently, beats):
     up = asyncio.Event()
     up.set()
