@@ -19,6 +19,7 @@ from relstream.locks import Locks, chunks
 from relstream.net.asking import LOOK_EVERY
 from relstream.net.connection import Backoff, explained_by_failover, raise_first
 from relstream.net.sentinel import NamedMaster
+from relstream.net.topology import SlotTable
 from relstream.tasks import end_all, new_event_loop, until_one_ends, within
 
 if TYPE_CHECKING:
@@ -249,7 +250,7 @@ class Keeper:
         ]
         if isinstance(guide, NamedMaster):  # a master that was replaced may go on for long
             parts.append(guide.run())
-        elif guide is not None:
+        elif isinstance(guide, SlotTable):
             parts.append(guide.run(max(self._ttl / 8, LOOK_EVERY)))
         try:
             await until_one_ends(*parts)

@@ -66,7 +66,8 @@ class Proxy:
 
     def __init__(self, server_port: int, host: str = "127.0.0.1") -> None:
         self._host = host
-        self._server_port = server_port
+        self.server_port = server_port
+        """Where new connections lead."""
         self._open = asyncio.Event()
         self._open.set()
         self._heard = asyncio.Event()
@@ -132,7 +133,7 @@ class Proxy:
         self.connections += 1
         if self.refusing:
             return
-        there, beyond = await asyncio.open_connection(self._host, self._server_port)
+        there, beyond = await asyncio.open_connection(self._host, self.server_port)
         self._writers |= {writer, beyond}
         pumps = [
             asyncio.ensure_future(self._pump(reader, beyond, self._open, self._there)),

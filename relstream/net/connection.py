@@ -13,6 +13,7 @@ import re
 import socket
 import ssl
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -21,7 +22,7 @@ from urllib.parse import urlsplit
 import redis.asyncio
 from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection
 
-from relstream._core import OBJECT, backoff, first_error, pack
+from relstream._core import OBJECT, backoff, commands, first_error, pack, scatter
 from relstream.errors import (
     AuthenticationFailed,
     ConnectionFailed,
@@ -373,6 +374,18 @@ def is_forbidden(error: RelstreamError) -> bool:
     return isinstance(error, (AuthenticationFailed, PermissionDenied))
 
 
+def leads_elsewhere(reply: object) -> bool:
+    """Whether a server says that it is no master, or no more, and has not done what it was asked.
+
+    Redis ends blocked commands by UNBLOCKED when it becomes a replica, as CLIENT UNBLOCK does, too:
+    in other words.
+    """
+    return isinstance(reply, ReplyError) and (
+        reply.code == "READONLY"
+        or (reply.code == "UNBLOCKED" and "instance state changed" in reply.message)
+    )
+
+
 class _Attempt:
     """An opening of a connection, and how many callers wait for it."""
 
@@ -392,14 +405,37 @@ class MovingMaster(Protocol):
     def found(self, address: tuple[str, int]) -> None: ...
 
 
+class SharedAddress:
+    """The links of one event loop to one address, behind which another server may come to be.
+
+    What one of them learns of that holds for all: who only reads would never be told.
+    """
+
+    def __init__(self) -> None:
+        self._links: weakref.WeakSet[Link] = weakref.WeakSet()
+        self.replaced = asyncio.Event()
+        """Set when the server was no master any more; whoever waits for that clears it."""
+
+    def join(self, link: Link) -> None:
+        """This one is to leave a server that is no master any more."""
+        self._links.add(link)
+
+    def leave(self) -> None:
+        """The server is no master any more."""
+        self.replaced.set()
+        for link in list(self._links):
+            link.reopen(ConnectionLost(f"{link.endpoint} is no master any more"))
+
+
 class Link:
     """A connection to one server that is opened anew when it was lost.
 
     It is opened by whoever needs it; nothing runs in between. Callers who come while it is being
     opened share the attempt, and its error.
 
-    With `master` it is a connection to a master that may be replaced by another: each opening asks
-    where it is, and a server that says READONLY is one no more.
+    A server that says READONLY is no master any more: the connection is closed, the name resolved
+    anew, and what the server has refused is sent once more. With `master` each opening asks where
+    the master is; links that share an `address` leave it together.
     """
 
     def __init__(
@@ -408,12 +444,16 @@ class Link:
         *,
         on_push: Callable[[Any], None] | None = None,
         master: MovingMaster | None = None,
+        address: SharedAddress | None = None,
     ) -> None:
         self.endpoint = endpoint
         self._on_push = on_push
         self._master = master
         if master is not None:
             master.join(self)
+        self._address = address
+        if address is not None:
+            address.join(self)
         self._protocol: RedisProtocol | None = None
         self._attempt: _Attempt | None = None
         self._closed = False
@@ -522,7 +562,7 @@ class Link:
         `timeout` (seconds) is for the last reply, from when the commands are sent: before that, a
         connection may have to be opened, for which `patience` is as in `get`, or what was sent
         earlier to be read by the server. Raises what `get` and `RedisProtocol.send` raise. Nothing
-        is ever sent twice.
+        is ever sent twice but what a server refused that is no master any more.
         """
         if not replies:
             return []
@@ -535,11 +575,46 @@ class Link:
         received = await protocol.send(
             packed, replies, decode=decode, timeout=timeout or self.endpoint.timeout
         )
-        if self._master is not None:
-            error = first_error(received)
-            if error is not None and error.code == "READONLY":
-                protocol.abort(ConnectionLost(f"{self.endpoint} is no master any more"))
+        if first_error(received) is not None:
+            await self._send_elsewhere(protocol, packed, received, decode, timeout, patience)
         return received
+
+    async def _send_elsewhere(
+        self,
+        protocol: RedisProtocol,
+        packed: bytes,
+        received: list[Any],
+        decode: int,
+        timeout: float | None,
+        patience: float | None,
+    ) -> None:
+        """Sends what was refused by a server that is no master any more to the one that is."""
+        places = [place for place, reply in enumerate(received) if leads_elsewhere(reply)]
+        if not places:
+            return
+        self._leave(protocol)
+        try:
+            another = await self.get(patience)
+        except RelstreamError:  # the replies say that nothing was done
+            return
+        parts = commands(packed)
+        again = await another.send(
+            b"".join([parts[place] for place in places]),
+            len(places),
+            decode=decode,
+            timeout=timeout or self.endpoint.timeout,
+        )
+        scatter(received, places, again)
+        if any(map(leads_elsewhere, again)):  # the name leads there still
+            self._leave(another)
+
+    def _leave(self, protocol: RedisProtocol) -> None:
+        """Nobody uses this connection any more; unless that is so already."""
+        if protocol is not self._protocol or not protocol.alive:
+            return
+        if self._address is not None:
+            self._address.leave()
+        protocol.abort(ConnectionLost(f"{self.endpoint} is no master any more"))
 
     def send(
         self, packed: bytes, replies: int, *, decode: int = OBJECT, timeout: float | None = None

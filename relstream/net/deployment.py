@@ -11,7 +11,7 @@ import redis.asyncio
 from redis.asyncio.sentinel import SentinelConnectionPool
 
 from relstream.errors import InvalidOption
-from relstream.net.connection import Endpoint, Link, endpoint_of, without_secrets
+from relstream.net.connection import Endpoint, Link, SharedAddress, endpoint_of, without_secrets
 from relstream.net.sentinel import NamedMaster
 from relstream.net.topology import (
     ClusterTopology,
@@ -58,7 +58,7 @@ class Deployment:
         if self.nodes:
             known = other.nodes if isinstance(other, SlotTable) else []
             return SlotTable(replace(self, nodes=(*self.nodes, *known)))
-        return NamedMaster(self) if self.sentinels else None
+        return NamedMaster(self) if self.sentinels else SharedAddress()
 
     def open(self, role: str, guide: Guide = None) -> Topology:
         """What carries commands, over connections that CLIENT LIST shows under this role.
@@ -77,7 +77,8 @@ class Deployment:
         master = guide if isinstance(guide, NamedMaster) else None
         if master is None and self.sentinels:
             master = NamedMaster(self)
-        return Link(self.endpoint.named(role), on_push=on_push, master=master)
+        address = guide if isinstance(guide, SharedAddress) else None
+        return Link(self.endpoint.named(role), on_push=on_push, master=master, address=address)
 
 
 def deployment_of(source: object) -> Deployment:

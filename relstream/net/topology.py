@@ -30,7 +30,14 @@ from relstream.errors import (
     ReplyError,
 )
 from relstream.net.asking import ASK_NEXT, LOOK_EVERY, ask, first_answer
-from relstream.net.connection import Endpoint, Link, observe, raise_first
+from relstream.net.connection import (
+    Endpoint,
+    Link,
+    SharedAddress,
+    leads_elsewhere,
+    observe,
+    raise_first,
+)
 from relstream.net.sentinel import NamedMaster
 from relstream.tasks import end_all, within
 
@@ -333,8 +340,8 @@ class SlotTable:
         return found[1] if found else b"unknown", await self._ask(node)
 
 
-# What knows where masters are; None: there is nothing to know.
-Guide = SlotTable | NamedMaster | None
+# What knows where masters are.
+Guide = SlotTable | NamedMaster | SharedAddress | None
 
 
 async def unless_replaced(sending: Coroutine[Any, Any, list[Any]], guide: Guide) -> list[Any]:
@@ -343,7 +350,7 @@ async def unless_replaced(sending: Coroutine[Any, Any, list[Any]], guide: Guide)
     A hung one that wakes up acknowledges what is lost as soon as it is told of that. Of one that
     wakes up just then it may not be known yet that another took over.
     """
-    if guide is None:
+    if guide is None or isinstance(guide, SharedAddress):  # nobody tells
         return await sending
     before = set(guide.masters)
     task = asyncio.ensure_future(sending)
@@ -496,12 +503,31 @@ class ClusterTopology:
                     replied.cancel()
             if not errors:
                 break
+            self._leave_former(replies, groups)
             places = await self._redirected(
                 replies, places, alone, decode, timeout, attempt=attempt, apart=apart
             )
             if not places:
                 break
         return replies
+
+    def _leave_former(
+        self, replies: list[Any], groups: list[tuple[Endpoint | None, list[int]]]
+    ) -> None:
+        """Closes connections to servers that are no masters any more, though their names may be.
+
+        Their names lead elsewhere by now: they say READONLY, or that what they were asked is to be
+        asked at the name by which they were reached.
+        """
+        for owner, places in groups:
+            if owner is not None and any(self._former(replies[place], owner) for place in places):
+                self.slots.doubt()
+                self.to(owner).reopen(ConnectionLost(f"{owner} is no master any more"))
+
+    def _former(self, reply: Any, owner: Endpoint) -> bool:
+        if not isinstance(reply, ReplyError):
+            return False
+        return leads_elsewhere(reply) or (reply.code == "MOVED" and self._target(reply) is owner)
 
     def _start(
         self,
@@ -576,6 +602,8 @@ class ClusterTopology:
                 if reply.code == "MOVED":
                     moved.append(place)
                     target = self._target(reply)
+                elif leads_elsewhere(reply) and not attempt:
+                    moved.append(place)
                 elif reply.transient:  # CLUSTERDOWN, READONLY, …: perhaps a failover
                     self.slots.doubt()
         if moved:

@@ -10,7 +10,7 @@ import redis.asyncio.sentinel
 from redis.asyncio.cluster import ClusterNode
 
 from relstream import InvalidOption
-from relstream.net.connection import Endpoint
+from relstream.net.connection import Endpoint, SharedAddress
 from relstream.net.deployment import deployment_of
 from relstream.net.sentinel import NamedMaster
 from relstream.net.topology import ClusterTopology, SingleTopology, SlotTable
@@ -27,7 +27,7 @@ def test_a_single_server(url: str) -> None:
     assert not deployment.heals
     assert deployment.endpoint.db == 2
     assert (deployment.endpoint.tls is not None) == url.startswith("rediss")
-    assert deployment.guide() is None
+    assert isinstance(deployment.guide(), SharedAddress)
     assert isinstance(deployment.open("r"), SingleTopology)
 
 
