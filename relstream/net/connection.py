@@ -386,6 +386,11 @@ def leads_elsewhere(reply: object) -> bool:
     )
 
 
+def _run_id(info: object) -> bytes | None:
+    found = re.search(rb"run_id:(\w+)", info) if isinstance(info, bytes) else None
+    return found[1] if found else None
+
+
 class _Attempt:
     """An opening of a connection, and how many callers wait for it."""
 
@@ -402,7 +407,7 @@ class MovingMaster(Protocol):
     def join(self, link: Link) -> None: ...
     async def glance(self) -> None: ...
     async def locate(self) -> tuple[str, int]: ...
-    def found(self, address: tuple[str, int]) -> None: ...
+    def found(self, address: tuple[str, int], run_id: bytes | None) -> None: ...
 
 
 class SharedAddress:
@@ -515,11 +520,11 @@ class Link:
             protocol = await connect(self.endpoint, self._on_push)
             if master is not None:
                 try:
-                    await self._check_master(protocol)
+                    run_id = await self._check_master(protocol)
                 except BaseException:  # cancelled, say
                     protocol.abort()
                     raise
-                master.found((host, port))
+                master.found((host, port), run_id)
             self._protocol = protocol
             self.openings += 1
             return protocol
@@ -542,11 +547,24 @@ class Link:
             self._attempt.task.cancel()
             self._attempt = None
 
-    async def _check_master(self, protocol: RedisProtocol) -> None:
-        """A Sentinel may name a master of yesterday: it has to say itself that it is one (ROLE)."""
-        (role,) = await protocol.send(pack(b"ROLE"), timeout=self.endpoint.timeout)
+    async def _check_master(self, protocol: RedisProtocol) -> bytes | None:
+        """A Sentinel may name a master of yesterday: it has to say itself that it is one (ROLE).
+
+        Returns its `run_id`.
+        """
+        role, info = await protocol.send(
+            pack(b"ROLE") + pack(b"INFO", b"server"), 2, timeout=self.endpoint.timeout
+        )
         if isinstance(role, list) and role[0] != b"master":
             raise ConnectionFailed(f"{self.endpoint} is no master yet, or no more")
+        return _run_id(info)
+
+    async def run_id(self) -> bytes | None:
+        """What tells the server from any other, and from itself before a restart (INFO).
+
+        None where it does not say.
+        """
+        return _run_id((await self.pipeline(pack(b"INFO", b"server"), 1))[0])
 
     async def pipeline(
         self,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import time
 import weakref
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from relstream.net.deployment import Deployment
 
 
+# Seconds for which another name of the same server is believed to be that: it may lead elsewhere.
+ALIAS_FOR = 10.0
+
+
 class NamedMaster:
     """The master of today, as Sentinels name it. Belongs to one event loop."""
 
@@ -30,6 +35,9 @@ class NamedMaster:
         self._deployment = deployment
         self._links: weakref.WeakSet[Link] = weakref.WeakSet()
         self._address: tuple[str, int] | None = None
+        self._run_id: bytes | None = None
+        # Other names of the same server, as some Sentinels have it, and when that was seen.
+        self._aliases: dict[tuple[str, int], float] = {}
         self._watched = False
         self._looked = 0.0
         self.replaced = asyncio.Event()
@@ -96,17 +104,23 @@ class NamedMaster:
             raise ProtocolError(what) from error
         return self._deployment.remap(named) if self._deployment.remap else named
 
-    def found(self, address: tuple[str, int]) -> None:
+    def found(self, address: tuple[str, int], run_id: bytes | None) -> None:
         """The server there says that it is a master: links to another one leave it.
 
         That may be paused, or cut off from its replicas and Sentinels alone, and go on for long.
+        `run_id` tells another server from another name of the same one.
         """
         if address != self._address:
+            if run_id is not None and run_id == self._run_id:
+                self._aliases[address] = time.monotonic()
+                return
             if self._address is not None:
                 self.replaced.set()
             self._address = address
+            self._aliases.clear()
             for link in list(self._links):
                 link.leave_for(address)
+        self._run_id = run_id
 
     async def run(self) -> None:
         """Asks for the master of today every now and then, until cancelled."""
@@ -123,7 +137,9 @@ class NamedMaster:
     async def look(self) -> None:
         """Asks for the master of today, and turns to it if it is another one."""
         with contextlib.suppress(RelstreamError):  # nobody says so, or it is none yet
-            if await self.locate() != self._address:
+            located = await self.locate()
+            known_at = self._aliases.get(located, -math.inf)
+            if located != self._address and time.monotonic() - known_at > ALIAS_FOR:
                 probe = self._deployment.link("sentinel", guide=self)
                 try:
                     await probe.get()

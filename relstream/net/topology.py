@@ -148,6 +148,8 @@ class SlotTable:
         self._remap = deployment.remap
         self._view = _View()
         self._nodes: dict[tuple[str, int], Endpoint] = {}
+        # Each node by its id, with all hosts under which it was named: some may name it otherwise.
+        self._ids: dict[bytes, tuple[Endpoint, set[str]]] = {}
         # Masters to which slots are on their way, and when that was last seen (monotonic time).
         self._importing: dict[Endpoint, float] = {}
         self._topologies: weakref.WeakSet[ClusterTopology] = weakref.WeakSet()
@@ -201,6 +203,9 @@ class SlotTable:
             if node not in view.masters and time.monotonic() - seen < IMPORTING
         }
         self.stale = False
+        known = {id(node) for node in self.nodes}
+        self._ids = {key: node for key, node in self._ids.items() if id(node[0]) in known}
+        self._nodes = {at: node for at, node in self._nodes.items() if id(node) in known}
         if self.masters != before:
             self.noticed.set()
             self.replaced.set()
@@ -304,9 +309,36 @@ class SlotTable:
             view.replicas += [self._address(replica, node) for replica in replicas]
 
     def _address(self, row: list[Any], asked: Endpoint) -> Endpoint:
-        host = (row[0] or b"").decode()
-        # A node that does not know its own name means: where you asked me.
-        return self.at(asked.host if host in ("", "?") else host, int(row[1]))
+        """Where a node is: always the same object, however it is called by whoever was asked.
+
+        https://redis.io/docs/latest/commands/cluster-slots/
+        """
+        said, port = row[0], int(row[1])
+        node_id = row[2] if len(row) > 2 else b""
+        others = _hosts(row[3]) if len(row) > 3 else []
+        if said == b"?":  # it has a name that nobody knows yet
+            if not others:
+                raise ProtocolError(
+                    f"{asked} names a node '?' and no address: set cluster-announce-hostname on it"
+                )
+            hosts = others
+        elif said:
+            hosts = [said.decode(), *others]
+        else:  # all are behind the name by which one was asked
+            hosts = [asked.host, *(seed.host for seed in self._seeds)]
+        node, names = self._ids.get(node_id, (None, set()))
+        if node is None or names.isdisjoint(hosts) or (self._port(node) != port):
+            node, names = self.at(hosts[0], port), set()
+        if node_id:
+            self._ids[node_id] = node, names.union(hosts)
+        if said:
+            for host in hosts:
+                self._nodes[host, port] = node
+        return node
+
+    def _port(self, node: Endpoint) -> int:
+        """By which others call it."""
+        return next((at[1] for at, known in self._nodes.items() if known is node), node.port)
 
     async def settle(self) -> None:
         """Looks at the slots as all nodes see them; raises `ClusterNotSettled` if they differ."""
@@ -338,6 +370,14 @@ class SlotTable:
         info = await ask(node.named("slots"), b"CLUSTER", b"INFO")
         found = re.search(rb"cluster_state:(\w+)", info)
         return found[1] if found else b"unknown", await self._ask(node)
+
+
+def _hosts(metadata: Any) -> list[str]:
+    """Other hosts by which CLUSTER SLOTS calls a node: its address, or its name."""
+    if not isinstance(metadata, dict):
+        metadata = dict(zip(metadata[::2], metadata[1::2], strict=True))
+    found = [metadata.get(b"hostname"), metadata.get(b"ip")]
+    return [host.decode() for host in found if host]
 
 
 # What knows where masters are.
@@ -505,7 +545,7 @@ class ClusterTopology:
                 break
             self._leave_former(replies, groups)
             places = await self._redirected(
-                replies, places, alone, decode, timeout, attempt=attempt, apart=apart
+                replies, groups, alone, decode, timeout, attempt=attempt, apart=apart
             )
             if not places:
                 break
@@ -527,7 +567,9 @@ class ClusterTopology:
     def _former(self, reply: Any, owner: Endpoint) -> bool:
         if not isinstance(reply, ReplyError):
             return False
-        return leads_elsewhere(reply) or (reply.code == "MOVED" and self._target(reply) is owner)
+        return leads_elsewhere(reply) or (
+            reply.code == "MOVED" and self._target(reply, owner) == owner
+        )
 
     def _start(
         self,
@@ -562,7 +604,7 @@ class ClusterTopology:
     async def _redirected(
         self,
         replies: list[Any],
-        places: list[int],
+        groups: list[tuple[Endpoint | None, list[int]]],
         alone: Callable[[int], bytes],
         decode: int,
         timeout: float | None,
@@ -578,10 +620,18 @@ class ClusterTopology:
         moved: list[int] = []
         target: Endpoint | None = None
         importing: dict[Endpoint, list[int]] = {}
-        for place in places:
+        asked_at = [(place, owner) for owner, places in groups for place in places]
+        for place, owner in asked_at:
             reply = replies[place]
-            if isinstance(reply, ReplyError) and reply.code == "ASK":
-                importing.setdefault(self._target(reply), []).append(place)
+            if isinstance(reply, ReplyError) and reply.code == "ASK" and owner is not None:
+                importer = self._target(reply, owner)
+                if importer is not None:
+                    importing.setdefault(importer, []).append(place)
+                    continue
+                replies[place] = ReplyError(
+                    f"TRYAGAIN {owner} does not know the name of the node to ask ({reply}): set "
+                    "cluster-announce-hostname there"
+                )
         for node, some in importing.items():
             self.slots.imports(node)
             try:
@@ -596,12 +646,12 @@ class ClusterTopology:
                 asked = [ReplyError(f"TRYAGAIN {error}") for _ in some]
             for place, reply in zip(some, asked, strict=True):
                 replies[place] = reply
-        for place in places:
+        for place, owner in asked_at:
             reply = replies[place]
             if isinstance(reply, ReplyError):
-                if reply.code == "MOVED":
+                if reply.code == "MOVED" and owner is not None:
                     moved.append(place)
-                    target = self._target(reply)
+                    target = self._target(reply, owner)
                 elif leads_elsewhere(reply) and not attempt:
                     moved.append(place)
                 elif reply.transient:  # CLUSTERDOWN, READONLY, …: perhaps a failover
@@ -645,12 +695,17 @@ class ClusterTopology:
             for asking, reply in zip(answers[::2], answers[1::2], strict=True)
         ]
 
-    def _target(self, redirect: ReplyError) -> Endpoint:
-        """Where MOVED and ASK point: `MOVED 3999 127.0.0.1:6381`."""
+    def _target(self, redirect: ReplyError, asked: Endpoint) -> Endpoint | None:
+        """Where MOVED and ASK point (`MOVED 3999 127.0.0.1:6381`), as the node `asked` says it.
+
+        None where it does not know the name of that node (`MOVED 3999 ?:6381`).
+        """
         host, _, port = redirect.message.split(" ")[2].rpartition(":")
-        # Without a host: the one that said it; all of them are behind the same name then.
-        known = host not in ("", "?")
-        return self.slots.at(host if known else self.slots.masters[0].host, int(port))
+        if host == "?":
+            named = [node for node in self.slots.nodes if node.port == int(port)]
+            return named[0] if len(named) == 1 else None
+        # Without a host: all are behind the name by which one was asked.
+        return self.slots.at(host or asked.host, int(port))
 
     async def close(self) -> None:
         self._closed = True

@@ -139,3 +139,34 @@ async def test_a_node_of_a_cluster_behind_the_same_name(refusal):
         assert await producer.announce("one") == "1-0"
         switched.set()
         assert await producer.announce("two") == "1-0"
+
+
+async def test_sentinels_that_name_one_server_in_two_ways(server, redis_sync, consumer):
+    """By turns, as where only some of them resolve names; nobody has to be connected anew."""
+    hosts = [b"127.0.0.1", b"localhost"]
+    asked = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        while True:
+            if (await command(reader))[0] == b"HELLO":
+                writer.write(GREETING)
+                continue
+            asked += 1
+            port, host = b"%d" % server.port, hosts[asked % 2]
+            writer.write(b"*2\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(host), host, len(port), port))
+
+    service = Service(redis_sync)
+    async with listening(serve) as port:
+        client = consumer(url=f"redis+sentinel://127.0.0.1:{port}/svc")
+        async with client as notes:
+            service.announce("one")
+            await take(notes, 1)
+            before = {each["id"] for each in engine_connections(redis_sync)}
+            opened = redis_sync.info("stats")["total_connections_received"]
+            looked = asked
+            await eventually(lambda: asked > looked + 8)
+            assert {each["id"] for each in engine_connections(redis_sync)} >= before
+            # The other name is looked at once, by each of two event loops.
+            assert redis_sync.info("stats")["total_connections_received"] - opened <= 2
+            await client.done_stream("one")

@@ -130,5 +130,5 @@ async def test_in_a_tie_it_is_where_it_was(known: tuple[str, int]) -> None:
         return THERE if number else HERE
 
     master = named_master(ask, 2)
-    master.found(known)
+    master.found(known, None)
     assert await master.locate() == known

@@ -42,7 +42,6 @@ def of_masters(*masters: list[Any]) -> list[list[Any]]:
         (b"2001:db8::1", "2001:db8::1"),
         (b"", "asked.example"),
         (None, "asked.example"),
-        (b"?", "asked.example"),
     ],
 )
 async def test_where_a_master_is(slots: Any, said: bytes | None, host: str) -> None:
@@ -98,16 +97,94 @@ async def test_what_names_no_master_is_called_that(
         ("MOVED 3999 10.0.0.2:6381", "10.0.0.2", 6381),
         ("ASK 3999 node-2.example:6381", "node-2.example", 6381),
         ("MOVED 3999 2001:db8::2:6381", "2001:db8::2", 6381),
-        ("MOVED 3999 :6381", "10.0.0.1", 6381),
-        ("ASK 3999 ?:6381", "10.0.0.1", 6381),
+        ("MOVED 3999 :6381", "asked.example", 6381),
+        ("ASK 3999 :6381", "asked.example", 6381),
+        ("ASK 3999 ?:7001", "10.0.0.1", 7001),
     ],
 )
 async def test_where_a_redirect_points(slots: Any, message: str, host: str, port: int) -> None:
     slots.rows = of_masters([b"10.0.0.1", 7001, b"id", []])
     await slots.refresh()
     cluster = ClusterTopology(deployment_of(ASKED).endpoint, slots)
-    target = cluster._target(ReplyError(message))
+    target = cluster._target(ReplyError(message), deployment_of(ASKED).endpoint)
+    assert target is not None
     assert (target.host, target.port) == (host, port)
+
+
+async def test_a_redirect_to_a_node_whose_name_is_not_known(slots: Any) -> None:
+    slots.rows = of_masters([b"10.0.0.1", 7001, b"id", []])
+    await slots.refresh()
+    cluster = ClusterTopology(deployment_of(ASKED).endpoint, slots)
+    assert cluster._target(ReplyError("ASK 3999 ?:6381"), slots.masters[0]) is None
+
+
+@pytest.mark.parametrize(
+    "metadata", [[b"ip", b"10.0.0.1"], {b"ip": b"10.0.0.1"}], ids=["RESP2", "RESP3"]
+)
+async def test_a_node_that_has_a_name_nobody_knows_yet(slots: Any, metadata: Any) -> None:
+    slots.rows = of_masters([b"?", 7001, b"id", metadata])
+    await slots.refresh()
+    assert [(node.host, node.port) for node in slots.masters] == [("10.0.0.1", 7001)]
+
+
+async def test_a_node_that_nobody_can_name(slots: Any) -> None:
+    slots.rows = of_masters([b"?", 7001, b"id", []])
+    with pytest.raises(ConnectionFailed, match="set cluster-announce-hostname"):
+        await slots.refresh()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        [b"10.0.0.1", 7001, b"id", [b"hostname", b"node-1.example"]],
+        [b"10.0.0.1", 7001, b"id", []],
+        [b"?", 7001, b"id", [b"ip", b"10.0.0.1"]],
+    ],
+)
+async def test_a_node_that_others_call_otherwise_is_the_same(slots: Any, other: Any) -> None:
+    slots.rows = of_masters([b"node-1.example", 7001, b"id", [b"ip", b"10.0.0.1"]])
+    await slots.refresh()
+    before = slots.masters
+    slots.noticed.clear()
+    slots.rows = of_masters(other)
+    await slots.refresh()
+    assert slots.masters == before
+    assert not slots.noticed.is_set(), "nobody has to be connected anew"
+    assert slots.at("10.0.0.1", 7001) is before[0]
+
+
+async def test_names_of_the_seeds_are_one_where_nodes_have_none(slots: Any) -> None:
+    slots._seeds = (Endpoint(host="a.example", port=7000), Endpoint(host="b.example", port=7000))
+    rows = [[0, 9, [None, 7001, b"id-1", []]], [10, 19, [None, 7002, b"id-2", []]]]
+    slots.rows = rows
+    await slots.refresh(Endpoint(host="a.example", port=7000))
+    before = slots.masters
+    await slots.refresh(Endpoint(host="b.example", port=7000))
+    assert slots.masters == before
+    assert [node.host for node in before] == ["a.example"] * 2
+
+
+async def test_a_node_that_has_moved_is_somewhere_else(slots: Any) -> None:
+    slots.rows = of_masters([b"10.0.0.1", 7001, b"id", []])
+    await slots.refresh()
+    slots.rows = of_masters([b"10.0.0.2", 7001, b"id", []])
+    await slots.refresh()
+    assert [node.host for node in slots.masters] == ["10.0.0.2"]
+    slots.rows = of_masters([b"10.0.0.2", 7002, b"id", []])
+    await slots.refresh()
+    assert [node.port for node in slots.masters] == [7002]
+
+
+async def test_an_address_that_another_node_has_now(slots: Any) -> None:
+    slots.rows = of_masters([b"n1.example", 7001, b"id-1", [b"ip", b"10.0.0.1"]])
+    await slots.refresh()
+    slots.rows = of_masters(
+        [b"n1.example", 7001, b"id-1", [b"ip", b"10.0.0.2"]],
+        [b"n2.example", 7001, b"id-2", [b"ip", b"10.0.0.1"]],
+    )
+    await slots.refresh()
+    assert [node.host for node in slots.masters] == ["n1.example", "n2.example"]
+    assert slots.at("10.0.0.1", 7001) is slots.masters[1]
 
 
 async def test_who_imports_a_slot_is_a_master_for_a_while(
