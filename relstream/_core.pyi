@@ -197,6 +197,8 @@ class Plan:
         locks: bool,
         most: int,
         size: int,
+        leader: bytes | None = None,
+        fence: bytes = b"",
     ) -> list[bytes]: ...
 
 def parse_id(text: bytes) -> tuple[int, int] | None: ...

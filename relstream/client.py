@@ -49,7 +49,7 @@ from relstream.notifications import LBSInfo, Notifications
 from relstream.partition import Partition
 from relstream.pausing import Pausing
 from relstream.recorder import Recorder, SafeRecorder, is_recorder
-from relstream.rights import check_rights
+from relstream.rights import check_rights, keys_together
 from relstream.room import Room
 from relstream.tasks import CLOSING, OneLoop, end_all
 from relstream.twins import Twins
@@ -319,6 +319,7 @@ class StreamClient:
                         "keys: give redis+cluster://host:port, or a RedisCluster"
                     )
                 await check_rights(self._commands, part.names, self._consumer)
+                self._keep_together(await keys_together(self._commands, part.names))
                 await part.create_group()
                 await part.clock.refresh()
             looking.append(asyncio.ensure_future(evicting(self._commands)))
@@ -348,6 +349,17 @@ class StreamClient:
             self._start("audit", part.audit_for_ever(), part)
             self._start("recovery", part.recoverer.run(), part)
         return self._notifications
+
+    def _keep_together(self, together: bool) -> None:
+        """Whether one command may have keys of several slots."""
+        if self._commands.together and not together:
+            self._logger.warning(
+                "this server refuses commands with keys of several slots (CROSSSLOT): locks and "
+                "entries are seen to one by one, as on a cluster"
+            )
+            for topology in (self._commands, self._recovering, self._leading, *self._reads):
+                topology.together = False
+            self._keeper.together = False
 
     async def __aenter__(self) -> Notifications:
         return await self.init()

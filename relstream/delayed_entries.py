@@ -15,6 +15,7 @@ from relstream._core import ITEM, Template, pack
 from relstream.errors import ReplyError
 from relstream.lbs import INPUT_FIELD
 from relstream.net.connection import explained_by_failover, raise_first
+from relstream.rights import Denied, refused
 from relstream.scripts import MOVE_DUE, run
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class DelayedEntries:
         self._link = link
         self._names = names
         self._logger = logger
-        self._scripts_forbidden = False
+        self._no_scripts = Denied(link)
         self._refused = False
         self._added: list[bytes] = []  # members that are in the stream, and not yet out of the set
 
@@ -83,14 +84,14 @@ class DelayedEntries:
         it is added before it is taken out of the set: a crash, or a lost reply, between may
         deliver it twice, and can't lose it.
         """
-        if self._scripts_forbidden:
+        if self._no_scripts:
             return await self._move_in_steps()
         keys = (self._names.lbs, self._names.delayed)
         (reply,) = await run(self._link, MOVE_DUE, [(keys, (MOST, MOST_BYTES))])
         if isinstance(reply, ReplyError):
-            if reply.code != "NOPERM" or reply.about_keys:
+            if not refused(reply) or reply.about_keys:
                 raise reply
-            self._scripts_forbidden = True
+            self._no_scripts.remember()
             return await self._move_in_steps()
         moved, *why = reply
         if why == [b""]:

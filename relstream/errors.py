@@ -44,7 +44,9 @@ _NOT_NOW = frozenset(
     (
         *("BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MISCONF"),
         *("NOREPLICAS", "OOM", "READONLY", "TRYAGAIN"),
+        "NOAUTH",  # it may take a moment until it knows a new password
         "NOSCRIPT",  # flushed again after it was loaded
+        "FENCED",  # a script of ours: whoever sent it leads no more
     )
 )
 
@@ -61,8 +63,14 @@ _SCRIPT_DENIED = re.compile(
     r"(ACL failure in script|.*The user executing the script can't run )",
     re.DOTALL,
 )
-# A command that was taken away by `rename-command` is as good as forbidden.
-_RENAMED = re.compile(r"ERR unknown command ")
+# A command that was taken away by `rename-command` is as good as forbidden; so is one that a proxy,
+# or a service, does not know or pass on, in words of its own.
+_UNSUPPORTED = re.compile(
+    r"ERR .*\b(unknown|unsupported|disabled|forbidden|invalid) (command|cmd)\b"
+    r"|ERR .*\b(command|cmd)\b.*\b(not|isn't|is not) (supported|allowed|permitted|available)\b"
+    r"|ERR '\w+' is not (supported|allowed|permitted)\b",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 class RelstreamError(Exception):
@@ -142,7 +150,7 @@ class ReplyError(ServerError):
         if self.code in ("ERR", "@user_script:"):
             if wrapped := _WRAPPED.match(message):
                 self.code = wrapped[1]
-            elif _SCRIPT_DENIED.match(message) or _RENAMED.match(message):
+            elif _SCRIPT_DENIED.match(message) or _UNSUPPORTED.match(message):
                 self.code = "NOPERM"
 
     @property

@@ -35,6 +35,7 @@ from relstream.net.connection import (
     raise_first,
 )
 from relstream.put_back import PUT, Entries
+from relstream.rights import Denied, refused
 from relstream.scripts import FAIL, FINISH, run
 from relstream.tasks import end_all
 
@@ -96,7 +97,7 @@ class Finisher:
         logger: logging.Logger,
     ) -> None:
         self._link = topology.link(names.lbs)
-        self._single = topology.single
+        self._topology = topology
         self._locks = locks
         self._names = names
         self._consumer = consumer
@@ -114,7 +115,8 @@ class Finisher:
         self._written: set[bytes] = set()
         # Where scripts or receipts are forbidden, or a receipt would be on another server.
         slots = {key_slot(key) for key in (names.lbs, *self._receipts)}
-        self._in_steps = not topology.single and len(slots) > 1
+        self._apart = not topology.single and len(slots) > 1
+        self._no_scripts = Denied(self._link)
         self._stored = Entries(self._link, names)
         self._recorder = recorder
         self._logger = logger
@@ -305,7 +307,7 @@ class Finisher:
     ) -> set[Entry]:
         """Finishes these, and delays what is given, one for each stream; returns entries lost."""
         # What a try in steps may have acknowledged the script would take for lost.
-        if not self._in_steps and not call.in_steps and len(entries) == len(endings):
+        if not (self._apart or self._no_scripts or call.in_steps) and len(entries) == len(endings):
             lost = await self._finish_at_once(entries, call, delayed)
             if lost is not None:
                 return lost
@@ -406,7 +408,8 @@ class Finisher:
         A cluster has the locks elsewhere: they are released then.
         """
         self._written.add(call.receipt)
-        locks = lock_keys(entries) if self._single else []
+        together = self._topology.together
+        locks = lock_keys(entries) if together else []
         keys = [self._names.lbs, call.receipt, *locks]
         args = [self._names.group, self._consumer.encode(), call.token, b"%d" % RECEIPT_MS]
         args += id_range(entries)
@@ -422,14 +425,14 @@ class Finisher:
         if isinstance(reply, ReplyError):
             if reply.code == "TRYAGAIN" and not call.again:
                 return None  # its slot moves: receipt and stream are in different places
-            if reply.code != "NOPERM":
+            if not refused(reply):
                 raise reply
             if script is FINISH:  # else it may be the right to delay that lacks
                 await self._forbidden(reply, call.receipt)
             return None
         missed = list(map(int, reply[len(call.token) :].split()))
         lost = {entries[-place - 1] for place in missed if place < 0}
-        if not self._single:
+        if not together:
             lost -= await self._lost_with_group([entry for entry in entries if entry in lost])
             await self._unlock([entry for entry in entries if entry not in lost])
         elif self._recorder is not None:
@@ -455,11 +458,12 @@ class Finisher:
     async def _forbidden(self, refusal: ReplyError, receipt: bytes) -> None:
         """Whether it is for good that the script must not be run, or for one of these locks."""
         if not refusal.about_keys:
-            self._in_steps = True  # who releases locks says so
+            self._no_scripts.remember()  # who releases locks says so
             return
         (reply,) = await self._link.pipeline(pack(b"GET", receipt), 1)
         if isinstance(reply, ReplyError) and reply.code == "NOPERM":
-            self._in_steps = True
+            if not self._no_scripts.remember():
+                return
             rule = receipt[: receipt.index(b"-finished-")] + b"-finished-*"
             self._logger.warning(
                 "the key %r is forbidden: streams are finished in three steps; grant ~%s to make "

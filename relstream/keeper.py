@@ -120,6 +120,8 @@ class Keeper:
         self._opened: asyncio.Future[RelstreamError | None] | None = None
         self.renewed_at: float | None = None
         """When the last round began that renewed something, or found that it could (monotonic)."""
+        self.together = True
+        """Whether one command may have keys of several slots; to be set before `run`."""
         self.on_failure: Callable[[], None] = _nothing
         """Called on the application's loop when a round has failed."""
 
@@ -208,6 +210,7 @@ class Keeper:
         if not self._threaded:
             await self._main()
             return
+        self._deployment = self._deployment.asking_on(app_loop)
         ended: asyncio.Future[BaseException | None] = app_loop.create_future()
 
         def body() -> None:
@@ -243,6 +246,7 @@ class Keeper:
     async def _main(self) -> None:
         guide = self._deployment.guide(self._guide)
         topology = self._topology = self._deployment.open(f"{self._consumer}:renew", guide)
+        topology.together = topology.together and self.together
         replaced = guide.replaced if guide is not None else asyncio.Event()
         parts: list[Coroutine[Any, Any, object]] = [
             self._stopping.wait(),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from typing import TYPE_CHECKING
+import secrets
+from typing import TYPE_CHECKING, NamedTuple
 
 from relstream._core import pack
 from relstream.errors import RelstreamError, ReplyError
+from relstream.rights import Denied
 
 if TYPE_CHECKING:
     from relstream.lbs import Names
@@ -19,12 +21,24 @@ if TYPE_CHECKING:
 LEADERSHIP = 1.0
 # In front of the name of a leader that leaves looking for deaths to others.
 SCANS_ONLY = b"scans only: "
+# What the key holds for a moment when who led has closed.
+RESIGNED = b"nobody"
 # Seconds between two looks, while another leads, whether that is so.
 CHECK_KEY_EVERY = 10.0
 
 
+class Fence(NamedTuple):
+    """What proves that whoever judged still leads, and did so before."""
+
+    key: bytes
+    value: bytes
+
+
 class Leadership:
-    """Of one consumer, who has it for `lasts` seconds from when it was taken, or kept, last."""
+    """Of one consumer, who has it for `lasts` seconds from when it was taken, or kept, last.
+
+    What the key holds is another one each time it is taken: the consumer's name, `#`, and a token.
+    """
 
     def __init__(
         self,
@@ -36,22 +50,54 @@ class Leadership:
         scans_only: bool,
         logger: logging.Logger,
     ) -> None:
-        self._link = topology.link(names.leader)
-        self._server = topology.to(self._link.endpoint) if topology.single else None
-        self._openings = 0
+        self.link = topology.link(names.leader)
         self._key = names.leader
         self._scans_only = scans_only
-        self._value = SCANS_ONLY + consumer if scans_only else consumer
+        self._name = SCANS_ONLY + consumer if scans_only else consumer
+        self._value = b""
         self.lasts = max(min(heartbeat, LEADERSHIP), LEADERSHIP / 2)
         self._lasts_ms = round(self.lasts * 1000)
         self._logger = logger
         self._checked = -math.inf
+        self._out_of_memory = False
+        self.confirmed_at = -math.inf
+        """When that was sent by which leadership was confirmed last (loop time)."""
+        # Until when (loop time) the key lives, by its time to live when it was seen last.
+        self._lives_until = -math.inf
+        self._no_pttl = Denied(self.link)
+        self.vanished = False
+        """Whether the key was gone, when it was looked at last, before its time had passed."""
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether nobody else can lead, as far as this clock tells."""
+        return asyncio.get_running_loop().time() - self.confirmed_at < self.lasts
+
+    @property
+    def fence(self) -> Fence | None:
+        """By which a script can see that this consumer leads, and has not ceased to since.
+
+        None out of memory, where nobody can be chosen.
+        """
+        return None if self._out_of_memory else Fence(self._key, self._value)
 
     async def take(self) -> bool:
         """Whether this consumer leads from now on."""
-        take = (b"SET", self._key, self._value, b"PX", self._lasts_ms)
+        clock = asyncio.get_running_loop().time
+        sent_at, lived_until = clock(), self._lives_until
+        former, value = self._value, b"%b#%b" % (self._name, secrets.token_hex(4).encode())
+        take = (b"SET", self._key, value, b"PX", self._lasts_ms)
         packed = pack(*take, b"NX") + pack(b"GET", self._key)
-        taken, leader = await self._link.pipeline(packed, 2)
+        if self._no_pttl:
+            taken, leader = await self.link.pipeline(packed, 2)
+        else:
+            taken, leader, left = await self.link.pipeline(packed + pack(b"PTTL", self._key), 3)
+            if isinstance(left, ReplyError) and left.code == "NOPERM":
+                self._no_pttl.remember()
+            if isinstance(left, int):
+                self._lives_until = sent_at + left / 1000
+        self.vanished = taken == b"OK" and clock() < lived_until
+        self._out_of_memory = False
         if isinstance(leader, ReplyError):
             if leader.code == "WRONGTYPE":  # something else is there
                 return False
@@ -60,38 +106,53 @@ class Leadership:
             if taken.code != "OOM":
                 raise taken
             # Out of memory nobody can be chosen. Several that recover do no harm, none would.
-            return leader is None
-        if taken is None and not self._scans_only and (leader or b"").startswith(SCANS_ONLY):
+            if leader is not None:
+                return False
+            self._out_of_memory = True
+        elif taken is None and former and leader == former:  # our connection broke, no more
+            return await self.keep()
+        elif taken is None:
+            leader = leader or b""
             # Who only scans leads until somebody comes who looks for deaths, too.
-            taken = await self._link.execute(*take)
-        return taken is not None
+            if leader != RESIGNED and (self._scans_only or not leader.startswith(SCANS_ONLY)):
+                return False
+            await self.link.execute(*take)
+        self._value = value
+        self.confirmed_at = sent_at
+        if not self._out_of_memory:
+            self._lives_until = sent_at + self.lasts
+        return True
+
+    async def take_anew(self) -> bool:
+        """The same after an outage: what this consumer judged before it is void."""
+        if self._value and await self.link.execute(b"GET", self._key) == self._value:
+            await self.link.execute(b"DEL", self._key)
+        self._value, self._lives_until = b"", -math.inf
+        return await self.take()
 
     async def keep(self) -> bool:
         """Whether this consumer leads still, and if so for its full time again."""
-        leader = await self._link.execute(b"GET", self._key)
+        sent_at = asyncio.get_running_loop().time()
+        self.vanished = False
+        leader = await self.link.execute(b"GET", self._key)
         if leader is None:
             return await self.take()
         if leader != self._value:
             return False
-        return bool(await self._link.execute(b"PEXPIRE", self._key, self._lasts_ms))
-
-    def interrupted(self) -> bool:
-        """Whether the connection was opened anew since this was asked last.
-
-        The server may be another one since, which heard of no renewal for a while: one that is
-        replaced by hand goes on serving until it is told. A cluster's masters are looked after by
-        `Outages`.
-        """
-        if self._server is None:
-            return False
-        before, self._openings = self._openings, self._server.openings
-        return bool(before) and before != self._openings
+        kept = bool(await self.link.execute(b"PEXPIRE", self._key, self._lasts_ms))
+        if kept:
+            self.confirmed_at = sent_at
+            self._lives_until = sent_at + self.lasts
+        return kept
 
     async def resign(self) -> None:
         """Lets another lead at once, if the server can be told; else leadership just expires."""
+        self.confirmed_at = -math.inf
         try:
-            if await self._link.execute(b"GET", self._key) == self._value:
-                await self._link.execute(b"DEL", self._key)
+            if await self.link.execute(b"GET", self._key) == self._value:
+                # Deleted, it would look as if the server had lost keys, and locks.
+                resigned = b"SET", self._key, RESIGNED, b"PX", self._lasts_ms // 2
+                await self.link.execute(*resigned)
                 self._logger.info("this consumer recovers for the service no more")
         except RelstreamError as error:
             self._logger.debug("leadership could not be given up, and expires: %s", error)
@@ -105,7 +166,7 @@ class Leadership:
         if now < self._checked + CHECK_KEY_EVERY:
             return
         self._checked = now
-        (ttl,) = await self._link.pipeline(pack(b"PTTL", self._key), 1)
+        (ttl,) = await self.link.pipeline(pack(b"PTTL", self._key), 1)
         if ttl == -1:
             self._checked = math.inf
             self._logger.error(

@@ -94,7 +94,7 @@ class Leases:
         names: Names,
         consumer: str,
         *,
-        single: bool,
+        together: Callable[[], bool],
         recovered_after: float,
         keeper: Keeper,
         on_drop: Callable[[], None],
@@ -105,7 +105,7 @@ class Leases:
         self._names = names
         self._consumer = consumer
         self._keeper = keeper
-        self._single = single
+        self._together = together
         self._recovered_after_ms = max(recovered_after, SOONEST) * 1000
         self._doubtful_after = recovered_after * DOUBTFUL_AFTER
         self._on_drop = on_drop
@@ -180,7 +180,7 @@ class Leases:
         replies = [b"OK" if key in ours else r for key, r in zip(keys, replies, strict=True)]
         ids = entry_ids(entries)
         still = await pending_for(self._link, self._names, self._consumer, keys, ids)
-        most = math.inf if self._single else self._recovered_after_ms
+        most = math.inf if self._together() else self._recovered_after_ms
         late = {
             key: TOO_LATE if key in still else None
             for key, reply in zip(keys, replies, strict=True)

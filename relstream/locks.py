@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from relstream._core import ITEM, Template, first_error, lock_keys, scatter
 from relstream.errors import ProtocolError, RelstreamError, ReplyError
 from relstream.net.connection import explained_by_failover, raise_first
+from relstream.rights import Denied, refused
 from relstream.scripts import (
     RELEASE,
     RELEASE_ONE,
@@ -43,7 +44,7 @@ class Locks:
         self.ttl = ttl_ms / 1000
         """Seconds that a lock lives from when it was taken, or renewed."""
         self._logger = logger
-        self._scripts_forbidden = False
+        self._no_scripts = Denied(topology.link(b""))
         self._warned_of_holder = False
         self._set = Template(b"SET", ITEM, self._value, b"NX", b"PX", ttl_ms)
         self._get = Template(b"GET", ITEM)
@@ -127,32 +128,27 @@ class Locks:
 
         For each lock 1 (done), 0 (gone), -1 (another's) or a `ReplyError`.
         """
-        if self._scripts_forbidden:
+        if self._no_scripts:
             return await self._in_steps(step, keys)
-        if self._topology.single:
+        if self._topology.together:
             outcomes = await self._run_on_many(many, keys, args)
         else:
             outcomes = await run_each(self._topology, one, keys, args)
         if first_error(outcomes) is None:
             return outcomes
-        refused = [
-            place
-            for place, outcome in enumerate(outcomes)
-            if isinstance(outcome, ReplyError) and outcome.code == "NOPERM"
-        ]
+        denied = [place for place, outcome in enumerate(outcomes) if refused(outcome)]
         # About one of these locks: for once.
-        refusal = next((outcomes[p] for p in refused if not outcomes[p].about_keys), None)
-        if refusal is not None and not self._scripts_forbidden:
-            self._scripts_forbidden = True
+        refusal = next((outcomes[p] for p in denied if not outcomes[p].about_keys), None)
+        if refusal is not None and self._no_scripts.remember():
             self._logger.warning(
                 "a script is forbidden (%s): locks are renewed and released by two commands each; "
                 "grant +evalsha, +eval, +mget, +pexpire and +del to make that one atomic "
                 "step",
                 refusal,
             )
-        if refused:
-            steps = await self._in_steps(step, [keys[place] for place in refused])
-            scatter(outcomes, refused, steps)
+        if denied:
+            steps = await self._in_steps(step, [keys[place] for place in denied])
+            scatter(outcomes, denied, steps)
         return outcomes
 
     async def _run_on_many(

@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 from relstream._core import pack
-from relstream.errors import RelstreamError, ReplyError
+from relstream.errors import ConnectionLost, DeadlineExceeded, RelstreamError, ReplyError
 from relstream.lbs import SEPARATOR
 from relstream.tasks import end_all
 
@@ -42,8 +42,9 @@ class Outages:
         self._until: dict[Endpoint, float] = {}
         # When those were first asked that have not answered since; long ago if they hung up on us.
         self._asked_at: dict[Endpoint, float] = {}
-        # How often the connections had been opened on which they answered last.
+        # How often the connections had been opened on which they answered last, and who answered.
         self._openings: dict[Endpoint, int] = {}
+        self._run_ids: dict[Endpoint, bytes | None] = {}
         # A key on each that is no lock; None where none was found.
         self._keys: dict[Endpoint, bytes | None] = {}
 
@@ -82,6 +83,7 @@ class Outages:
         self._until.clear()
         self._asked_at.clear()
         self._openings.clear()
+        self._run_ids.clear()
 
     def _late(self) -> float:
         """Seconds for which this event loop was kept from hearing any answer."""
@@ -91,14 +93,18 @@ class Outages:
     def _silent(self, master: Endpoint) -> bool:
         """Whether this one left a question unanswered for too long, or has not said yet it did not.
 
-        One that was restarted in between two questions has no locks any more.
+        One that was restarted in between two questions has no locks any more: until it has told who
+        it is nobody knows.
         """
-        openings = self._topology.to(master).openings
-        if openings != self._openings.get(master, openings):
+        if self._opened_anew(master):
             return True
         asked_at = self._asked_at.get(master, math.inf)
         silence = asyncio.get_running_loop().time() - asked_at - self._late()
         return silence > self._bearable
+
+    def _opened_anew(self, master: Endpoint) -> bool:
+        openings = self._topology.to(master).openings
+        return openings != self._openings.get(master, openings)
 
     def _compare(self) -> None:
         """One that came as another went replaces it; else slots have moved, with their locks."""
@@ -108,6 +114,7 @@ class Outages:
             del self._until[master]
             self._asked_at.pop(master, None)
             self._openings.pop(master, None)
+            self._run_ids.pop(master, None)
         for master in masters:
             self._until.setdefault(master, self._grace() if gone else -math.inf)
 
@@ -119,17 +126,25 @@ class Outages:
         try:
             link = self._topology.to(master)
             (reply,) = await link.pipeline(self._question(master), 1)
-        except RelstreamError:
-            if master in self._until:
+            known = master in self._run_ids and not self._opened_anew(master)
+            openings = link.openings
+            run_id = self._run_ids[master] if known else await link.run_id()
+        except RelstreamError as error:
+            # One that just ends connections, as proxies do, tells who it is when it answers next.
+            cut = isinstance(error, ConnectionLost) and not isinstance(error, DeadlineExceeded)
+            if master in self._until and not cut:
                 self._asked_at[master] = -math.inf  # it may come back without any locks
             return
         if isinstance(reply, ReplyError) and reply.transient:
             return
         if master not in self._until:  # it was replaced meanwhile
             return
+        if run_id is not None and run_id == self._run_ids.get(master):
+            self._openings[master] = openings
         if self._silent(master):
             self._until[master] = self._grace()
-        self._openings[master] = link.openings
+        self._openings[master] = openings
+        self._run_ids[master] = run_id
         self._asked_at.pop(master, None)
 
     def _question(self, master: Endpoint) -> bytes:

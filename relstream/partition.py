@@ -69,7 +69,7 @@ class Partition:
             locks,
             names,
             consumer,
-            single=commands.single,
+            together=lambda: commands.together,
             recovered_after=recovered_after,
             keeper=keeper,
             on_drop=notifications.room_made.set,

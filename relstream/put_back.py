@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from relstream._core import ENTRIES, ITEM, PENDING, Batch, Ids, Plan, Template, pack
+from relstream._core import ENTRIES, ITEM, PENDING, Batch, Ids, Plan, Template, key_slot, pack
 from relstream.errors import (
     ConnectionFailed,
     ConnectionLost,
@@ -33,10 +33,12 @@ from relstream.lbs import (
     retry_count,
 )
 from relstream.net.connection import Backoff, explained_by_failover, raise_first
+from relstream.rights import Denied, refused
 from relstream.scripts import PUT_BACK, SCRIPT_KEYS, run_packed
 from relstream.tasks import end_all
 
 if TYPE_CHECKING:
+    from relstream.leader import Fence
     from relstream.net.topology import KeyLink, Topology
     from relstream.recorder import SafeRecorder
 
@@ -169,27 +171,35 @@ class PutBack:
         self._names = names
         self._recorder = recorder
         self._logger = logger
-        self._scripts_forbidden = False
+        self._no_scripts = Denied(self._link)
         # Between their two steps, and those among them that something keeps from the second.
         self._moving: set[asyncio.Task[list[int]]] = set()
         self._stuck: set[asyncio.Task[Any]] = set()
 
-    async def put(self, entries: Sequence[Returning]) -> list[int]:
+    async def put(self, entries: Sequence[Returning], *, fence: Fence | None = None) -> list[int]:
         """For each entry PUT, LOST (it was not pending) or ALIVE (locked).
 
         One without any fields is only acknowledged and deleted. Raises `ReplyError`, once all
-        others are put back, when the server refuses that of some; they stay pending.
+        others are put back, when the server refuses that of some; they stay pending. With a `fence`
+        nothing is done (FENCED) once that does not hold any more.
         """
         outcomes: list[int]
-        if self._topology.single:
-            outcomes, refusal = await self._put(self._calls(entries), lambda: entries)
+        if self._topology.together:
+            outcomes, refusal = await self._put(self._calls(entries, fence), lambda: entries, fence)
         else:
-            outcomes, refusal = await self._put_apart(entries)
+            outcomes, refusal = await self._put_apart(entries, fence)
         if refusal is not None:
             raise refusal
         return outcomes
 
-    async def bury(self, letters: Sequence[Returning], max_len: int, reason: bytes) -> list[int]:
+    async def bury(
+        self,
+        letters: Sequence[Returning],
+        max_len: int,
+        reason: bytes,
+        *,
+        fence: Fence | None = None,
+    ) -> list[int]:
         """Moves pending entries to the dead-letter stream; returns what `put` does.
 
         They are added there before they are acknowledged here: a crash between may put one there
@@ -208,7 +218,13 @@ class PutBack:
         outcomes: list[int] = []
         # One call at a time: where it is forbidden, nothing of it was done.
         for start in range(0, len(ours), SCRIPT_KEYS):
-            outcomes += await self.put([entry for entry, _ in ours[start : start + SCRIPT_KEYS]])
+            entries = [entry for entry, _ in ours[start : start + SCRIPT_KEYS]]
+            try:
+                outcomes += await self.put(entries, fence=fence)
+            except ReplyError as error:
+                if error.code == "FENCED":  # another leader sees to them
+                    await self.delete_dead_letters([copy for _, copy in ours[start:]])
+                raise
         await self.delete_dead_letters(
             [c for (_, c), outcome in zip(ours, outcomes, strict=True) if outcome != PUT]
         )
@@ -258,7 +274,13 @@ class PutBack:
             raise ReplyError(f"MASTERDOWN {error}") from None
 
     async def put_planned(
-        self, plan: Plan, *, counting: bool, looked: bool, locked: bool = True
+        self,
+        plan: Plan,
+        *,
+        counting: bool,
+        looked: bool,
+        locked: bool = True,
+        fence: Fence | None = None,
     ) -> tuple[list[int], ReplyError | None]:
         """The same for what the plan says shall be put back; `counting`: with one more retry.
 
@@ -266,36 +288,57 @@ class PutBack:
         lock can be anybody's. What could not be put back is REFUSED, and the reason of one of these
         is returned as well.
         """
-        single = self._topology.single
+        together = self._topology.together
 
         def entries() -> Sequence[Returning]:
             returning: Sequence[Returning] = plan.returning(counting)
-            if locked or single:
+            if locked or together:
                 return returning
             return [(entry_id, pairs, None) for entry_id, pairs, _ in returning]
 
-        if not single and not looked:
-            return await self._put_apart(entries())
+        if not together and not looked:
+            return await self._put_apart(entries(), fence)
+        here = self._here(fence)
         calls = plan.calls(
             PUT_BACK.digest, self._names.lbs, self._names.group,
-            counting=counting, locks=single, most=SCRIPT_KEYS, size=SCRIPT_BYTES,
+            counting=counting, locks=together, most=SCRIPT_KEYS, size=SCRIPT_BYTES,
+            leader=here and here.key, fence=here.value if here else b"",
         )  # fmt: skip
-        return await self._put(calls, entries)
+        return await self._put(calls, entries, fence)
 
-    async def _put_apart(self, entries: Sequence[Returning]) -> tuple[list[int], ReplyError | None]:
+    def _here(self, fence: Fence | None) -> Fence | None:
+        """The fence, if a script on the load balancer stream can look at it."""
+        if fence is None or self._topology.together:
+            return fence
+        return fence if key_slot(fence.key) == key_slot(self._names.lbs) else None
+
+    async def _check(self, fence: Fence | None) -> None:
+        """Raises FENCED unless the fence holds; for what is done in several steps."""
+        if fence is not None:
+            value = await self._topology.link(fence.key).execute(b"GET", fence.key)
+            if value != fence.value:
+                raise ReplyError("FENCED another consumer leads by now")
+
+    async def _put_apart(
+        self, entries: Sequence[Returning], fence: Fence | None
+    ) -> tuple[list[int], ReplyError | None]:
         """The locks are on other servers than the script: they are looked at just before it."""
         taken = await self._taken(entries)
         free = [(entry_id, pairs, None) for entry_id, pairs, lock in entries if lock not in taken]
-        told, refusal = await self._put(self._calls(free), lambda: free)
+        told, refusal = await self._put(self._calls(free, fence), lambda: free, fence)
         outcomes = iter(told)
         return [ALIVE if lock in taken else next(outcomes) for _, _, lock in entries], refusal
 
     async def _put(
-        self, calls: list[bytes], entries: Callable[[], Sequence[Returning]]
+        self,
+        calls: list[bytes],
+        entries: Callable[[], Sequence[Returning]],
+        fence: Fence | None,
     ) -> tuple[list[int], ReplyError | None]:
         outcomes: list[int] = []
         refusal: ReplyError | None = None
-        if not self._scripts_forbidden:
+        denied = bool(self._no_scripts)
+        if not denied:
             for call, reply in zip(
                 calls, await run_packed(self._link, PUT_BACK, calls), strict=True
             ):
@@ -305,27 +348,30 @@ class PutBack:
                             refusal = ReplyError(outcome.decode(errors="replace").removeprefix("-"))
                             outcome = REFUSED
                         outcomes.append(outcome)
-                elif reply.code != "NOPERM":
+                elif not refused(reply):
                     raise reply
                 elif reply.about_keys:  # one of these locks: for once, in two steps
-                    keys = int(call[:200].split(b"\r\n")[6])
-                    if keys == 1:
+                    keys = int(call[:200].split(b"\r\n")[6]) - 1
+                    if self._here(fence) is not None:
+                        keys -= 1
+                    if not keys:
                         raise reply
-                    outcomes += [NOT_BY_SCRIPT] * (keys - 1)
+                    outcomes += [NOT_BY_SCRIPT] * keys
                 else:
-                    self._scripts_forbidden = True
-                    self._logger.warning(
-                        "scripts are forbidden (%s): entries are put back in two steps; grant "
-                        "+evalsha, +eval and +mget to make that one atomic step",
-                        reply,
-                    )
+                    denied = True
+                    if self._no_scripts.remember():
+                        self._logger.warning(
+                            "scripts are forbidden (%s): entries are put back in two steps; grant "
+                            "+evalsha, +eval and +mget to make that one atomic step",
+                            reply,
+                        )
                     break
-        if self._scripts_forbidden or NOT_BY_SCRIPT in outcomes:
+        if denied or NOT_BY_SCRIPT in outcomes:
             told = entries()
             outcomes += [NOT_BY_SCRIPT] * (len(told) - len(outcomes))
             others = [i for i, outcome in enumerate(outcomes) if outcome == NOT_BY_SCRIPT]
             try:
-                steps = await self._in_two_steps([told[i] for i in others])
+                steps = await self._in_two_steps([told[i] for i in others], fence)
             except ReplyError as error:
                 if len(others) == len(outcomes):
                     raise
@@ -335,13 +381,16 @@ class PutBack:
                 outcomes[i] = outcome
         return outcomes, refusal
 
-    def _calls(self, entries: Sequence[Returning]) -> list[bytes]:
+    def _calls(self, entries: Sequence[Returning], fence: Fence | None) -> list[bytes]:
+        here = self._here(fence)
+        first = [self._names.lbs] if here is None else [self._names.lbs, here.key]
+        value = b"" if here is None else here.value
         calls: list[tuple[list[bytes], list[Any]]] = []
         size = held = fields = 0
         for entry_id, pairs, lock in entries:
             if not calls or held >= SCRIPT_KEYS or size >= SCRIPT_BYTES or len(pairs) != fields:
                 fields = len(pairs)
-                calls.append(([self._names.lbs], [self._names.group, fields]))
+                calls.append(([*first], [self._names.group, fields, value]))
                 size = held = 0
             keys, args = calls[-1]
             if lock is not None:
@@ -357,13 +406,17 @@ class PutBack:
         held = raise_if_all(await holders(self._topology, locks))
         return {key for key, value in zip(locks, held, strict=True) if value is not None}
 
-    async def _in_two_steps(self, entries: Sequence[Returning]) -> list[int]:
+    async def _in_two_steps(self, entries: Sequence[Returning], fence: Fence | None) -> list[int]:
         while self._stuck:
             await asyncio.wait(self._stuck)  # what was won before comes first
-        taken = await self._taken(entries)
-        free = [entry for entry in entries if entry[2] not in taken]
-        if any(pairs for _, pairs, _ in free):
+        # Before their locks are looked at: while writes are paused locks lapse.
+        if any(pairs for _, pairs, _ in entries):
             await self._check_adding()
+        else:
+            await self._link.execute(b"XACK", self._names.lbs, self._names.group, b"0-0")
+        taken = await self._taken(entries)
+        await self._check(fence)
+        free = [entry for entry in entries if entry[2] not in taken]
         # Whoever stops waiting does not stop it between its two steps.
         moving = asyncio.ensure_future(self._move(free))
         self._moving.add(moving)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections import deque
@@ -18,10 +19,17 @@ from typing import TYPE_CHECKING, Any, cast
 from relstream._core import PENDING, Batch, Ids, PendingPage, jittered, pack, parse_id
 from relstream.config import check_name
 from relstream.delayed_entries import DelayedEntries
-from relstream.errors import AlreadyClaimed, ConnectionLost, RelstreamError, ReplyError
+from relstream.errors import (
+    AlreadyClaimed,
+    ConnectionLost,
+    DeadlineExceeded,
+    RelstreamError,
+    ReplyError,
+)
 from relstream.lbs import MAX_RETRIES, UNPARSEABLE, Names, entry_id_of, lock_key
 from relstream.leader import Leadership
 from relstream.net.connection import Backoff, explained_by_failover, raise_first
+from relstream.net.identity import Server
 from relstream.net.topology import ClusterTopology
 from relstream.notifications import LBSInfo
 from relstream.outages import Outages
@@ -37,11 +45,13 @@ from relstream.put_back import (
     plan_for,
     raise_if_all,
 )
+from relstream.rights import Denied, refused
 from relstream.scripts import REMOVE_CONSUMER, run
 from relstream.tasks import end_all, until_one_ends
 
 if TYPE_CHECKING:
     from relstream.config import RecoveryConfig
+    from relstream.leader import Fence
     from relstream.net.topology import Topology
     from relstream.put_back import Returning
     from relstream.recorder import SafeRecorder
@@ -106,8 +116,8 @@ class Recoverer:
     ) -> None:
         self._topology = topology
         self._link = topology.link(names.lbs)
-        self._server = topology.to(self._link.endpoint) if topology.single else None
-        self._openings = 0  # how often its connection was opened when we began to lead
+        # A cluster's masters are looked after by `Outages`.
+        self._server = Server(topology.to(self._link.endpoint)) if topology.single else None
         # It is not kept waiting by what is being recovered.
         self._leadership = Leadership(
             leading,
@@ -117,6 +127,9 @@ class Recoverer:
             scans_only=not auto_claim,
             logger=logger,
         )
+        self._leading_server = Server(leading.to(self._link.endpoint)) if leading.single else None
+        # Seconds without an answer in which no lock is lost: it is renewed every half heartbeat.
+        self._bearable = min(self._leadership.lasts, heartbeat / 2)
         self.resign = self._leadership.resign
         self._clock = clock
         self._names = names
@@ -149,12 +162,14 @@ class Recoverer:
         # Of each consumer sampled entries whose locks were held, when some were last.
         self._held: dict[bytes, set[bytes]] = {}
         self._patient_until = 0.0
+        # The locks of the living may be gone: there was an outage, and it is not over for long.
+        self._outage = False
         self._next_scan = 0.0
         self._scanned = False
         self._scans_failed = Backoff(SCAN_AGAIN, recovery.reconciliation_interval)
         self._complained: set[str] = set()
         self._burying: set[bytes] = set()  # entries on their way to the dead-letter stream
-        self._mget_forbidden = False
+        self._no_mget = Denied(self._link)
 
     # --- from outside -------------------------------------------------------------------------
 
@@ -173,7 +188,7 @@ class Recoverer:
         check_name("lbs_info.data_stream_name", lbs_info.data_stream_name)
         entry_id = entry_id_of("lbs_info.id_in_lbs", lbs_info.id_in_lbs)
         lock = lock_key(lbs_info.data_stream_name, entry_id.decode())
-        tally = await self._recover_page(Ids([entry_id]), locks={lock}, claimed=True)
+        tally = await self._recover_page(Ids([entry_id]), locks={lock}, claimed=True, fenced=False)
         if tally.refusals:
             raise tally.refusals[0]
         if not tally.requeued and not tally.dead_letters:
@@ -183,8 +198,8 @@ class Recoverer:
             raise AlreadyClaimed(f"{lbs_info.data_stream_name!r} ({lbs_info.id_in_lbs}): {why}")
 
     async def recover(self, ids: list[bytes]) -> None:
-        """Takes the steps of recovery for these entries, however long they were idle."""
-        await self._recover_ids(sorted(ids, key=_id_order))
+        """Takes the steps of recovery for these entries of our own, however long they were idle."""
+        await self._recover_page(Ids(sorted(ids, key=_id_order)), fenced=False)
 
     async def hand_back(self, ids: list[bytes], *, never_owned: bool = False) -> list[bytes]:
         """Puts entries back that nobody has locked, without counting a retry.
@@ -216,24 +231,30 @@ class Recoverer:
 
     async def run(self) -> None:
         """Tries to lead, and recovers while it does, until cancelled."""
+        loop = asyncio.get_running_loop()
         lasts = self._leadership.lasts
-        backoff = Backoff(lasts / 4, lasts)
-        outage = False
+        backoff = Backoff(lasts / 16, lasts)
+        failing_since = math.inf
         if self._outages is None:
             # There may have been one just before we came. Who lives renews within half a lease.
             self._be_patient(0.5)
         while True:
             try:
+                failing_since = min(failing_since, loop.time())
+                before = self._leadership.fence
                 leads = await self._leadership.take()
-                outage = self._leadership.interrupted() or outage
-                if outage:
+                continued = leads and before == self._leadership.fence
+                stood_still = loop.time() - failing_since > self._bearable
+                failing_since = math.inf
+                self._outage = self._outage or stood_still or self._leadership.vanished
+                if self._outage or not await self._leads_where_it_did(continued):
+                    self._outage = True
                     await self._look_whether_it_is_back()
                     self._be_patient()
-                    outage = False
+                    self._outage = False
+                    if leads:  # what was judged before that is void
+                        leads = await self._leadership.take_anew()
                 if leads:
-                    if self._server is not None:
-                        await self._server.get()
-                        self._openings = self._server.openings
                     await self._lead()
                     self._succeeding = False
                 else:
@@ -242,15 +263,25 @@ class Recoverer:
                 backoff.reset()
                 await asyncio.sleep(jittered(lasts / 4, 0.5, random.random()))
             except RelstreamError as error:
-                # Out of memory locks are renewed all the same.
-                out_of_memory = isinstance(error, ReplyError) and error.code == "OOM"
-                outage = outage or (explained_by_failover(error) and not out_of_memory)
+                # A connection that was closed and could be opened again at once is no outage.
+                failing_since = min(failing_since, loop.time())
+                if self._leading:
+                    failing_since = min(failing_since, self._leadership.confirmed_at)
+                self._outage = self._outage or _tells_of_an_outage(error)
                 if not backoff.failures:
                     self._logger.warning("recovery failed, trying again: %s", error)
                 await asyncio.sleep(backoff.failed())
             finally:
                 self._leading = False
                 self._expired.clear()
+
+    async def _leads_where_it_did(self, continued: bool) -> bool:
+        """Whether the server is the one it was, though a connection to it was opened anew.
+
+        Where it does not tell, that our leadership has `continued` proves it.
+        """
+        same = None if self._leading_server is None else await self._leading_server.same()
+        return self._leading_server is None or (continued if same is None else same)
 
     async def _look_whether_it_is_back(self) -> None:
         """Raises unless the load balancer stream can be read; the leader key may be elsewhere."""
@@ -282,10 +313,12 @@ class Recoverer:
             asked_at = loop.time()
             if not await self._leadership.keep():
                 return
-            # The server, or this process, stood still, or it may be another server.
-            stood_still = loop.time() - asked_at > self._leadership.lasts
-            if self._leadership.interrupted() or stood_still:
+            # The server, or this process, stood still, or it may be another server, or have lost
+            # keys, by a clock that was set forward, say, and so the locks of the living.
+            stood_still = loop.time() - asked_at > self._bearable
+            if stood_still or self._leadership.vanished or not await self._leads_where_it_did(True):
                 self._be_patient()
+                await self._leadership.take_anew()
                 return
             await asyncio.sleep(self._leadership.lasts / 4)
 
@@ -408,7 +441,9 @@ class Recoverer:
         locks: Container[bytes] | None = None,
         *,
         claimed: bool = False,
+        fenced: bool = True,
     ) -> Tally:
+        """The steps for these; `fenced`: only as long as this consumer leads."""
         tally = Tally()
         if not len(ids):  # nor is it to wait for others' pages
             return tally
@@ -416,7 +451,9 @@ class Recoverer:
             self._passes += 1
             try:
                 async for part, batches in self._entries.read(ids, page_size):
-                    tally += await self._recover(part, batches, locks, claimed=claimed)
+                    tally += await self._recover(
+                        part, batches, locks, claimed=claimed, fenced=fenced
+                    )
             finally:
                 self._passes -= 1
                 if not self._passes:
@@ -545,18 +582,19 @@ class Recoverer:
 
     async def _values(self, mget: bytes, keys: Callable[[], list[bytes]]) -> list[bytes | None]:
         """Who holds these locks: asked by one MGET, packed, or by one GET for each key."""
-        if self._topology.single and not self._mget_forbidden:
+        if self._topology.together and not self._no_mget:
             (values,) = await self._link.pipeline(mget, 1)
-            self._check_connection()
+            await self._check_connection()
             if not isinstance(values, ReplyError):
                 return cast("list[bytes | None]", values)
-            if values.code != "NOPERM":
+            if not refused(values):
                 raise values
-            self._mget_forbidden = not values.about_keys
+            if not values.about_keys:
+                self._no_mget.remember()
         locks = keys()
         replies = await holders(self._topology, locks)
         if self._outages is None:
-            self._check_connection()
+            await self._check_connection()
             raise_if_all(replies)
         # Something that can't be read holds the lock: leave it alone, and go on with the others.
         values = [str(r).encode() if isinstance(r, ReplyError) else r for r in replies]
@@ -570,27 +608,43 @@ class Recoverer:
                 values[place] = values[place] or b"its master was silent"
         return values
 
-    def _check_connection(self) -> None:
-        """Raises if what leads has another connection than when it began, to another server maybe.
+    async def _check_connection(self) -> None:
+        """Raises if what leads has another server than when it began.
 
         Locks there are not those that were renewed, until their owners have noticed, too.
         """
-        if self._leading and self._server is not None and self._server.openings != self._openings:
-            raise ConnectionLost(f"the connection to {self._server.endpoint} was opened anew")
+        if not self._leading or self._server is None:
+            return
+        same = await self._server.same()
+        fence = self._leadership.fence
+        if same is None and fence is not None:  # where we still lead it has been all the time
+            same = await self._link.execute(b"GET", fence.key) == fence.value
+        if self._outage or not same:
+            self._outage = True
+            raise ConnectionLost("the connection leads to another server, or it was restarted")
 
     async def _recover(
-        self, ids: Ids, batches: list[Batch], locks: Container[bytes] | None, *, claimed: bool
+        self,
+        ids: Ids,
+        batches: list[Batch],
+        locks: Container[bytes] | None,
+        *,
+        claimed: bool,
+        fenced: bool,
     ) -> Tally:
         """The steps of recovery, for these entries; `claimed`: of which the application wants it.
 
         It has heard of an expired lock, and is told where one can't be read.
         """
         tally = Tally()
+        # Whoever judges has to lead before, and until its judgement is carried out.
+        leading = fenced and self._leading
+        fence = self._leadership.fence if leading else None
         plan = plan_for(ids, batches)
         if plan.gone:
             tally.vanished = await discard(self._link, self._names, plan.gone)
         bad = [(None, (entry_id, pairs, None)) for entry_id, pairs, _ in plan.unparseable]
-        await self._bury(bad, UNPARSEABLE, tally)
+        await self._bury(bad, UNPARSEABLE, tally, fence)
         if not len(plan):
             return tally
         if claimed:
@@ -610,7 +664,11 @@ class Recoverer:
         alive, letters = plan.judge(values, self._recovery.max_retries, since)
         tally.alive += alive
         first = self._first_attempts(plan.ids()) if self._recorder is not None else []
-        outcomes, refusal = await self._put_back.put_planned(plan, counting=True, looked=True)
+        if leading and not self._leadership.confirmed:
+            raise ReplyError("FENCED leadership was not confirmed in time")
+        outcomes, refusal = await self._put_back.put_planned(
+            plan, counting=True, looked=True, fence=fence
+        )
         if refusal is not None:
             tally.refusals.append(refusal)
             self._complain(len(plan), "put back", refusal)
@@ -624,7 +682,7 @@ class Recoverer:
                 self._recorder.requeue(streams=requeued, success=True)
             if lost := [name for name, how, ours in told if how == LOST and ours]:
                 self._recorder.requeue(streams=lost, success=False)
-        await self._bury(letters, MAX_RETRIES, tally)
+        await self._bury(letters, MAX_RETRIES, tally, fence)
         return tally
 
     def _first_attempts(self, ids: list[bytes]) -> list[bool]:
@@ -647,7 +705,9 @@ class Recoverer:
                 "some of %d entries stay pending, as they can't be %s: %s", count, what, error
             )
 
-    async def _bury(self, letters: Sequence[Letter], reason: bytes, tally: Tally) -> None:
+    async def _bury(
+        self, letters: Sequence[Letter], reason: bytes, tally: Tally, fence: Fence | None
+    ) -> None:
         # A scan and a look come upon the same ones: each would leave a copy if this ended now.
         letters = [each for each in letters if each[1][0] not in self._burying]
         if not letters:
@@ -657,9 +717,14 @@ class Recoverer:
         self._burying |= ids
         try:
             outcomes = await self._put_back.bury(
-                [letter for _, letter in letters], self._recovery.dlq_max_len, reason
+                [letter for _, letter in letters],
+                self._recovery.dlq_max_len,
+                reason,
+                fence=fence,
             )
         except ReplyError as error:
+            if error.code == "FENCED":
+                raise
             tally.refusals.append(error)
             self._complain(len(letters), where, error)
             return
@@ -674,6 +739,14 @@ class Recoverer:
         self._logger.warning("%d entries became dead letters: %s", len(buried), reason.decode())
         if self._recorder is not None:
             self._recorder.dlq_routing(streams=buried, reason=reason.decode())
+
+
+def _tells_of_an_outage(error: RelstreamError) -> bool:
+    """Whether locks of the living may be gone, or about to: a write was refused, or stood still."""
+    if isinstance(error, ReplyError):
+        # Out of memory locks are renewed all the same.
+        return explained_by_failover(error) and error.code not in ("OOM", "FENCED", "NOSCRIPT")
+    return isinstance(error, DeadlineExceeded)
 
 
 def _mapping(row: Any) -> dict[bytes, Any]:

@@ -1,17 +1,72 @@
-"""Finds out at the start which commands the user may not run, instead of in the middle of work."""
+"""What the user may not do: found out at the start, and remembered for a while."""
 
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from typing import TYPE_CHECKING
 
 from relstream._core import pack
 from relstream.errors import ConnectionFailed, PermissionDenied, ReplyError
 from relstream.lbs import SEPARATOR
+from relstream.net.connection import explained_by_failover
+from relstream.scripts import RENEW, run
 
 if TYPE_CHECKING:
     from relstream.lbs import Names
-    from relstream.net.topology import Topology
+    from relstream.net.topology import KeyLink, Topology
+
+# Seconds after which what was denied is tried again.
+DENIED_FOR = 60.0
+
+
+class Denied:
+    """Something that the server refuses, and that is done in another way, or not, for a while.
+
+    True until it is to be tried again: over another connection, or after a minute. Rights are
+    changed, and restored, while we live; and each try is a line in the server's ACL log.
+    """
+
+    def __init__(self, link: KeyLink) -> None:
+        self._link = link
+        self._until = -math.inf
+        self._openings = 0
+        self._told = False
+
+    def __bool__(self) -> bool:
+        return time.monotonic() < self._until and self._openings == self._link.openings
+
+    def remember(self) -> bool:
+        """It was refused just now; returns whether that is the first time."""
+        self._until = time.monotonic() + DENIED_FOR
+        self._openings = self._link.openings
+        first, self._told = not self._told, True
+        return first
+
+
+def refused(reply: object) -> bool:
+    """Whether a script will not be run for us, in whatever words: its commands have to do."""
+    return (
+        isinstance(reply, ReplyError)
+        and not explained_by_failover(reply)
+        and reply.code not in ("WRONGTYPE", "NOGROUP")
+    )
+
+
+async def keys_together(topology: Topology, names: Names) -> bool:
+    """Whether one command may have keys of several slots.
+
+    Proxies, and databases that are spread over several shards behind one endpoint, refuse that.
+    """
+    if not topology.together:
+        return False
+    # Of different slots, as a name in braces is all that counts.
+    locks = [b"{%b%d}%b0-0" % (names.lbs, number, SEPARATOR) for number in range(2)]
+    link = topology.link(names.lbs)
+    (mget,) = await link.pipeline(pack(b"MGET", *locks), 1)
+    (script,) = await run(link, RENEW, [(locks, (b"-", 1))])
+    return not any(isinstance(r, ReplyError) and r.code == "CROSSSLOT" for r in (mget, script))
 
 
 async def check_rights(topology: Topology, names: Names, consumer: str) -> None:

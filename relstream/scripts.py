@@ -203,20 +203,25 @@ end
 return {moved}
 """)
 
-# KEYS: the load balancer stream, then, if they shall be free, the lock of each entry; ARGV: group,
-# how many arguments the fields of each entry are, then for each its id and its fields. An entry is
-# added again only if nobody holds its lock and it was pending until now, all in one step: there is
-# no moment at which a crash could lose it. What can't be added stays as it was. One without fields
-# is only taken away. Returns for each 1 (put back), 0 (was not pending), 2 (locked), -1 (more
-# fields than Lua can pass on) or the error that adding it met. The first XACK changes nothing: out
-# of memory a script that has written may add, another one not.
+# KEYS: the load balancer stream, then, if there is a fence, the leader key, then, if they shall be
+# free, the lock of each entry; ARGV: group, how many arguments the fields of each entry are, the
+# fence or "", then for each its id and its fields. Nothing is done where the leader key has another
+# value than the fence: then whoever judged the owners dead leads no more, or not since then. An
+# entry is added again only if nobody holds its lock and it was pending until now, all in one step:
+# there is no moment at which a crash could lose it. What can't be added stays as it was. One
+# without fields is only taken away. Returns for each 1 (put back), 0 (was not pending), 2 (locked),
+# -1 (more fields than Lua can pass on) or the error that adding it met. The first XACK changes
+# nothing: out of memory a script that has written may add, another one not.
 PUT_BACK = Script("""\
 local call, unpack, stream, group, size = redis.call, unpack, KEYS[1], ARGV[1], tonumber(ARGV[2])
 local locks = #KEYS > 1 and call('MGET', unpack(KEYS, 2)) or {}
+if ARGV[3] ~= '' and table.remove(locks, 1) ~= ARGV[3] then
+  return redis.error_reply('FENCED another consumer leads by now')
+end
 local outcome, won = {}, {}
 local n = 0
 call('XACK', stream, group, '0-0')
-for i = 3, #ARGV, size + 1 do
+for i = 4, #ARGV, size + 1 do
   n = n + 1
   local id = ARGV[i]
   local added = true

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from relstream.errors import ProtocolError, ReplyError
+from relstream.rights import Denied
 
 if TYPE_CHECKING:
     from relstream.net.topology import KeyLink
@@ -23,7 +24,7 @@ class ServerClock:
         self._link = link
         self._logger = logger
         self._ahead_ms: float | None = None  # of `time.monotonic()`
-        self._forbidden = False
+        self._no_time = Denied(link)
 
     def now_ms(self) -> int:
         """Milliseconds since 1970. Never behind the server, and ahead by a round trip at most."""
@@ -33,7 +34,7 @@ class ServerClock:
 
     async def refresh(self) -> None:
         """Asks the server; raises what `KeyLink.execute` raises."""
-        if self._forbidden:
+        if self._no_time:
             return
         asked_at = time.monotonic()
         try:
@@ -41,12 +42,12 @@ class ServerClock:
         except ReplyError as error:
             if error.code != "NOPERM":
                 raise
-            self._forbidden = True
-            self._logger.warning(
-                "TIME is not permitted (%s): this machine's clock is used to count retries within "
-                "`retry_window` and to delay failed streams; grant +time",
-                error,
-            )
+            if self._no_time.remember():
+                self._logger.warning(
+                    "TIME is not permitted (%s): this machine's clock is used to count retries "
+                    "within `retry_window` and to delay failed streams; grant +time",
+                    error,
+                )
             return
         try:
             seconds, micros = map(int, reply)

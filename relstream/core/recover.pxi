@@ -254,12 +254,14 @@ cdef class Plan:
 
     def calls(
         self, bytes digest not None, bytes stream not None, bytes group not None, *,
-        bint counting, bint locks, Py_ssize_t most, Py_ssize_t size,
+        bint counting, bint locks, Py_ssize_t most, Py_ssize_t size, bytes leader=None,
+        bytes fence not None=b"",
     ):
         """The calls of the script that puts back what is to be put back, packed.
 
         Of at most so many entries each, and about so many bytes. All entries of a call have the same
-        number of fields, as the script wants it. `locks`: with the keys of their locks.
+        number of fields, as the script wants it. `locks`: with the keys of their locks. `leader`: if
+        that key has the value `fence` only.
         """
         cdef list calls = []
         cdef bytes head = b"$7\r\nEVALSHA\r\n$%d\r\n%b\r\n" % (len(digest), digest)
@@ -285,12 +287,14 @@ cdef class Plan:
                         keys += planned.key_size
                     held += self._put_size(planned, counting)
                 j += 1
-            named = n + 1 if locks else 1
+            named = 1 + (leader is not None) + (n if locks else 0)
             middle = b"$%d\r\n%d\r\n$%d\r\n%b\r\n" % (len(b"%d" % named), named, len(stream), stream)
-            behind = b"$%d\r\n%b\r\n$%d\r\n%d\r\n" % (
-                len(group), group, len(b"%d" % (2 * pairs)), 2 * pairs
+            if leader is not None:
+                middle += b"$%d\r\n%b\r\n" % (len(leader), leader)
+            behind = b"$%d\r\n%b\r\n$%d\r\n%d\r\n$%d\r\n%b\r\n" % (
+                len(group), group, len(b"%d" % (2 * pairs)), 2 * pairs, len(fence), fence
             )
-            first = b"*%d\r\n%b%b" % (5 + named + n * (1 + 2 * pairs), head, middle)
+            first = b"*%d\r\n%b%b" % (6 + named + n * (1 + 2 * pairs), head, middle)
             call = PyBytes_FromStringAndSize(NULL, len(first) + keys + len(behind) + held)
             at = PyBytes_AS_STRING(call)
             at = _append(at, first)

@@ -365,17 +365,26 @@ def explained_by_failover(error: RelstreamError) -> bool:
 
 
 def is_forbidden(error: RelstreamError) -> bool:
-    """Whether the server refuses the user, or a right that the user lacks.
+    """Whether the server refuses a right that the user lacks.
 
-    That may heal, where rights are being changed or a server has not loaded them yet.
+    That may heal, where rights are being changed or a server has not loaded them yet. A user who is
+    refused, and was not before, waits for a new password, as for the end of an outage.
     """
     if isinstance(error, ReplyError):
-        return error.code in ("NOPERM", "NOAUTH")
-    return isinstance(error, (AuthenticationFailed, PermissionDenied))
+        return error.code == "NOPERM"
+    return isinstance(error, PermissionDenied)
+
+
+def useless(reply: object) -> bool:
+    """Whether another connection is needed for what was asked, and was not done.
+
+    It leads to a server that is no master any more, or is signed in no more.
+    """
+    return leads_elsewhere(reply) or (isinstance(reply, ReplyError) and reply.code == "NOAUTH")
 
 
 def leads_elsewhere(reply: object) -> bool:
-    """Whether a server says that it is no master, or no more, and has not done what it was asked.
+    """Whether a server says that it is no master, or no more.
 
     Redis ends blocked commands by UNBLOCKED when it becomes a replica, as CLIENT UNBLOCK does, too:
     in other words.
@@ -464,13 +473,17 @@ class Link:
         self._closed = False
         self.tried = False
         """Whether it was opened before, or could not be."""
-        self.openings = 0
-        """How often it was opened: what was learnt before the last time may be true no more."""
+        self._openings = 0
 
     @property
     def alive(self) -> bool:
         """Whether the connection is open as far as anybody knows."""
         return self._protocol is not None and self._protocol.alive
+
+    @property
+    def openings(self) -> int:
+        """How often it was opened: what was learnt before the last time may be true no more."""
+        return self._openings
 
     @property
     def waiting(self) -> list[tuple[Endpoint, RedisProtocol]]:
@@ -526,7 +539,7 @@ class Link:
                     raise
                 master.found((host, port), run_id)
             self._protocol = protocol
-            self.openings += 1
+            self._openings += 1
             return protocol
         finally:
             self.tried = True
@@ -606,11 +619,11 @@ class Link:
         timeout: float | None,
         patience: float | None,
     ) -> None:
-        """Sends what was refused by a server that is no master any more to the one that is."""
-        places = [place for place, reply in enumerate(received) if leads_elsewhere(reply)]
+        """Sends what this connection can't be used for over another one, once."""
+        places = [place for place, reply in enumerate(received) if useless(reply)]
         if not places:
             return
-        self._leave(protocol)
+        self._leave(protocol, received[places[0]])
         try:
             another = await self.get(patience)
         except RelstreamError:  # the replies say that nothing was done
@@ -623,12 +636,16 @@ class Link:
             timeout=timeout or self.endpoint.timeout,
         )
         scatter(received, places, again)
-        if any(map(leads_elsewhere, again)):  # the name leads there still
-            self._leave(another)
+        for reply in again:
+            if useless(reply):  # the name leads there still
+                self._leave(another, reply)
 
-    def _leave(self, protocol: RedisProtocol) -> None:
+    def _leave(self, protocol: RedisProtocol, why: ReplyError) -> None:
         """Nobody uses this connection any more; unless that is so already."""
         if protocol is not self._protocol or not protocol.alive:
+            return
+        if not leads_elsewhere(why):
+            protocol.abort(ConnectionLost(f"{self.endpoint}: {why}"))
             return
         if self._address is not None:
             self._address.leave()

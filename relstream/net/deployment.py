@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from redis.asyncio.sentinel import SentinelConnectionPool
 
 from relstream.errors import InvalidOption
 from relstream.net.connection import Endpoint, Link, SharedAddress, endpoint_of, without_secrets
+from relstream.net.credentials import OnLoop
 from relstream.net.sentinel import NamedMaster
 from relstream.net.topology import (
     ClusterTopology,
@@ -50,6 +52,15 @@ class Deployment:
         )
         return replace(self, endpoint=bounded)
 
+    def asking_on(self, loop: asyncio.AbstractEventLoop) -> Deployment:
+        """The same for another thread, where credential providers are asked on this loop."""
+        return replace(
+            self,
+            endpoint=_asking_on(loop, self.endpoint),
+            nodes=tuple(_asking_on(loop, node) for node in self.nodes),
+            sentinels=tuple(_asking_on(loop, sentinel) for sentinel in self.sentinels),
+        )
+
     def guide(self, other: Guide = None) -> Guide:
         """What knows where masters are, for all that is opened on one event loop.
 
@@ -79,6 +90,13 @@ class Deployment:
             master = NamedMaster(self)
         address = guide if isinstance(guide, SharedAddress) else None
         return Link(self.endpoint.named(role), on_push=on_push, master=master, address=address)
+
+
+def _asking_on(loop: asyncio.AbstractEventLoop, endpoint: Endpoint) -> Endpoint:
+    if endpoint.credential_provider is None:
+        return endpoint
+    provider = OnLoop(endpoint.credential_provider, loop)
+    return replace(endpoint, credential_provider=provider)
 
 
 def deployment_of(source: object) -> Deployment:

@@ -34,9 +34,9 @@ from relstream.net.connection import (
     Endpoint,
     Link,
     SharedAddress,
-    leads_elsewhere,
     observe,
     raise_first,
+    useless,
 )
 from relstream.net.sentinel import NamedMaster
 from relstream.tasks import end_all, within
@@ -64,6 +64,8 @@ class KeyLink(Protocol):
     @property
     def alive(self) -> bool: ...
     @property
+    def openings(self) -> int: ...
+    @property
     def waiting(self) -> list[tuple[Endpoint, RedisProtocol]]: ...
     async def get(self) -> RedisProtocol: ...
     async def pipeline(
@@ -78,7 +80,9 @@ class Topology(Protocol):
     """Carries commands to the masters that serve their keys."""
 
     single: bool
-    """One server holds all keys: a script may touch several, and one connection orders them all."""
+    """One server holds all keys, as far as connections go, and one of these orders all commands."""
+    together: bool
+    """One command, or script, may have keys of several slots."""
 
     @property
     def servers(self) -> set[Endpoint | None]:
@@ -109,6 +113,7 @@ class SingleTopology:
     """One server, or one at a time."""
 
     single = True
+    together = True
     servers: set[Endpoint | None] = {None}  # noqa: RUF012 - nobody adds any
 
     def __init__(self, link: Link) -> None:
@@ -418,6 +423,7 @@ class ClusterTopology:
     """All masters of a Redis Cluster, with a connection to each that is needed."""
 
     single = False
+    together = False
 
     def __init__(self, endpoint: Endpoint, slots: SlotTable) -> None:
         self.endpoint = endpoint
@@ -447,6 +453,11 @@ class ClusterTopology:
             named = replace(self.endpoint, host=node.host, port=node.port, path=None)
             link = self._links[node] = Link(named)
         return link
+
+    @property
+    def openings(self) -> int:
+        """Another number whenever a connection was opened."""
+        return sum(link.openings for link in self._links.values())
 
     def waiting(self) -> list[tuple[Endpoint, RedisProtocol]]:
         """Connections on which replies are outstanding, and to which nodes."""
@@ -562,14 +573,13 @@ class ClusterTopology:
         for owner, places in groups:
             if owner is not None and any(self._former(replies[place], owner) for place in places):
                 self.slots.doubt()
-                self.to(owner).reopen(ConnectionLost(f"{owner} is no master any more"))
+                why = f"{owner} is no master any more, or wants us to sign in again"
+                self.to(owner).reopen(ConnectionLost(why))
 
     def _former(self, reply: Any, owner: Endpoint) -> bool:
         if not isinstance(reply, ReplyError):
             return False
-        return leads_elsewhere(reply) or (
-            reply.code == "MOVED" and self._target(reply, owner) == owner
-        )
+        return useless(reply) or (reply.code == "MOVED" and self._target(reply, owner) == owner)
 
     def _start(
         self,
@@ -652,7 +662,7 @@ class ClusterTopology:
                 if reply.code == "MOVED" and owner is not None:
                     moved.append(place)
                     target = self._target(reply, owner)
-                elif leads_elsewhere(reply) and not attempt:
+                elif useless(reply) and not attempt:
                     moved.append(place)
                 elif reply.transient:  # CLUSTERDOWN, READONLY, …: perhaps a failover
                     self.slots.doubt()
@@ -733,6 +743,10 @@ class _ClusterLink:
     def alive(self) -> bool:
         owner = self._cluster.slots.owners[self._slot]
         return owner is not None and self._cluster.to(owner).alive
+
+    @property
+    def openings(self) -> int:
+        return self._cluster.openings
 
     @property
     def waiting(self) -> list[tuple[Endpoint, RedisProtocol]]:

@@ -31,6 +31,20 @@ def calls(one: Plan, *, counting: bool, most: int = 100, size: int = 1 << 20) ->
         for locks in (True, False)
     )
     assert without == [[*call[:2], b"1", call[3], *call[3 + int(call[2]) :]] for call in with_locks]
+    fenced = [
+        decoded(call, OBJECT)
+        for call in one.calls(
+            b"sha", b"lbs", b"group", counting=counting, locks=True, most=most, size=size,
+            leader=b"leader", fence=b"value",
+        )
+    ]  # fmt: skip
+    assert fenced == [
+        [
+            *call[:2], b"%d" % (int(call[2]) + 1), b"lbs", b"leader", *call[4 : 5 + int(call[2])],
+            b"value", *call[6 + int(call[2]) :],
+        ]
+        for call in with_locks
+    ]  # fmt: skip
     return with_locks
 
 
@@ -39,7 +53,8 @@ def put(call: list[bytes]) -> list[tuple[bytes, list[bytes], bytes]]:
     n = int(call[2]) - 1
     assert call[:2] == [b"EVALSHA", b"sha"]
     assert (call[3], call[4 + n]) == (b"lbs", b"group")
-    locks, args, size = call[4 : 4 + n], call[6 + n :], int(call[5 + n])
+    locks, size, args = call[4 : 4 + n], int(call[5 + n]), call[7 + n :]
+    assert call[6 + n] == b"", "no fence"
     assert len(args) == n * (size + 1)
     starts = range(0, len(args), size + 1)
     return [

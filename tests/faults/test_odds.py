@@ -239,11 +239,11 @@ class Undertaker:
         put = self.recoverer._put_back.put
         self.came = False
 
-        async def put_late(entries):
+        async def put_late(entries, **options):
             if not self.came:
                 self.came = True
                 await before()
-            return await put(entries)
+            return await put(entries, **options)
 
         self.recoverer._put_back.put = put_late
 
@@ -264,7 +264,7 @@ async def test_what_its_owner_finishes_while_it_is_buried_is_no_dead_letter(
     await take(await owner.init(), 1)
     scanning = consumer("scanning")
     undertaker = Undertaker(scanning, lambda: owner.done_stream("s1"))
-    scanning._partitions[0].recoverer._put_back._scripts_forbidden = not scripts
+    scanning._partitions[0].recoverer._put_back._no_scripts = not scripts
 
     async def free(mget, keys):
         """It is late with its lock just then, and early enough to finish."""
@@ -289,7 +289,7 @@ async def test_whose_owner_comes_back_while_it_is_buried_is_no_dead_letter(
         service.redis.set(f"s0{SEPARATOR}{entry_id}", "owner")
 
     undertaker = Undertaker(scanning, come_back)
-    scanning._partitions[0].recoverer._put_back._scripts_forbidden = not scripts
+    scanning._partitions[0].recoverer._put_back._no_scripts = not scripts
     tally = await undertaker.walk()
     assert (tally.dead_letters, tally.alive) == (0, 1)
     assert service.redis.xlen(service.dlq) == 0

@@ -145,7 +145,7 @@ async def test_a_connection_cut_between_the_steps(consumer, service, url, ghosts
         leader = consumer(
             url=proxy.url.replace("://", "://app:x@"), recovery=SCAN_ONLY, recorder=heard
         )
-        leader._partitions[0].recoverer._put_back._scripts_forbidden = True
+        leader._partitions[0].recoverer._put_back._no_scripts = True
         proxy.cut_at = b'{"DataStreamName"'  # XADD
         notes = await leader.init()
         assert Counter(names(await take(notes, 10))) == ALL
@@ -271,6 +271,6 @@ async def test_one_lock_that_is_forbidden_is_no_reason_to_forbid_scripts(
         for i, name in zip(ids, ("mine0", "other", "mine1"), strict=True)
     ]
     assert await put_back.put(entries) == [1, 2, 1]  # nobody can say whether it is locked
-    assert not put_back._scripts_forbidden
+    assert not put_back._no_scripts
     assert service.pending() == [ids[1]]
     await narrow._recovering.close()

@@ -9,6 +9,7 @@ from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from helpers import eventually
 
 from relstream._core import pack
@@ -31,6 +32,7 @@ class Masters:
         self.unopened: set[str] = set()
         self.answers: dict[str, object] = {}
         self.openings = Counter(masters)
+        self.run_ids: dict[str, bytes | None] = {}
         self.without: set[str] = set()
         self.asked: dict[str, set[bytes]] = {}
 
@@ -54,8 +56,14 @@ class Masters:
                 await asyncio.sleep(0.01)
             return [self.answers.get(master, 0)]
 
+        async def run_id() -> bytes | None:
+            return self.run_ids.get(master, b"first")
+
         return SimpleNamespace(
-            pipeline=pipeline, alive=master not in self.unopened, openings=self.openings[master]
+            pipeline=pipeline,
+            run_id=run_id,
+            alive=master not in self.unopened,
+            openings=self.openings[master],
         )
 
 
@@ -98,16 +106,35 @@ async def test_a_master_that_hung_up_may_be_back_without_locks() -> None:
         masters.hung_up.add("a")
         await asyncio.sleep(0.15)
         masters.hung_up.clear()
+        masters.openings["a"] += 1
+        masters.run_ids["a"] = b"second"
         assert outages.shadowed([b"a", b"b"]) == {b"a"}
         await asyncio.sleep(0.15)
         assert outages.shadowed([b"a", b"b"]) == {b"a"}
 
 
-async def test_a_master_on_another_connection_may_be_back_without_locks() -> None:
-    """It may have been restarted in between two questions."""
+async def test_a_connection_that_is_only_recycled_is_no_outage() -> None:
     masters = Masters("a", "b")
     async with watched(masters) as outages:
+        for _ in range(3):
+            masters.hung_up.add("a")
+            await asyncio.sleep(0.05)
+            masters.hung_up.clear()
+            masters.openings["a"] += 1
+            assert outages.shadowed([b"a", b"b"]) == {b"a"}, "it has not told who it is"
+            await eventually(lambda: not outages.shadowed([b"a", b"b"]), LEASE / 2)
+
+
+@pytest.mark.parametrize("run_id", [b"second", None], ids=["another", "not told"])
+async def test_a_master_on_another_connection_may_be_back_without_locks(
+    run_id: bytes | None,
+) -> None:
+    """It may have been restarted in between two questions."""
+    masters = Masters("a", "b")
+    masters.run_ids["a"] = run_id and b"first"
+    async with watched(masters) as outages:
         masters.openings["a"] += 1
+        masters.run_ids["a"] = run_id
         assert outages.shadowed([b"a", b"b"]) == {b"a"}
         await asyncio.sleep(LEASE / 2)
         assert outages.shadowed([b"a", b"b"]) == {b"a"}

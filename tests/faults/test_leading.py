@@ -1,0 +1,124 @@
+"""A leader judges the dead, and nobody else: whatever happens to its connections, key or server."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from helpers import SEPARATOR, eventually, take
+
+from relstream import RecoveryConfig
+
+LEADER = "svc-input-reconciler"
+HEARTBEAT = 1.0
+COUNT = 100
+
+
+async def own(consumer, service, count=COUNT, consumers=3, **options):
+    """Consumers that own so many streams together; the ids of their entries."""
+    clients = [consumer(f"c{i}", heartbeat_interval=HEARTBEAT, **options) for i in range(consumers)]
+    for client in clients:
+        await client.init()
+    for i in range(count):
+        service.announce(f"s{i}")
+    await eventually(lambda: len(service.locks()) == count)
+    return service.entries()
+
+
+@pytest.mark.parametrize("info", [True, False], ids=["told who it is", "not told"])
+async def test_connections_that_are_recycled_are_no_outage(consumer, service, request, info):
+    """As by a proxy that lets none grow old; each time a leader waited for owners to renew."""
+    clustered = request.config.getoption("--deployment") == "cluster"
+    if not info:
+        if clustered:
+            pytest.skip("a cluster's masters have to tell")
+        service.redis.acl_setuser("default", enabled=True, commands=["-info"])
+    recovery = RecoveryConfig(min_idle_time=0.1, reconciliation_interval=1.0)
+    client = consumer("c1", heartbeat_interval=4.0, recovery=recovery)
+    notes = await client.init()
+    recycled = 0
+
+    async def recycle() -> None:
+        nonlocal recycled
+        while True:
+            service.redis.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+            recycled += 1
+            await asyncio.sleep(1.0)
+
+    recycling = asyncio.ensure_future(recycle())
+    try:
+        await eventually(lambda: recycled > 3)
+        service.orphan(20)
+        await take(notes, 20)
+    finally:
+        recycling.cancel()
+        if not info:
+            service.redis.acl_setuser("default", enabled=True, commands=["+info"])
+        await asyncio.wait({recycling})
+
+
+@pytest.mark.only("single", "sentinel", reason="pauses the writes of one server")
+@pytest.mark.parametrize("scripts", [True, False], ids=["scripts", "no scripts"])
+async def test_writes_that_pause_for_longer_than_a_lease(consumer, service, scripts):
+    """As while a service replaces its master. Scripts that were held up run before renewals do."""
+    if not scripts:
+        service.redis.acl_setuser("default", enabled=True, commands=["-evalsha", "-eval"])
+    try:
+        ids = await own(consumer, service, recovery=RecoveryConfig(min_idle_time=0.0))
+        for _ in range(2):
+            service.redis.execute_command("CLIENT", "PAUSE", 2500, "WRITE")
+            await asyncio.sleep(2.5)
+            await eventually(lambda: len(service.locks()) == COUNT)
+            await asyncio.sleep(1.5 * HEARTBEAT)
+        assert service.entries() == ids
+        assert service.redis.xlen(service.dlq) == 0
+    finally:
+        service.redis.acl_setuser("default", enabled=True, commands=["+evalsha", "+eval"])
+
+
+@pytest.mark.only("single", "sentinel", reason="all locks of one server go")
+async def test_locks_that_are_gone_with_the_leader_s_key(consumer, service):
+    """A clock that was set forward, or keys that were evicted: nobody died by that."""
+    ids = await own(consumer, service, recovery=RecoveryConfig(max_retries=3))
+    script = "for i, key in ipairs(KEYS) do redis.call('PEXPIRE', key, 1) end"
+    for _ in range(5):
+        keys = [LEADER, *service.locks()]
+        service.redis.eval(script, len(keys), *keys)
+        await asyncio.sleep(2.5 * HEARTBEAT)
+        await eventually(lambda: len(service.locks()) == COUNT)
+    assert service.entries() == ids
+    assert service.redis.xlen(service.dlq) == 0
+
+
+@pytest.mark.only("single", "sentinel", reason="a script sees the leader's key")
+async def test_what_a_former_leader_judged_is_void(consumer, service, monkeypatch):
+    """It is frozen just before it carries that out, and another leads when it wakes."""
+    client = consumer(
+        "c1",
+        heartbeat_interval=HEARTBEAT,
+        auto_claim=False,
+        recovery=RecoveryConfig(min_idle_time=0.0, reconciliation_interval=0.5),
+    )
+    await client.init()
+    recoverer = client._partitions[0].recoverer
+    put, judged, go = recoverer._put_back.put_planned, asyncio.Event(), asyncio.Event()
+    refused: list[BaseException] = []
+
+    async def late(*args, **options):
+        judged.set()
+        await go.wait()
+        try:
+            return await put(*args, **options)
+        except BaseException as error:
+            refused.append(error)
+            raise
+
+    recoverer._put_back.put_planned = late
+    ids = service.orphan(10)
+    await judged.wait()
+    service.redis.set(LEADER, "another", px=60_000)
+    go.set()
+    await eventually(lambda: refused)
+    assert getattr(refused[0], "code", None) == "FENCED"
+    assert service.entries() == ids
+    assert SEPARATOR not in "".join(service.entries())
