@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -23,7 +25,7 @@ async def command(reader: asyncio.StreamReader) -> list[bytes]:
 
 
 @contextlib.asynccontextmanager
-async def listening(serve: Serve) -> AsyncIterator[int]:
+async def listening(serve: Serve, *, narrow: bool = False) -> AsyncIterator[int]:
     """Runs `serve(reader, writer)` for each connection, on a port of 127.0.0.1 that is given."""
     tasks: set[asyncio.Task[None]] = set()
 
@@ -41,7 +43,10 @@ async def listening(serve: Serve) -> AsyncIterator[int]:
             writer.transport.abort()
             tasks.discard(task)
 
-    server = await asyncio.start_server(run, "127.0.0.1", 0)
+    sock = socket.create_server(("127.0.0.1", 0))
+    if narrow:  # so that the client's own system has to keep what did not get through
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 * 1024)
+    server = await asyncio.start_server(run, sock=sock)
     try:
         yield server.sockets[0].getsockname()[1]
     finally:
@@ -64,7 +69,9 @@ class Proxy:
     from then on, in both directions and on all connections.
     """
 
-    def __init__(self, server_port: int, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self, server_port: int, host: str = "127.0.0.1", *, rate: float = math.inf
+    ) -> None:
         self._host = host
         self.server_port = server_port
         """Where new connections lead."""
@@ -85,6 +92,8 @@ class Proxy:
         """Seconds that every piece is under way."""
         self.piece = 65536
         """Bytes that are passed on at a time: 1 makes them trickle."""
+        self.rate = rate
+        """Bytes a second that each connection passes on in each direction."""
         self.cut_at = b""
         """The connection over which a client sends this is cut; once."""
         self.garble = b""
@@ -122,7 +131,9 @@ class Proxy:
         return f"redis://127.0.0.1:{self.port}"
 
     async def __aenter__(self) -> Proxy:
-        self.port = await self._stack.enter_async_context(listening(self._serve))
+        self.port = await self._stack.enter_async_context(
+            listening(self._serve, narrow=self.rate < math.inf)
+        )
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -173,3 +184,4 @@ class Proxy:
                 await gate.wait()
             writer.write(data)
             await writer.drain()
+            await asyncio.sleep(len(data) / self.rate)

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
+import struct
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from relstream._core import OBJECT, Reader
 from relstream.errors import ConnectionLost, DeadlineExceeded, ProtocolError, ReplyError
+
+try:
+    import fcntl
+    import termios
+except ImportError:  # there are none for Windows
+    _ioctl = None
+else:
+    _ioctl = fcntl.ioctl
+    _UNSENT = termios.TIOCOUTQ
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,22 +34,23 @@ READ_AT_ONCE = 1 << 20
 # be able to say that it has enough.
 JOIN_UP_TO = 64 * 1024
 # When a deadline has passed, the reply may well lie in the socket: an application that blocked the
-# loop made us late too. So many more looks are taken, so many seconds apart, and for as long as
-# at least this many bytes came between two of them.
+# loop made us late too. So many more looks are taken, so many seconds apart.
 LOOKS = 3
 LOOK_EVERY = 0.02
-FLOWING = 64 * 1024
 
 
 class _Request:
     """Replies that somebody waits for, those of one command or of a whole pipeline."""
 
-    __slots__ = ("deadline", "decode", "future", "missing", "replies")
+    __slots__ = ("deadline", "decode", "future", "missing", "replies", "timeout")
 
-    def __init__(self, future: Replies, missing: int, decode: int, deadline: float) -> None:
+    def __init__(
+        self, future: Replies, missing: int, decode: int, timeout: float, deadline: float
+    ) -> None:
         self.future = future
         self.missing = missing
         self.decode = decode
+        self.timeout = timeout
         self.deadline = deadline
         self.replies: list[Any] = []
 
@@ -72,6 +84,13 @@ class RedisProtocol(asyncio.BufferedProtocol):
         self._timer_due = math.inf
         self._received = 0
         self._received_at_pause = 0
+        # When bytes came last while a reply was awaited, or were last seen to go out (loop time).
+        self._progress_at = -math.inf
+        self._written = 0
+        # The place of the last byte of a large write that may be under way still, and how many
+        # bytes were known to have arrived.
+        self._large_write = 0
+        self._arrived = 0
         # The last look after a missed deadline: which request was first, what had been received.
         self._looked: tuple[_Request | None, int] = (None, 0)
         self._looks = 0
@@ -86,8 +105,10 @@ class RedisProtocol(asyncio.BufferedProtocol):
     ) -> Replies:
         """Sends packed commands; the future gives the list of their `replies` (at least 1) replies.
 
-        Error replies are in the list, as `ReplyError`. `timeout` (seconds) is for the last reply;
-        one that is flowing in by then is waited for.
+        Error replies are in the list, as `ReplyError`. `timeout` (seconds) is for the last reply.
+        Replies come in order, so each byte of one before it, or of itself, is progress, and so is
+        each byte of a large command that goes out: as long as there is some within `timeout`, the
+        reply is waited for.
         The future fails with `ConnectionLost` when the connection ends before that, of which
         `DeadlineExceeded` is one kind, and with `ProtocolError` when the replies can't be read.
         """
@@ -97,12 +118,12 @@ class RedisProtocol(asyncio.BufferedProtocol):
             return future
         deadline = self._loop.time() + timeout
         idle = not self._waiting
-        self._waiting.append(_Request(future, replies, decode, deadline))
+        self._waiting.append(_Request(future, replies, decode, timeout, deadline))
         if deadline < self._timer_due:
             self._set_timer(deadline)
         if idle and not self._out and self._transport is not None:
             # Waiting for company would cost a lonely command a turn of the event loop.
-            self._transport.write(packed)
+            self._write(self._transport, packed)
         else:
             self.post(packed)
         return future
@@ -146,7 +167,34 @@ class RedisProtocol(asyncio.BufferedProtocol):
             return
         self._out = []
         self._out_bytes = 0
-        self._transport.write(out[0] if len(out) == 1 else b"".join(out))
+        self._write(self._transport, out[0] if len(out) == 1 else b"".join(out))
+
+    def _write(self, transport: asyncio.Transport, data: bytes) -> None:
+        if len(data) >= JOIN_UP_TO:
+            if not self._large_write:
+                self._arrived = self._written - self._unsent()
+            self._large_write = self._written + len(data)
+        self._written += len(data)
+        transport.write(data)
+
+    def _unsent(self) -> int:
+        """Bytes that the other side has not acknowledged yet, as far as this system says."""
+        if self._transport is None:
+            return 0
+        unsent = self._transport.get_write_buffer_size()
+        sock = self._transport.get_extra_info("socket")
+        if _ioctl is not None and sock is not None:
+            with contextlib.suppress(OSError, ValueError):  # no such question, or it is closed
+                unsent += struct.unpack("i", _ioctl(sock.fileno(), _UNSENT, bytes(4)))[0]
+        return unsent
+
+    def _look_at_large_write(self, now: float) -> None:
+        if self._large_write:
+            arrived = self._written - self._unsent()
+            if arrived > self._arrived:
+                self._arrived, self._progress_at = arrived, now
+            if arrived >= self._large_write:
+                self._large_write = 0
 
     def _set_timer(self, due: float) -> None:
         # One timer for all: left alone while replies come in time, it looks anew when it fires.
@@ -155,25 +203,32 @@ class RedisProtocol(asyncio.BufferedProtocol):
         self._timer = self._loop.call_at(due, self._check_deadlines)
         self._timer_due = due
 
+    def _soonest(self) -> float:
+        """When the first deadline is, or was. One late reply makes all behind it late."""
+        progress = self._progress_at
+        return min(max(request.deadline, progress + request.timeout) for request in self._waiting)
+
     def _check_deadlines(self) -> None:
         self._timer = None
         self._timer_due = math.inf
         if not self._waiting:
             return
         now = self._loop.time()
-        # Replies come in order: one that is late makes all behind it late.
-        soonest = min(request.deadline for request in self._waiting)
+        soonest = self._soonest()
+        if soonest <= now:
+            self._look_at_large_write(now)
+            soonest = self._soonest()
         if soonest > now:
             self._set_timer(soonest)
             return
-        first, received = self._looked
-        if self._waiting[0] is not first or self._received - received >= FLOWING:
+        looking_at = (self._waiting[0], self._received)
+        if looking_at != self._looked:
+            self._looked = looking_at
             self._looks = 0
         elif self._looks == LOOKS:
             self.abort(DeadlineExceeded("no reply from the server in time"))
             return
         self._looks += 1
-        self._looked = (self._waiting[0], self._received)
         self._set_timer(now + LOOK_EVERY)
 
     # --- from the server (asyncio.BufferedProtocol) --------------------------------------------
@@ -207,6 +262,10 @@ class RedisProtocol(asyncio.BufferedProtocol):
             else:
                 if reader.buffered:
                     self._unasked()
+            if waiting:
+                self._progress_at = self._loop.time()
+            else:
+                self._large_write = 0
         except ProtocolError as error:
             self.abort(error)
             return

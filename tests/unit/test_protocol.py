@@ -27,6 +27,7 @@ class Wire:
         self.aborted = False
         self.closed = False
         self.high_water: int | None = None
+        self.unsent = 0
         self.protocol: RedisProtocol
 
     def write(self, data: bytes) -> None:
@@ -34,6 +35,12 @@ class Wire:
         self.writes.append(data)
         if self.high_water is not None and sum(map(len, self.writes)) > self.high_water:
             self.protocol.pause_writing()
+
+    def get_write_buffer_size(self) -> int:
+        return self.unsent
+
+    def get_extra_info(self, name: str) -> None:
+        return None
 
     def pause_reading(self) -> None:
         self.reading = False
@@ -361,22 +368,58 @@ async def test_being_late_ourselves_is_no_missed_deadline(make):
     assert protocol.alive
 
 
-@pytest.mark.parametrize("piece", [module.FLOWING, 100])
-async def test_what_flows_is_waited_for_and_what_trickles_is_not(make, piece):
+async def test_a_reply_is_waited_for_as_long_as_bytes_come(make):
     protocol, wire = make()
-    reply = protocol.send(PING, timeout=0.05)
-    wire.arrive(b"$%d\r\n" % (60 * piece))
-    for _ in range(60):
-        await asyncio.sleep(module.LOOK_EVERY / 4)
-        wire.arrive(bytes(piece))
-    if piece == 100:
-        with pytest.raises(DeadlineExceeded):
-            await reply
-    else:
-        assert not reply.done()
-        wire.arrive(b"\r\n")
-        assert len((await reply)[0]) == 60 * piece
-        assert protocol.alive
+    reply = protocol.send(PING, timeout=0.2)
+    behind = protocol.send(PING, timeout=0.1)
+    wire.arrive(b"$20\r\n")
+    for _ in range(20):
+        await asyncio.sleep(0.03)
+        wire.arrive(b"x")
+    assert not reply.done()
+    wire.arrive(b"\r\n")
+    assert await reply == [b"x" * 20]
+    wire.arrive(PONG)
+    assert await behind == [b"PONG"]
+    assert protocol.alive
+
+
+async def test_a_reply_that_stops_halfway_misses_its_deadline(make):
+    protocol, wire = make()
+    loop = asyncio.get_running_loop()
+    reply = protocol.send(PING, timeout=0.2)
+    await asyncio.sleep(0.1)
+    wire.arrive(b"$20\r\nx")
+    stopped_at = loop.time()
+    with pytest.raises(DeadlineExceeded):
+        await reply
+    assert loop.time() - stopped_at >= 0.2
+    assert wire.aborted
+
+
+async def test_bytes_before_a_command_was_sent_do_not_prolong_its_deadline(make):
+    protocol, wire = make()
+    first = protocol.send(PING, timeout=60)
+    late = protocol.send(PING, timeout=0.1)
+    wire.arrive(PONG)
+    await first
+    await asyncio.wait_for(asyncio.shield(fails(late)), 5)
+    assert wire.aborted
+
+
+async def test_a_large_command_that_goes_out_slowly_is_waited_for(make):
+    protocol, wire = make()
+    large = pack("SET", "k", bytes(module.JOIN_UP_TO))
+    reply = protocol.send(large, timeout=0.1)
+    for left in range(10):
+        wire.unsent = len(large) - 1000 * left
+        await asyncio.sleep(0.06)
+    assert not reply.done()
+    stalled = wire.unsent
+    with pytest.raises(DeadlineExceeded):
+        await reply
+    assert wire.unsent == stalled
+    assert wire.aborted
 
 
 async def test_no_timer_survives_the_connection(make, monkeypatch):
