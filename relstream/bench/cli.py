@@ -20,7 +20,7 @@ from relstream.bench.report import TRANSPORTS, as_json, environment, headline, t
 from relstream.bench.runner import MeasurementFailed, Result, measure
 from relstream.bench.scenarios import FAMILIES
 from relstream.errors import RelstreamError, UsageError
-from relstream.net.connection import without_secrets
+from relstream.net.secrets import without_secrets
 from relstream.server import Server, ServerNotFound, ServerStartFailed
 
 BAD_USAGE = 2

@@ -35,6 +35,7 @@ from relstream.errors import (
     ServerTooOld,
 )
 from relstream.net.protocol import RedisProtocol
+from relstream.net.secrets import may_be_quoted, scrubbed, shown_client, without_secrets
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
@@ -62,7 +63,7 @@ class Endpoint:
     tls: ssl.SSLContext | None = None
     username: str | None = None
     password: str | None = field(default=None, repr=False)
-    credential_provider: CredentialProvider | None = None
+    credential_provider: CredentialProvider | None = field(default=None, repr=False)
     client_name: str = "relstream"
     resp3: bool = True
     connect_timeout: float = DEFAULT_TIMEOUT
@@ -99,17 +100,18 @@ class Endpoint:
         return self.username or "default", self.password or ""
 
 
-def endpoint_of(source: str | redis.asyncio.Redis) -> Endpoint:
+def endpoint_of(source: str | redis.asyncio.Redis, given: str | None = None) -> Endpoint:
     """Reads an address off a URL (redis://, rediss://, unix://) or a `redis.asyncio.Redis`.
 
     Raises `InvalidOption` for what is neither, or has settings that can't be; its message shows no
-    password.
+    password. `given`: the URL that it is a part of.
     """
     if isinstance(source, str):
-        shown: object = without_secrets(source)
-        pool = _pool_of_url(source)
+        given = given or source
+        shown = without_secrets(given)
+        pool = _pool_of_url(source, given)
     elif isinstance(source, redis.asyncio.Redis):
-        shown = source
+        shown = shown_client(source)
         pool = source.connection_pool
     else:
         raise InvalidOption(
@@ -124,7 +126,8 @@ def endpoint_of(source: str | redis.asyncio.Redis) -> Endpoint:
         db = int(parsed.db or 0)
     # A TypeError is an argument that redis-py does not know; an OSError a file that TLS needs.
     except (TypeError, ValueError, OSError, redis.RedisError) as error:
-        raise InvalidOption("redis", shown, f"settings that redis-py accepts ({error})") from None
+        why = _quoted(error, given)
+        raise InvalidOption("redis", shown, f"settings that redis-py accepts ({why})") from None
     if db < 0:
         raise InvalidOption("redis", shown, "the number of a database, 0 or more")
     settings = pool.connection_kwargs
@@ -150,19 +153,20 @@ def endpoint_of(source: str | redis.asyncio.Redis) -> Endpoint:
     )
 
 
-def without_secrets(url: str) -> str:
-    """A URL as it may be shown."""
-    # Up to the last @: a password that should have been percent-encoded may contain "/" and "@".
-    return re.sub(r"(?i)(password=)[^&]*", r"\1***", re.sub(r"//.*@", "//***@", url))
+def _quoted(error: Exception, url: str | None) -> str:
+    """What redis-py says of a setting, unless that may be the rest of a password."""
+    if url is None or may_be_quoted(url):
+        return str(error)
+    return "not what follows the password: in it, percent-encode all that is special in a URL"
 
 
-def _pool_of_url(url: str) -> redis.asyncio.ConnectionPool:
+def _pool_of_url(url: str, given: str) -> redis.asyncio.ConnectionPool:
     def wrong(why: str) -> InvalidOption:
         expected = (
             "redis://[[user]:password@]host[:port][/db], rediss://…, unix:///path[?db=n], "
             "redis+cluster://host:port,… or redis+sentinel://host:port,…/name"
         )
-        return InvalidOption("redis", without_secrets(url), f"{expected} ({why})")
+        return InvalidOption("redis", without_secrets(given), f"{expected} ({why})")
 
     try:
         parts = urlsplit(url)
@@ -184,12 +188,14 @@ def _pool_of_url(url: str) -> redis.asyncio.ConnectionPool:
     # redis-py would take the database of a path that is no number for 0.
     if parts.scheme != "unix" and not re.fullmatch(r"(/\d*)?", parts.path):
         raise wrong(f"{parts.path[1:]!r} is no number of a database")
+    if parts.scheme == "unix" and ":" in parts.netloc and "@" not in parts.netloc:
+        raise wrong("in a user name or password, /, ?, #, @ and % must be percent-encoded")
     if parts.scheme == "unix" and not parts.path:
         raise wrong("there is no path of a socket")
     try:
         return redis.asyncio.ConnectionPool.from_url(url)
     except ValueError as error:
-        raise wrong(str(error)) from None
+        raise wrong(_quoted(error, given)) from None
 
 
 async def connect(
@@ -236,11 +242,14 @@ async def _open(protocol: RedisProtocol, endpoint: Endpoint) -> None:
     loop = asyncio.get_running_loop()
     try:
         credentials = await endpoint.credentials()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is
         # Who gives credentials may be out of reach for a while, just as the server may.
+        known = getattr(endpoint.credential_provider, "password", None)
+        said = scrubbed(repr(error), [known] if isinstance(known, str) else ())
         raise ConnectionFailed(
-            f"can't connect to {endpoint}: its credential provider failed: {error!r}"
-        ) from error
+            f"can't connect to {endpoint}: its credential provider failed: {said}"
+        ) from (error if said == repr(error) else None)
+    protocol.secrets = credentials[1:] if credentials else ()
     transport: asyncio.BaseTransport
     try:
         if endpoint.path is not None:
@@ -259,12 +268,25 @@ async def _open(protocol: RedisProtocol, endpoint: Endpoint) -> None:
         raise AuthenticationFailed(
             f"{endpoint}: user name or password can't be sent as UTF-8, it has lone surrogates"
         ) from None
-    except ConnectionLost as error:
-        raise ConnectionFailed(f"can't connect to {endpoint}: {error}") from error
-    except ProtocolError as error:
+    except RelstreamError as error:
+        problem = error
+    else:
+        return
+    # Not in the handler: what a server says may repeat the password, and would be its context.
+    raise _of_handshake(problem, endpoint, protocol.secrets)
+
+
+def _of_handshake(
+    error: RelstreamError, endpoint: Endpoint, secrets: tuple[str, ...]
+) -> RelstreamError:
+    said = scrubbed(str(error), secrets)
+    if isinstance(error, ConnectionLost):
+        return ConnectionFailed(f"can't connect to {endpoint}: {said}")
+    if isinstance(error, ProtocolError):
         # \x15\x03 starts an alert of TLS.
-        hint = ": it speaks TLS, use rediss://" if r"b'\x15\x03" in str(error) else ""
-        raise ProtocolError(f"{endpoint} does not answer as Redis does ({error}){hint}") from error
+        hint = ": it speaks TLS, use rediss://" if r"b'\x15\x03" in said else ""
+        return ProtocolError(f"{endpoint} does not answer as Redis does ({said}){hint}")
+    return type(error)(said)
 
 
 def _keep_alive(sock: socket.socket) -> None:

@@ -12,8 +12,9 @@ import redis.asyncio
 from redis.asyncio.sentinel import SentinelConnectionPool
 
 from relstream.errors import InvalidOption
-from relstream.net.connection import Endpoint, Link, SharedAddress, endpoint_of, without_secrets
+from relstream.net.connection import Endpoint, Link, SharedAddress, endpoint_of
 from relstream.net.credentials import OnLoop
+from relstream.net.secrets import shown_client, without_secrets
 from relstream.net.sentinel import NamedMaster
 from relstream.net.topology import (
     ClusterTopology,
@@ -136,10 +137,8 @@ def _of_many_hosts(url: str, scheme: str, kind: str, rest: str) -> Deployment:
         raise InvalidOption("redis", shown, f"{scheme}+sentinel://host:port,host:port/master name")
 
     def endpoint(host: str, login: str, path: str, settings: str) -> Endpoint:
-        try:
-            return endpoint_of(f"{scheme}://{login}{host}{path}{'?' if settings else ''}{settings}")
-        except InvalidOption as error:
-            raise InvalidOption("redis", shown, error.expected) from None
+        part = f"{scheme}://{login}{host}{path}{'?' if settings else ''}{settings}"
+        return endpoint_of(part, given=url)
 
     every = hosts.split(",")
     if not all(every) or re.search("@.*,", credentials):
@@ -167,7 +166,9 @@ def _of_cluster(client: redis.asyncio.RedisCluster) -> Deployment:
 
 def _of_sentinel(client: redis.asyncio.Redis, pool: SentinelConnectionPool) -> Deployment:
     if not pool.is_master:
-        raise InvalidOption("redis", client, "a client made by master_for, not slave_for")
+        raise InvalidOption(
+            "redis", shown_client(client), "a client made by master_for, not slave_for"
+        )
     settings = dict(pool.connection_kwargs)
     settings.pop("connection_pool", None)
     tls = issubclass(pool.connection_class, redis.asyncio.SSLConnection)

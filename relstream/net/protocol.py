@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from relstream._core import OBJECT, Reader
 from relstream.errors import ConnectionLost, DeadlineExceeded, ProtocolError, ReplyError
+from relstream.net.secrets import scrubbed
 
 try:
     import fcntl
@@ -95,6 +96,8 @@ class RedisProtocol(asyncio.BufferedProtocol):
         self._looked: tuple[_Request | None, int] = (None, 0)
         self._looks = 0
         self._error: Exception | None = None
+        # What no error may show, though the server repeats it.
+        self.secrets: tuple[str, ...] = ()
         # Done when the transport is gone. To be waited for with `asyncio.wait`, or shielded.
         self.closed: asyncio.Future[None] = self._loop.create_future()
 
@@ -358,7 +361,7 @@ class RedisProtocol(asyncio.BufferedProtocol):
     def _end(self, error: Exception) -> None:
         if self._error is not None:
             return
-        self._error = error
+        self._error = type(error)(scrubbed(str(error), self.secrets))
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
