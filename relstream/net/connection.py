@@ -34,6 +34,7 @@ from relstream.errors import (
     ReplyError,
     ServerTooOld,
 )
+from relstream.net.dialing import dial
 from relstream.net.protocol import RedisProtocol
 from relstream.net.secrets import may_be_quoted, scrubbed, shown_client, without_secrets
 
@@ -256,7 +257,10 @@ async def _open(protocol: RedisProtocol, endpoint: Endpoint) -> None:
             await loop.create_unix_connection(lambda: protocol, endpoint.path)
         else:
             transport, _ = await loop.create_connection(
-                lambda: protocol, endpoint.host, endpoint.port, ssl=endpoint.tls
+                lambda: protocol,
+                sock=await dial(endpoint.host, endpoint.port),
+                ssl=endpoint.tls,
+                server_hostname=endpoint.host if endpoint.tls is not None else None,
             )
             _keep_alive(transport.get_extra_info("socket"))
     # What can't be a host name, or a port, is none either.
