@@ -37,6 +37,7 @@ from relstream.errors import (
 from relstream.net.dialing import dial
 from relstream.net.protocol import RedisProtocol
 from relstream.net.secrets import may_be_quoted, scrubbed, shown_client, without_secrets
+from relstream.net.tls import TLS
 
 if TYPE_CHECKING:
     from redis.credentials import CredentialProvider
@@ -61,7 +62,7 @@ class Endpoint:
     path: str | None = None
     """The unix socket; takes the place of `host` and `port`."""
     db: int = 0
-    tls: ssl.SSLContext | None = None
+    tls: TLS | None = None
     username: str | None = None
     password: str | None = field(default=None, repr=False)
     credential_provider: CredentialProvider | None = field(default=None, repr=False)
@@ -123,7 +124,9 @@ def endpoint_of(source: str | redis.asyncio.Redis, given: str | None = None) -> 
         )
     try:
         parsed: AbstractConnection = cast("Any", pool).make_connection()
-        tls = parsed.ssl_context.get() if isinstance(parsed, SSLConnection) else None
+        tls = TLS(parsed.ssl_context) if isinstance(parsed, SSLConnection) else None
+        if tls is not None:
+            tls.context()
         db = int(parsed.db or 0)
     # A TypeError is an argument that redis-py does not know; an OSError a file that TLS needs.
     except (TypeError, ValueError, OSError, redis.RedisError) as error:
@@ -251,6 +254,12 @@ async def _open(protocol: RedisProtocol, endpoint: Endpoint) -> None:
             f"can't connect to {endpoint}: its credential provider failed: {said}"
         ) from (error if said == repr(error) else None)
     protocol.secrets = credentials[1:] if credentials else ()
+    try:
+        context = endpoint.tls.context() if endpoint.tls is not None else None
+    except (OSError, ValueError) as error:  # one that is being renewed just now, perhaps
+        raise ConnectionFailed(
+            f"can't connect to {endpoint}: its TLS files can't be read: {error}"
+        ) from error
     transport: asyncio.BaseTransport
     try:
         if endpoint.path is not None:
@@ -259,8 +268,8 @@ async def _open(protocol: RedisProtocol, endpoint: Endpoint) -> None:
             transport, _ = await loop.create_connection(
                 lambda: protocol,
                 sock=await dial(endpoint.host, endpoint.port),
-                ssl=endpoint.tls,
-                server_hostname=endpoint.host if endpoint.tls is not None else None,
+                ssl=context,
+                server_hostname=endpoint.host if context is not None else None,
             )
             _keep_alive(transport.get_extra_info("socket"))
     # What can't be a host name, or a port, is none either.

@@ -6,7 +6,6 @@ import gc
 import math
 import os
 import socket
-import ssl
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -17,10 +16,11 @@ import pytest
 import redis
 import redis.asyncio
 import trustme
-from helpers import eventually
+from helpers import eventually, names, take
 from redis.credentials import CredentialProvider, UsernamePasswordCredentialProvider
 from wire import GREETING, Proxy, command, listening, until_eof
 
+from relstream import Producer, StreamClient
 from relstream._core import pack
 from relstream.errors import (
     AuthenticationFailed,
@@ -285,11 +285,7 @@ class Certified:
 
     def __init__(self, make_server: MakeServer, folder: Path, **config: str) -> None:
         self.folder = folder
-        self.ca = trustme.CA()
-        self.ca.cert_pem.write_to_path(folder / "ca.pem")
-        certificate = self.ca.issue_cert("127.0.0.1")
-        certificate.cert_chain_pems[0].write_to_path(folder / "cert.pem")
-        certificate.private_key_pem.write_to_path(folder / "key.pem")
+        self.issue(trustme.CA())
         files = TLSFiles(folder / "cert.pem", folder / "key.pem", folder / "ca.pem")
         try:
             self.server = make_server(tls=files, config=config)
@@ -299,6 +295,13 @@ class Certified:
                 raise
             pytest.skip("this server was built without TLS")
         self.trusting = f"{self.server.url}?ssl_ca_certs={folder / 'ca.pem'}"
+
+    def issue(self, ca: trustme.CA) -> None:
+        self.ca = ca
+        ca.cert_pem.write_to_path(self.folder / "ca.pem")
+        certificate = ca.issue_cert("127.0.0.1")
+        certificate.cert_chain_pems[0].write_to_path(self.folder / "cert.pem")
+        certificate.private_key_pem.write_to_path(self.folder / "key.pem")
 
     def client_certificate(self) -> str:
         issued = self.ca.issue_cert("client@example.org")
@@ -350,6 +353,49 @@ async def test_tls_client_certificates(make_server, tmp_path):
     await fails_to_connect(certified.trusting, ConnectionFailed)
     async with linked(certified.trusting + certified.client_certificate()) as link:
         assert await link.execute("PING") == b"PONG"
+
+
+async def test_tls_files_that_were_renewed_are_read_again(make_server, tmp_path):
+    certified = Certified(make_server, tmp_path, **{"tls-auth-clients": "yes"})
+    async with linked(certified.trusting + certified.client_certificate()) as link:
+        assert await link.execute("PING") == b"PONG"
+        tls = link.endpoint.tls
+        assert tls.context() is tls.context()
+        ca = (tmp_path / "ca.pem").read_bytes()
+        (tmp_path / "ca.pem").write_bytes(ca[: len(ca) // 2])  # half of it is written
+        (await link.get()).abort()
+        with pytest.raises(ConnectionFailed, match="TLS files"):
+            await link.get()
+        (tmp_path / "ca.pem").write_bytes(ca)
+        first = await link.get()
+        certified.issue(trustme.CA())
+        certified.client_certificate()
+        await link.execute("CONFIG", "SET", "tls-cert-file", str(tmp_path / "cert.pem"))
+        for _ in range(2):
+            (await link.get()).abort()
+            assert await link.execute("PING") == b"PONG"
+        assert await link.get() is not first
+
+
+async def test_a_client_goes_on_after_certificates_were_renewed(make_server, tmp_path):
+    certified = Certified(make_server, tmp_path)
+    client = StreamClient(certified.trusting, "svc", consumer_id="c1")
+    producer = Producer(certified.trusting, "svc")
+    async with client as notifications, linked(certified.trusting) as admin:
+        await producer.announce("before")
+        await take(notifications, 1)
+        await admin.get()
+        certified.issue(trustme.CA())
+        await admin.execute("CONFIG", "SET", "tls-cert-file", str(tmp_path / "cert.pem"))
+        await admin.execute("CLIENT", "KILL", "TYPE", "normal")
+        await eventually(lambda: not client._commands.link(b"").alive)
+        with contextlib.suppress(ConnectionFailed):  # it may not know yet
+            await producer.announce("after")
+        await producer.announce("after all")
+        while "after all" not in names(await take(notifications, 1)):
+            pass
+        assert client.is_owned("before")
+    await producer.aclose()
 
 
 async def test_tls_where_there_is_none(redis_url):
@@ -983,9 +1029,3 @@ def test_backoff_starts_anew_after_a_success(monkeypatch):
     assert backoff.failures == 2001
     backoff.reset()
     assert (backoff.failures, backoff.failed()) == (0, first)
-
-
-def test_contexts_of_tls_are_built_once(tmp_path):
-    endpoint = endpoint_of("rediss://localhost")
-    assert isinstance(endpoint.tls, ssl.SSLContext)
-    assert endpoint.named("reader").tls is endpoint.tls
