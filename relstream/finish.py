@@ -25,7 +25,7 @@ from relstream._core import (
 )
 from relstream.delayed_entries import DelayedEntries, packed
 from relstream.errors import ClientClosed, RelstreamError, ReplyError, StreamNotOwned
-from relstream.lbs import INPUT_FIELD, message, replace_fields
+from relstream.lbs import INPUT_FIELD, RETRY_FIELD, message, replace_fields
 from relstream.leases import pending_for
 from relstream.net.connection import (
     Backoff,
@@ -393,10 +393,7 @@ class Finisher:
                     stored[entry_id] = batch.pairs(0) or []
         fields = []
         for head in heads:
-            known = head.announcement
-            pairs = None if known is not None else stored.get(head.id)
-            if not pairs:
-                pairs = [INPUT_FIELD, known or message(head.data_stream_name, head.info)]
+            pairs = stored.get(head.id) or _known(head)
             fields.append(replace_fields(pairs, self._failures[head].fields))
         return fields
 
@@ -544,11 +541,11 @@ class Finisher:
         returned: set[Entry] = set()
         by_id = {entry.id: entry for entry in entries}
         async for part, batches in self._stored.read(Ids(entry_ids(entries))):
-            there = [
-                (by_id[entry_id], batch.pairs(0) or [])
-                for entry_id, batch in zip(part, batches, strict=True)
-                if len(batch)
-            ]
+            there = []
+            for entry_id, batch in zip(part, batches, strict=True):
+                entry = by_id[entry_id]
+                stored = batch.pairs(0) if len(batch) else None
+                there.append((entry, stored or _known(entry)))
             # Without their locks: these are ours.
             outcomes = await self._put([(entry.id, pairs, None) for entry, pairs in there])
             returned.update(
@@ -593,6 +590,15 @@ class Finisher:
             self._refuse(endings, lost)
         self._leases.drop(endings.heads, outcome)
         endings.succeed()
+
+
+def _known(entry: Entry) -> list[bytes]:
+    """The fields of an entry as far as its owner knows them, who may be the last to: if trimmed."""
+    announcement = entry.announcement or message(entry.data_stream_name, entry.info)
+    pairs = [INPUT_FIELD, announcement]
+    if entry.retry_count:
+        pairs += (RETRY_FIELD, b"%d" % entry.retry_count)
+    return pairs
 
 
 def _all(head: Entry) -> list[Entry]:

@@ -189,6 +189,11 @@ def split_lock_key(key: bytes) -> tuple[str, str] | None:
         return None
 
 
+def consumer_row(row: Any) -> dict[bytes, Any]:
+    """A row of XINFO CONSUMERS: RESP3 gives a map, RESP2 names and values in turn."""
+    return row if isinstance(row, dict) else dict(zip(row[::2], row[1::2], strict=True))
+
+
 def message(data_stream_name: str, info: dict[str, Any] | None) -> bytes:
     """The value of `lbs-input`. Raises `InvalidOption` for what can't be announced."""
     check_name("data_stream_name", data_stream_name)

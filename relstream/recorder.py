@@ -75,6 +75,12 @@ class Recorder:
     def requeue(self, *, streams: Sequence[str], success: bool) -> None:
         """Dead owners' streams were requeued; not `success`: another consumer was first."""
 
+    def entries_vanished(self, *, count: int) -> None:
+        """So many entries of consumers that are gone were acknowledged without being delivered.
+
+        They had been trimmed, or deleted, from the load balancer stream.
+        """
+
     def alive_skip(self, *, count: int) -> None:
         """Recovery examined so many entries and left them alone, as their locks are held."""
 
@@ -147,6 +153,7 @@ class SafeRecorder:
     keyspace_notification_dropped = _guarded(Recorder.keyspace_notification_dropped)
     dlq_routing = _guarded(Recorder.dlq_routing)
     reconciliation_scan = _guarded(Recorder.reconciliation_scan)
+    entries_vanished = _guarded(Recorder.entries_vanished)
     requeue = _guarded(Recorder.requeue)
     alive_skip = _guarded(Recorder.alive_skip)
     ack_add_gap = _guarded(Recorder.ack_add_gap)

@@ -26,7 +26,14 @@ from relstream.errors import (
     RelstreamError,
     ReplyError,
 )
-from relstream.lbs import MAX_RETRIES, UNPARSEABLE, Names, entry_id_of, lock_key
+from relstream.lbs import (
+    MAX_RETRIES,
+    UNPARSEABLE,
+    Names,
+    consumer_row,
+    entry_id_of,
+    lock_key,
+)
 from relstream.leader import Leadership
 from relstream.net.connection import Backoff, explained_by_failover, raise_first
 from relstream.net.identity import Server
@@ -48,6 +55,7 @@ from relstream.put_back import (
 from relstream.rights import Denied, refused
 from relstream.scripts import REMOVE_CONSUMER, run
 from relstream.tasks import end_all, until_one_ends
+from relstream.vanished import Vanished
 
 if TYPE_CHECKING:
     from relstream.config import RecoveryConfig
@@ -140,6 +148,7 @@ class Recoverer:
         self._logger = logger
         self._put_back = PutBack(topology, names, recorder, logger)
         self._entries = Entries(self._link, names)
+        self._vanished = Vanished(self._link, names, recorder, logger)
         self._delayed = DelayedEntries(self._link, names, logger)
         self._outages: Outages | None = None
         if isinstance(topology, ClusterTopology):
@@ -477,7 +486,7 @@ class Recoverer:
             if error.code == "NOPERM":  # then events and scans have to do
                 return
             raise
-        owners = {row[b"name"] for row in map(_mapping, rows) if row[b"pending"]}
+        owners = {row[b"name"] for row in map(consumer_row, rows) if row[b"pending"]}
         remembered: tuple[dict[bytes, Any], ...] = (self._passed, self._fruitless, self._held)
         for each in remembered:
             for name in each.keys() - owners:
@@ -561,7 +570,7 @@ class Recoverer:
             raise
         names = [
             row[b"name"]
-            for row in map(_mapping, rows)
+            for row in map(consumer_row, rows)
             # Every living consumer reads at least once a second.
             if not row[b"pending"] and row[b"idle"] > REMOVE_AFTER * 1000
         ]
@@ -641,8 +650,7 @@ class Recoverer:
         leading = fenced and self._leading
         fence = self._leadership.fence if leading else None
         plan = plan_for(ids, batches)
-        if plan.gone:
-            tally.vanished = await discard(self._link, self._names, plan.gone)
+        tally.vanished = await self._vanished.acknowledge(plan.gone, own=not fenced and not claimed)
         bad = [(None, (entry_id, pairs, None)) for entry_id, pairs, _ in plan.unparseable]
         await self._bury(bad, UNPARSEABLE, tally, fence)
         if not len(plan):
@@ -747,11 +755,6 @@ def _tells_of_an_outage(error: RelstreamError) -> bool:
         # Out of memory locks are renewed all the same.
         return explained_by_failover(error) and error.code not in ("OOM", "FENCED", "NOSCRIPT")
     return isinstance(error, DeadlineExceeded)
-
-
-def _mapping(row: Any) -> dict[bytes, Any]:
-    """A row of XINFO: RESP3 gives a map, RESP2 names and values in turn."""
-    return row if isinstance(row, dict) else dict(zip(row[::2], row[1::2], strict=True))
 
 
 def _id_order(entry_id: bytes) -> tuple[int, int]:

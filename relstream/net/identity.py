@@ -25,9 +25,9 @@ class Server:
         openings = self._link.openings
         if openings == self._openings:
             return True
-        before, run_id = self._run_id, await self._link.run_id()
-        first, self._openings = not self._openings, openings
-        self._run_id = run_id
+        first, before = not self._openings, self._run_id
+        run_id = await self._link.run_id()
+        self._openings, self._run_id = openings, run_id
         if first:
             return True
         return None if run_id is None else run_id == before

@@ -252,7 +252,10 @@ async def test_where_another_recovers_first_is_a_failure_once(consumer, service)
     assert {success for _, success in heard.calls("requeue")} == {False}
 
 
-async def test_what_was_requeued_since_it_was_seen_pending_has_not_vanished(consumer, service):
+async def test_what_was_requeued_since_it_was_seen_pending_has_not_vanished(
+    consumer, service, monkeypatch
+):
+    monkeypatch.setattr("relstream.vanished.HEARD", 0.0)
     requeued, trimmed = service.orphan(2)
     heard = Heard()
     recovery = RecoveryConfig(reconciliation_interval=60.0, min_idle_time=0.1)

@@ -54,8 +54,8 @@ async def test_scripts_about_locks(answer: Any) -> None:
     async def pipeline(packed: bytes, replies: int) -> list[Any]:
         return [answer] * replies
 
-    link = SimpleNamespace(pipeline=pipeline)
-    topology: Any = SimpleNamespace(single=True, link=lambda key: link)
+    link = SimpleNamespace(pipeline=pipeline, openings=1)
+    topology: Any = SimpleNamespace(single=True, together=True, link=lambda key: link)
     locks = Locks(topology, "c1", 1000, LOGGER)
     for ask in locks.renew, locks.release:
         with pytest.raises(ProtocolError, match="a script about locks"):

@@ -1,0 +1,106 @@
+"""Pending entries that are gone from the load balancer stream: trimmed, or deleted by hand.
+
+A living owner has all that is needed to finish its stream, to fail it, or to hand it over, so it is
+left to it. What dead ones leave behind can't be delivered any more.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from relstream._core import ITEM, PENDING, Template, pack
+from relstream.errors import ReplyError
+from relstream.lbs import consumer_row
+from relstream.net.connection import raise_first
+from relstream.put_back import discard
+from relstream.rights import Denied
+
+if TYPE_CHECKING:
+    from relstream.lbs import Names
+    from relstream.net.topology import KeyLink
+    from relstream.recorder import SafeRecorder
+
+# A consumer that reads is heard of once a second; so many seconds later it need not live any more.
+HEARD = 3.0
+# Ids that a log line names.
+TOLD = 10
+
+
+class Vanished:
+    """Sees to pending entries whose announcements are gone."""
+
+    def __init__(
+        self,
+        link: KeyLink,
+        names: Names,
+        recorder: SafeRecorder | None,
+        logger: logging.Logger,
+    ) -> None:
+        self._link = link
+        self._names = names
+        self._recorder = recorder
+        self._logger = logger
+        self._no_xinfo = Denied(link)
+
+    async def acknowledge(self, ids: Sequence[bytes], *, own: bool) -> int:
+        """Acknowledges these unless their consumers live; returns how many were pending.
+
+        `own`: they are a former life's of this consumer, which lives.
+        """
+        if not ids:
+            return 0
+        if not own:
+            ids = await self._left(ids)
+            if not ids:
+                return 0
+        count = await discard(self._link, self._names, ids)
+        if count:
+            shown = b", ".join(ids[:TOLD]).decode() + (", …" if len(ids) > TOLD else "")
+            self._logger.warning(
+                "%d pending entries were gone from %r, trimmed or deleted, and their consumers "
+                "too: what they announced is not known any more, and was acknowledged: %s",
+                count, self._names.lbs.decode(), shown,
+            )  # fmt: skip
+            if self._recorder is not None:
+                self._recorder.entries_vanished(count=count)
+        return count
+
+    async def _left(self, ids: Sequence[bytes]) -> list[bytes]:
+        """Those pending for consumers that are not known to live."""
+        ask = Template(b"XPENDING", self._names.lbs, self._names.group, ITEM, ITEM, 1)
+        pages = raise_first(
+            await self._link.pipeline(ask.pack(list(ids)), len(ids), decode=PENDING)
+        )
+        owners = {page[0][0]: page[0][1] for page in pages if len(page)}
+        living = await self._living(sorted(set(owners.values())))
+        return [entry_id for entry_id, owner in owners.items() if owner not in living]
+
+    async def _living(self, consumers: list[bytes]) -> set[bytes]:
+        """Those that wrote their instance lately, or read, as consumers of the reference do."""
+        if not consumers:
+            return set()
+        keys = [self._names.instance(name.decode(errors="replace")) for name in consumers]
+        replies = await self._link.pipeline(
+            b"".join([pack(b"GET", key) for key in keys]), len(keys)
+        )
+        living = {
+            name
+            for name, reply in zip(consumers, replies, strict=True)
+            if reply is not None and not isinstance(reply, ReplyError)
+        }
+        if self._no_xinfo or len(living) == len(consumers):
+            return living
+        (rows,) = await self._link.pipeline(
+            pack(b"XINFO", b"CONSUMERS", self._names.lbs, self._names.group), 1
+        )
+        if isinstance(rows, ReplyError):
+            if rows.code != "NOPERM":
+                raise rows
+            self._no_xinfo.remember()
+            return living
+        for row in map(consumer_row, rows):
+            if row[b"idle"] < HEARD * 1000:
+                living.add(row[b"name"])
+        return living
