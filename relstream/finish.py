@@ -439,10 +439,15 @@ class Finisher:
     async def _lost_with_group(self, entries: list[Entry]) -> set[Entry]:
         """Deletes those that are there and locked by us, and returns them.
 
-        They were lost with their group: who puts an entry back deletes it in the same step.
+        They were lost with their group: who puts an entry back deletes it in the same step. The new
+        group may have delivered them to another consumer, who could not lock them.
         """
         held = await self._locks.held(lock_keys(entries), known=True)
-        return await self._deleted([e for e, ours in zip(entries, held, strict=True) if ours])
+        ours = await self._deleted([e for e, mine in zip(entries, held, strict=True) if mine])
+        if ours:
+            ids = entry_ids(list(ours))
+            raise_first(await self._link.pipeline(self._ack.pack(ids), len(ids)))
+        return ours
 
     async def _deleted(self, entries: list[Entry]) -> set[Entry]:
         """Deletes entries; returns those that were there."""

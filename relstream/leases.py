@@ -26,7 +26,7 @@ from relstream._core import (
 from relstream.errors import ReplyError
 from relstream.lbs import Names, split_lock_key
 from relstream.net.connection import raise_first
-from relstream.put_back import TOO_LATE
+from relstream.put_back import TOO_LATE, read_entries
 
 if TYPE_CHECKING:
     from relstream.keeper import Keeper
@@ -255,7 +255,7 @@ class Leases:
                 older = set(page.idle(lived))
                 strays += [entry_id for entry_id in found if entry_id not in older]
                 former += [entry_id for entry_id in found if entry_id in older]
-            for entry in missing:
+            for entry in await self._lost(missing):
                 head = self._owned.get(entry.data_stream_name)
                 if head is None or head in lost or head.finishing:
                     continue
@@ -264,6 +264,27 @@ class Leases:
             if more:
                 start = b"(" + page[-1][0]
         return list(lost), strays, former
+
+    async def _lost(self, missing: list[Entry]) -> list[Entry]:
+        """Those of the entries not pending for this consumer that it has lost.
+
+        Who puts an entry back deletes it. One that is still there, and locked by us, is ours: its
+        group was destroyed, and the new one has not delivered it yet, or to another consumer, who
+        can't lock it. One that was given to another (XCLAIM) was delivered more than once.
+        """
+        if not missing:
+            return missing
+        ids = entry_ids(missing)
+        group = self._names.lbs, self._names.group
+        pending = Template(b"XPENDING", *group, ITEM, ITEM, 1).pack(ids)
+        pages = raise_first(await self._link.pipeline(pending, len(ids), decode=PENDING))
+        stored = await read_entries(self._link, self._names, ids)
+        held = await self._locks.held(lock_keys(missing), known=True)
+        return [
+            entry
+            for entry, page, batch, ours in zip(missing, pages, stored, held, strict=True)
+            if not (ours and len(batch) and (not len(page) or page[0][3] == 1))
+        ]
 
 
 def locks_of(head: Entry) -> list[bytes]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import Counter
 
 import pytest
@@ -104,29 +103,27 @@ async def test_scripts_flushed_all_the_time(consumer, service):
 
 @pytest.mark.parametrize("consumers", [1, 2])
 async def test_a_group_destroyed_while_running(consumer, service, listen, consumers):
-    ears = [listen(await consumer(f"c{i}", queue_size=4).init()) for i in range(consumers)]
+    clients = [consumer(f"c{i}", queue_size=4, recovery=SCAN_ONLY) for i in range(consumers)]
+    ears = [listen(await client.init()) for client in clients]
     for i in range(40):
         service.announce(f"s{i}")
 
-    def settled():
-        with contextlib.suppress(redis.ResponseError):
-            return _settled()
-        return False  # there is no group
-
-    def _settled():
-        owned = sum((ear.owns for ear in ears), Counter())
-        owners = {key.rpartition(SEPARATOR)[2]: owner for key, owner in service.locks().items()}
-        rows = service.redis.xpending_range(service.lbs, service.group, "-", "+", 100)
-        pending = {row["message_id"].decode(): row["consumer"].decode() for row in rows}
-        return owners == pending and owned == Counter(f"s{i}" for i in range(40))
-
-    await eventually(settled)
-    service.redis.xgroup_destroy(service.lbs, service.group)
-    # All is handed out again; whoever loses a stream by that is told, and all are owned once.
-    await eventually(lambda: len(service.pending()) == 40 and settled())
-    await asyncio.sleep(1.2)
-    assert settled()
-    assert len(service.entries()) == len(service.pending()) == 40
+    await eventually(lambda: len(service.locks()) == 40)
+    await eventually(lambda: sum(len(ear.told) for ear in ears) == 40)
+    owners = service.locks()
+    for _ in range(2):
+        service.redis.xgroup_destroy(service.lbs, service.group)
+        # All is handed out again, to whom it need not belong; nobody loses a stream by that.
+        await eventually(lambda: len(service.pending()) == 40)
+        await asyncio.sleep(1.5)  # three heartbeats
+        assert service.locks() == owners
+    assert sum((ear.owns for ear in ears), Counter()) == Counter(f"s{i}" for i in range(40))
+    entries = [fields for _, fields in service.redis.xrange(service.lbs)]
+    assert len(entries) == 40
+    assert not [fields for fields in entries if b"_retry_count" in fields]
+    for client, ear in zip(clients, ears, strict=True):
+        await asyncio.gather(*(client.done_stream(name) for name in ear.owns))
+    assert (service.entries(), service.pending()) == ([], [])
 
 
 async def test_a_group_destroyed_while_nobody_reads(consumer, service, listen):
