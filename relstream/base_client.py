@@ -47,7 +47,8 @@ class BaseClient:
         self._loop = OneLoop(f"this {type(self).__name__} was")
 
     def _check_usable(self) -> None:
-        """Raises `ClientClosed`, or `UsageError` in another event loop than it was used in."""
+        """Raises `ClientClosed`, or `UsageError` in another event loop or process."""
+        self._loop.check_process()
         if self._closed:
             raise ClientClosed(f"this {type(self).__name__} is closed: make a new one")
         self._loop.check()
@@ -68,7 +69,7 @@ class BaseClient:
         return await unless_replaced(sending, self._guide)
 
     async def aclose(self) -> None:
-        """Closes the connection. Raises `UsageError` in another event loop than it was used in."""
+        """Closes the connection. Raises `UsageError` in another event loop or process."""
         self._loop.check()
         self._closed = True
         await self._topology.close()
@@ -82,4 +83,6 @@ class BaseClient:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self._loop.forked and exc_type is not None:
+            return  # it is the parent's: let the exception pass
         await self.aclose()

@@ -301,8 +301,9 @@ class StreamClient:
             ReplyError: the server says something else, such as LOADING or READONLY.
             ProtocolError: what answers is no Redis.
             ClientClosed: it was called before, or the client was closed.
-            UsageError: the client was used in another event loop.
+            UsageError: the client was used in another event loop, or opened in another process.
         """
+        self._loop.check_process()
         if self._opened:
             before = "init() was called before" if self._closing is None else "it was closed"
             raise ClientClosed(f"{before}: make a new StreamClient")
@@ -375,7 +376,11 @@ class StreamClient:
         An exception that is no cancellation fails the stream that was notified last: in a loop that
         works on one stream after another that one is the poison. `ClientTerminated` never takes the
         place of an exception, or a cancellation, that is on its way.
+
+        In a process that was forked meanwhile it does nothing: the client is the parent's.
         """
+        if self._loop.forked and exc_type is not None:
+            return
         await self._close(finish=False, failure=exc if isinstance(exc, Exception) else None)
         if exc_type is None and self._reason is not None:
             raise ClientTerminated(self._reason) from self._failure
@@ -395,7 +400,7 @@ class StreamClient:
         """No part ends unnoticed: without one of them the whole can't keep its word."""
         observe(task)
         name, _ = self._tasks.pop(task)
-        if self._closing is not None or self._terminated or not self._ready:
+        if self._loop.forked or self._closing is not None or self._terminated or not self._ready:
             return
         self._terminated = True
         error = None if task.cancelled() else task.exception()
@@ -575,7 +580,7 @@ class StreamClient:
             ClientClosed: the client is closed, or was before the server had answered.
             UsageError: this is another event loop than that of `init`; nothing was changed.
         """
-        if asyncio.get_running_loop() is not self._home:
+        if os.getpid() != self._loop.process or asyncio.get_running_loop() is not self._home:
             self._check_open()
         part = self._only or self._part(stream)
         try:
@@ -748,6 +753,7 @@ class StreamClient:
 
     def _check_open(self) -> None:
         """Raises `ClientClosed`, or `UsageError` in another event loop than that of `init`."""
+        self._loop.check_process()
         if not self._ready or self._closing is not None:
             raise ClientClosed("the client is not open: call init() first, and not after closing")
         self._loop.check()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -225,6 +226,7 @@ class Keeper:
                 with contextlib.suppress(RuntimeError):  # the application's loop is closed
                     app_loop.call_soon_threadsafe(ended.set_result, outcome)
 
+        process = os.getpid()
         thread = threading.Thread(target=body, name=f"relstream-{self._consumer}", daemon=True)
         thread.start()
         cancelled: asyncio.CancelledError | None = None
@@ -232,6 +234,8 @@ class Keeper:
             try:
                 await asyncio.wait({ended})
             except asyncio.CancelledError as error:  # however often: the thread ends first
+                if os.getpid() != process:  # forked: the thread is the parent's
+                    raise
                 cancelled = error
                 self.stop()
         thread.join()  # it has nothing left to do

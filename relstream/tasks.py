@@ -1,11 +1,12 @@
 """Tasks that belong to whoever starts them: they are ended, and their end is waited for.
 
-And what belongs to one event loop.
+And what belongs to one event loop, of one process.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
@@ -57,17 +58,38 @@ async def within(seconds: float, work: Coroutine[Any, Any, object]) -> None:
 
 
 class OneLoop:
-    """Says so where something is used in another event loop than at first."""
+    """Says so where something is used in another event loop than at first, or in a forked process.
+
+    What is open belongs to the process that opened it: a child that used it would speak, and
+    close, in its parent's name.
+    """
 
     def __init__(self, what: str) -> None:
         self._what = what
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.process: int | None = None
+        """The process that uses it."""
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is a child of the process that uses it."""
+        return self.process not in (None, os.getpid())
+
+    def check_process(self) -> None:
+        """Raises `UsageError` in a child of the process that uses it."""
+        if self.forked:
+            raise UsageError(
+                f"{self._what} first used in process {self.process}, and this is process "
+                f"{os.getpid()}, which was forked: make one in each process"
+            )
 
     def check(self) -> None:
         """Raises `UsageError`."""
+        self.check_process()
         running = asyncio.get_running_loop()
         if self._loop not in (None, running):
             raise UsageError(
                 f"{self._what} first used in another event loop: make one in each asyncio.run()"
             )
         self._loop = running
+        self.process = os.getpid()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import random
 import re
 import socket
@@ -33,6 +34,7 @@ from relstream.errors import (
     RelstreamError,
     ReplyError,
     ServerTooOld,
+    UsageError,
 )
 from relstream.net.dialing import dial
 from relstream.net.protocol import RedisProtocol
@@ -505,6 +507,7 @@ class Link:
             address.join(self)
         self._protocol: RedisProtocol | None = None
         self._attempt: _Attempt | None = None
+        self._process: int | None = None
         self._closed = False
         self.tried = False
         """Whether it was opened before, or could not be."""
@@ -561,6 +564,9 @@ class Link:
 
     async def _open(self) -> RedisProtocol:
         try:
+            if self._process not in (None, os.getpid()):
+                raise UsageError(f"{self.endpoint} was opened by process {self._process}")
+            self._process = os.getpid()
             master = self._master
             if master is not None:
                 host, port = await master.locate()

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
+import socket
 import struct
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
@@ -241,6 +244,8 @@ class RedisProtocol(asyncio.BufferedProtocol):
         self._transport = cast(asyncio.Transport, transport)
         if self._error is not None:  # given up before it was there
             self._transport.abort()
+        else:
+            _connections.add(self)
 
     def get_buffer(self, sizehint: int) -> memoryview | bytearray:
         if self._error is not None:  # TLS hands over what it had already decrypted
@@ -323,6 +328,20 @@ class RedisProtocol(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._end(ConnectionLost(str(exc) if exc else "the server closed the connection"))
         self._transport = None
+        _connections.discard(self)
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+    def disown(self, instead: int) -> None:
+        """In a forked process: the connection is the parent's; this copy leads to `instead`."""
+        sock = self._transport.get_extra_info("socket") if self._transport is not None else None
+        with contextlib.suppress(OSError):  # it is closed
+            # Not closed, or the event loop, which is a copy too, would take it out of what the
+            # parent waits for.
+            os.dup2(instead, sock.fileno() if sock is not None else -1, inheritable=False)
+        self._transport = None
+        # Who waits for replies is not told, as it would go on in its parent's name.
+        self._error = ConnectionLost("the connection is of the process that forked this one")
         if not self.closed.done():
             self.closed.set_result(None)
 
@@ -372,3 +391,24 @@ class RedisProtocol(asyncio.BufferedProtocol):
         for request in waiting:
             if not request.future.done():
                 self._fail(request.future)
+
+
+# Those that are open in this process.
+_connections: weakref.WeakSet[RedisProtocol] = weakref.WeakSet()
+
+
+def _disown_all() -> None:
+    """In a forked process: no byte goes over the parent's connections, nor is one taken from it."""
+    connections = list(_connections)
+    if not connections:
+        return
+    _connections.clear()
+    ended, other = socket.socketpair()
+    other.close()
+    with ended:
+        for connection in connections:
+            connection.disown(ended.fileno())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_disown_all)
