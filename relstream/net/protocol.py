@@ -86,7 +86,8 @@ class RedisProtocol(asyncio.BufferedProtocol):
         self._writable: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = math.inf
-        self._received = 0
+        self.received = 0
+        """How many bytes have come."""
         self._received_at_pause = 0
         # When bytes came last while a reply was awaited, or were last seen to go out (loop time).
         self._progress_at = -math.inf
@@ -227,7 +228,7 @@ class RedisProtocol(asyncio.BufferedProtocol):
         if soonest > now:
             self._set_timer(soonest)
             return
-        looking_at = (self._waiting[0], self._received)
+        looking_at = (self._waiting[0], self.received)
         if looking_at != self._looked:
             self._looked = looking_at
             self._looks = 0
@@ -279,8 +280,8 @@ class RedisProtocol(asyncio.BufferedProtocol):
             return
         if reader.pushes:
             self._push(reader.take_pushes())
-        self._received += nbytes
-        if self._received - self._received_at_pause > READ_AT_ONCE:
+        self.received += nbytes
+        if self.received - self._received_at_pause > READ_AT_ONCE:
             self._pause_reading()
 
     def _unasked(self) -> None:
@@ -302,7 +303,7 @@ class RedisProtocol(asyncio.BufferedProtocol):
                 self._on_push(message)
 
     def _pause_reading(self) -> None:
-        self._received_at_pause = self._received
+        self._received_at_pause = self.received
         if self._transport is not None and self._error is None:
             self._transport.pause_reading()
             self._loop.call_soon(self._resume_reading)

@@ -48,8 +48,10 @@ class Reading:
 
     def __init__(self, *batches: Batch) -> None:
         self.left = list(batches)
+        self.protocol = SimpleNamespace(received=0)
 
-    async def get(self) -> None: ...
+    async def get(self) -> Any:
+        return self.protocol
 
     async def pipeline(self, *args: Any, **options: Any) -> list[list[Batch]]:
         await asyncio.sleep(0.001)
@@ -215,12 +217,30 @@ async def test_a_reply_that_takes_too_long_is_asked_for_in_parts() -> None:
         async def pipeline(self, packed: bytes, *args: Any, **options: Any) -> list[list[Batch]]:
             self.counts.append(int(packed.split(b"COUNT\r\n")[1].split(b"\r\n")[1]))
             if self.counts[-1] > 2:
+                self.protocol.received += 1
                 raise DeadlineExceeded("no reply from the server in time")
             return await super().pipeline(packed, *args, **options)
 
     setting = Setting(take=granting, reading=Slow(batch(1, 1), batch(2, 2), batch(4, 1)))
     assert await setting.names(4) == ["s1", "s2", "s3", "s4"]
     assert Slow.counts[:4] == [1, 2, 4, 1]
+    await setting.end()
+
+
+async def test_a_read_of_which_no_byte_comes_is_sent_again_as_it_was() -> None:
+    class Late(Reading):
+        counts: ClassVar[list[int]] = []
+
+        async def pipeline(self, packed: bytes, *args: Any, **options: Any) -> list[list[Batch]]:
+            self.counts.append(int(packed.split(b"COUNT\r\n")[1].split(b"\r\n")[1]))
+            if len(self.counts) in (2, 3):
+                raise DeadlineExceeded("no reply from the server in time")
+            return await super().pipeline(packed, *args, **options)
+
+    setting = Setting(take=granting, reading=Late(batch(1, 1), batch(2, 1)))
+    assert await setting.names(2) == ["s1", "s2"]
+    assert Late.counts[:4] == [1, 2, 2, 2]
+    assert setting.intake.failing is None
     await setting.end()
 
 
@@ -324,9 +344,10 @@ async def test_a_reader_that_fails_keeps_no_room_from_others() -> None:
     class Failing(Reading):
         fails = False
 
-        async def get(self) -> None:
+        async def get(self) -> Any:
             if self.fails:
                 raise ConnectionLost("cut")
+            return await super().get()
 
     reading = Failing()
     setting = Setting(take=granting, queue=1, reading=reading)
