@@ -28,6 +28,7 @@ from relstream.lbs import (
 from relstream.net.connection import Backoff, Forbidden, explained_by_failover
 from relstream.notifications import MAX_WAITING_BYTES
 from relstream.put_back import PUT, TOO_LATE, discard, fitting
+from relstream.repeats import Repeats
 from relstream.tasks import end_all
 
 if TYPE_CHECKING:
@@ -117,6 +118,10 @@ class Intake:
         # Batches whose locks are being asked for: no audit may take these for strays.
         self._locking: list[list[Entry]] = []
         self._forbidden = Forbidden()
+        self._backoff = Backoff(retry.initial_delay, retry.max_delay)
+        self._reading_fails = Repeats("reading", logger)
+        self._locking_fails = Repeats("locking", logger, logging.ERROR)
+        self._recreated = False  # the group, and nothing has worked since
         self._audited = False
         self._stopping = False
         self._blocked = False
@@ -181,34 +186,38 @@ class Intake:
 
         Also an error that waiting does not heal: at once, or once it has lasted for too long.
         """
-        backoff = Backoff(self._retry.initial_delay, self._retry.max_delay)
         try:
             while not self._stopping:
                 try:
                     await self._step()
-                    backoff.reset()
                 except RelstreamError as error:
                     self._room.end_turn(self)
                     await asyncio.gather(*self._taking, return_exceptions=True)
                     self._taking.clear()
-                    await self._repair(error, backoff)
+                    await self._repair(error)
             await self._settle()
         finally:
             self._room.end_turn(self)
             await end_all(self._taking)
             self._ended = True
 
-    async def _repair(self, error: RelstreamError, backoff: Backoff) -> None:
+    async def _repair(self, error: RelstreamError) -> None:
         """Answers a failure: by a pause, or by raising it again when there were too many."""
         if self._stopping:
             return
-        if isinstance(error, ReplyError) and error.code == "NOGROUP":
-            self._logger.warning("the consumer group is gone and is created again: %s", error)
+        gone = isinstance(error, ReplyError) and error.code == "NOGROUP"
+        if gone:
             try:
                 await self.create_group()
-                return
             except RelstreamError as failure:
-                error = failure
+                error, gone = failure, False
+        if gone and not self._recreated:
+            # At once, but for the first time only: it may be said of a group that is there.
+            self._recreated = True
+            self._reading_fails.failed(
+                "the consumer group was gone and is created again: %s", error
+            )
+            return
         self.failing = str(error)
         if isinstance(error, (DeadlineExceeded, ProtocolError)):
             self._count = max(self._count // 8, 1)  # it may have been too large a reply
@@ -217,11 +226,19 @@ class Intake:
             if error.code == "WRONGTYPE":
                 raise error
         patience = self._patience if explained_by_failover(error) else 0.0
-        if self._forbidden.exhausted(error) or backoff.exhausted(self._retry.max_retries, patience):
+        if self._forbidden.exhausted(error) or self._backoff.exhausted(
+            self._retry.max_retries, patience
+        ):
             raise error
-        pause = self._forbidden.pause(error, backoff.failed())
-        self._logger.warning("reading failed, trying again in %.2f s: %s", pause, error)
+        pause = self._forbidden.pause(error, self._backoff.failed())
+        self._reading_fails.failed("reading failed, trying again in %.2f s: %s", pause, error)
         await asyncio.sleep(pause)
+
+    def _worked(self) -> None:
+        """What was read is owned, or there was nothing to read."""
+        self._backoff.reset()
+        self._reading_fails.worked()
+        self._recreated = False
 
     async def create_group(self) -> None:
         """Creates stream and group, at the first entry: what was announced before us counts too."""
@@ -279,6 +296,7 @@ class Intake:
             block = min(block, max(self._again_at - loop.time(), 0.001))
         if room <= 0:
             self.failing = None
+            self._worked()
             self._room.await_turn(self)
             made = self._notifications.room_made.wait()
             try:
@@ -299,6 +317,7 @@ class Intake:
             self._room.give_back(count - sum(map(len, batches)))
         if not batches:
             await self._settle()
+            self._worked()
             return
         batch = batches[0]
         # How large many of them are is not known from one.
@@ -389,6 +408,7 @@ class Intake:
                 await self._bury_misplaced(batch, elsewhere)
             if gone:
                 await discard(self._link, self._names, gone)
+            self._worked()
         finally:
             self._room.give_back(sum(map(len, batches)))
 
@@ -415,7 +435,9 @@ class Intake:
             self._locking.remove(entries)
         hopeless = next((error for _, error in refusals if not explained_by_failover(error)), None)
         if hopeless is not None:
-            self._logger.error("locks were refused, their entries stay pending: %s", hopeless)
+            self._locking_fails.failed(
+                "locks were refused, their entries stay pending: %s", hopeless
+            )
         waiting = [entry for entry, error in refusals if explained_by_failover(error)]
         if waiting:
             if not self._refusals.failures:

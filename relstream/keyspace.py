@@ -24,6 +24,7 @@ from relstream.errors import (
 from relstream.lbs import SEPARATOR, split_lock_key
 from relstream.net.connection import Backoff, observe
 from relstream.notifications import LBSInfo
+from relstream.repeats import Repeats
 from relstream.tasks import end_all
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ NEEDED = "KEx"
 ALL = "g$lshzxetd"
 # Seconds between two proofs that the subscription's connection is alive.
 PING_INTERVAL = 5.0
+# One that breaks sooner, in seconds, is not made anew at once.
+SHORT = 1.0
 # Seconds between two looks at the slots of a cluster when nothing happens, and when much does.
 LOOK_EVERY = 1.5
 PAUSE = 0.1
@@ -106,21 +109,28 @@ class ExpiryEvents:
     async def run(self) -> None:
         """Keeps the subscription, through reconnects, until cancelled."""
         backoff = Backoff(0.1, 1.0)
+        fails = Repeats(f"the subscription to expiry events of {self._link.endpoint}", self._logger)
         while True:
             if self._protocol is not None:
                 await self._watch(self._protocol)
             try:
                 await self.set_up()
+                if not fails.failures:
+                    self._logger.info(
+                        "expiry events of %s are subscribed to again", self._link.endpoint
+                    )
+                assert self._protocol is not None
+                if (await asyncio.wait({self._protocol.closed}, timeout=SHORT))[0]:
+                    raise ConnectionLost("the connection broke right after it was subscribed")
             except RelstreamError as error:
-                if not backoff.failures:
-                    self._logger.warning(
-                        "no expiry events from %s for now, trying again: %s",
-                        self._link.endpoint, error,
-                    )  # fmt: skip
+                fails.failed(
+                    "no expiry events from %s for now, trying again: %s",
+                    self._link.endpoint, error,
+                )  # fmt: skip
                 await asyncio.sleep(backoff.failed())
                 continue
             backoff.reset()
-            self._logger.info("expiry events of %s are subscribed to again", self._link.endpoint)
+            fails.worked()
 
     async def reset(self) -> None:
         """Nothing to do where one server is all there is."""

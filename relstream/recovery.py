@@ -52,6 +52,7 @@ from relstream.put_back import (
     plan_for,
     raise_if_all,
 )
+from relstream.repeats import Repeats
 from relstream.rights import Denied, refused
 from relstream.scripts import REMOVE_CONSUMER, run
 from relstream.tasks import end_all, until_one_ends
@@ -176,6 +177,10 @@ class Recoverer:
         self._next_scan = 0.0
         self._scanned = False
         self._scans_failed = Backoff(SCAN_AGAIN, recovery.reconciliation_interval)
+        # Of these the first repeats while others lead in turn, who fail as well.
+        self._leading_fails = Repeats("recovery", logger)
+        self._choosing_fails = Repeats("choosing a leader", logger)
+        self._scanning_fails = Repeats("scanning", logger)
         self._complained: set[str] = set()
         self._burying: set[bytes] = set()  # entries on their way to the dead-letter stream
         self._no_mget = Denied(self._link)
@@ -252,6 +257,7 @@ class Recoverer:
                 failing_since = min(failing_since, loop.time())
                 before = self._leadership.fence
                 leads = await self._leadership.take()
+                self._choosing_fails.worked()
                 continued = leads and before == self._leadership.fence
                 stood_still = loop.time() - failing_since > self._bearable
                 failing_since = math.inf
@@ -277,8 +283,8 @@ class Recoverer:
                 if self._leading:
                     failing_since = min(failing_since, self._leadership.confirmed_at)
                 self._outage = self._outage or _tells_of_an_outage(error)
-                if not backoff.failures:
-                    self._logger.warning("recovery failed, trying again: %s", error)
+                fails = self._leading_fails if self._leading else self._choosing_fails
+                fails.failed("recovery failed, trying again: %s", error)
                 await asyncio.sleep(backoff.failed())
             finally:
                 self._leading = False
@@ -362,6 +368,8 @@ class Recoverer:
                 await self._look()
                 for name in [name for name, walk in self._walks.items() if walk.done()]:
                     self._walks.pop(name).result()
+                if not self._walks:
+                    self._leading_fails.worked()
                 await asyncio.sleep(LOOK_EVERY)
         finally:
             walks, self._walks = self._walks, {}
@@ -381,9 +389,11 @@ class Recoverer:
             try:
                 await self._scan()
                 self._scans_failed.reset()
+                self._scanning_fails.worked()
+                self._leading_fails.worked()
             except ReplyError as error:
                 pause = min(pause, self._scans_failed.failed())
-                self._logger.warning(
+                self._scanning_fails.failed(
                     "a scan broke off, the next one is in %.1f s: %s", pause, error
                 )
             self._next_scan = loop.time() + pause

@@ -98,6 +98,8 @@ class Proxy:
         """The connection over which a client sends this is cut; once."""
         self.garble = b""
         """A piece in which the server says this arrives as something else; once."""
+        self.swap: tuple[bytes, bytes] | None = None
+        """The first of these arrives as the second, in either direction."""
 
     def stall(self) -> None:
         """Passes nothing on, and reads nothing, until `resume`: all buffers fill up."""
@@ -172,6 +174,8 @@ class Proxy:
             if self.cut_at and self.cut_at in data:
                 self.cut_at = b""
                 return
+            if self.swap is not None:
+                data = data.replace(*self.swap)
             if self.garble and self.garble in data:
                 self.garble, data = b"", b"garbage\r\n"
             if self.delay or due > loop.time():
