@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,6 +35,10 @@ __all__ = ["DeadLetter", "DeadLetters"]
 # Letters that are read at a time, at most, and the bytes that they should not exceed.
 PAGE = 100
 PAGE_BYTES = 1 << 20
+# Ids that a log line names.
+TOLD = 10
+
+_LOGGER = logging.getLogger("relstream")
 
 
 class DeadLetter(NamedTuple):
@@ -53,7 +58,8 @@ class DeadLetter(NamedTuple):
     fields: dict[bytes, bytes]
     """All its fields, as they are."""
     error: str
-    """The text of the error that the stream failed with last; empty where there is none."""
+    """The text of the error that the stream failed with last, or why else it is a dead letter;
+    empty where nothing is known."""
     error_type: str
     """The type of that error, by its full name; empty where it was given as text."""
     failed_at: int | None
@@ -100,13 +106,19 @@ class DeadLetters(BaseClient):
 
         Returns how many. Each is added to the load balancer stream before it is deleted here: when
         this is interrupted, one may be announced twice (and owned by two) and none is lost. What
-        comes in meanwhile is left for the next time.
+        comes in meanwhile is left for the next time. Those that announce no stream are left, and a
+        warning names them: they would only come back.
         """
         replayed = 0
+        unreadable: list[str] = []
         async for batch in self._chosen(ids):
             named = _named(batch)
             adding: dict[bytes, list[tuple[bytes, bytes]]] = {}
             for index in range(len(batch)):
+                entry = named.get(batch.id(index))
+                if entry is None:
+                    unreadable.append(batch.id(index).decode())
+                    continue
                 pairs = replace_fields(batch.pairs(index) or [], {RETRY_FIELD: b"0"})
                 kept = [
                     part
@@ -114,9 +126,8 @@ class DeadLetters(BaseClient):
                     if name not in (DLQ_REASON_FIELD, SOURCE_FIELD)
                     for part in (name, value)
                 ]
-                entry = named.get(batch.id(index))
-                name = entry.data_stream_name if entry else ""
-                lbs = self._partitions[partition_of(name, len(self._partitions))].lbs
+                number = partition_of(entry.data_stream_name, len(self._partitions))
+                lbs = self._partitions[number].lbs
                 command = pack(b"XADD", lbs, b"*", *kept)
                 adding.setdefault(lbs, []).append((batch.id(index), command))
             for lbs, letters in adding.items():
@@ -131,6 +142,12 @@ class DeadLetters(BaseClient):
                     await self._execute(b"XDEL", self._dlq, *added)
                 replayed += len(added)
                 raise_first(replies)
+        if unreadable:
+            _LOGGER.warning(
+                "%d dead letters announce no stream, and were not replayed: %s; mend what "
+                "announces them, and purge these",
+                len(unreadable), ", ".join(unreadable[:TOLD]),
+            )  # fmt: skip
         return replayed
 
     async def purge(self, ids: Iterable[str] | None = None) -> int:

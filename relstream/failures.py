@@ -125,7 +125,7 @@ def _described(error: object) -> tuple[bytes, bytes]:
         text = str(error)
     except Exception as another:  # noqa: BLE001 - whatever an application's error does
         text = f"its text can't be shown: {_type_name(type(another))}"
-    return _stored(text), _stored(kind)
+    return stored_text(text), stored_text(kind)
 
 
 def _type_name(kind: type) -> str:
@@ -133,7 +133,15 @@ def _type_name(kind: type) -> str:
     return f"{module}{kind.__qualname__}"
 
 
-def _stored(text: str) -> bytes:
+def with_detail(pairs: list[bytes], detail: str) -> list[bytes]:
+    """Fields of what becomes a dead letter, with the detail of why; what failed before stays."""
+    if not detail or ERROR_FIELD in pairs[::2]:
+        return pairs
+    return [*pairs, ERROR_FIELD, stored_text(detail)]
+
+
+def stored_text(text: str) -> bytes:
+    """A text as it can be stored: cut at 1 KB, without what no field may have."""
     # A character takes a byte at least, so no more of them are looked at.
     encoded = text[:ERROR_BYTES].replace("\0", "\ufffd").encode(errors="replace")
     return encoded[:ERROR_BYTES].decode(errors="ignore").encode()

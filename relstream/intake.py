@@ -16,6 +16,7 @@ import orjson
 
 from relstream._core import STREAMS, Batch, Entry, announcements, entry_ids, lock_keys, pack
 from relstream.errors import DeadlineExceeded, ProtocolError, RelstreamError, ReplyError
+from relstream.failures import with_detail
 from relstream.lbs import (
     INPUT_FIELD,
     RETRY_FIELD,
@@ -531,7 +532,10 @@ class Intake:
         `names` of data streams, by the same places in the batch as in `bad`.
         """
         what = "announce no stream" if reason == UNPARSEABLE else "are not of this partition"
-        letters = [(batch.id(index), batch.pairs(index) or [], None) for index, _ in bad]
+        letters = [
+            (batch.id(index), with_detail(batch.pairs(index) or [], why), None)
+            for index, why in bad
+        ]
         told = [f"{batch.id(index).decode()} ({why})" for index, why in bad[:TOLD]]
         which = ", ".join(told) + (f" and {len(bad) - TOLD} more" if len(bad) > TOLD else "")
         dlq = self._names.dlq.decode()

@@ -54,6 +54,9 @@ LARGEST_READ = 1000
 DOUBT = 0.1
 ADD_AGAIN = 2.0
 
+# The part of `dlq_max_len` from which on it is said that it is near.
+CAP_NEAR = 0.9
+
 PUT, LOST, ALIVE, NOT_BY_SCRIPT, REFUSED = 1, 0, 2, -1, -2
 
 # On a cluster, whoever recovers an entry sees that its lock is free a moment before it takes it
@@ -172,6 +175,8 @@ class PutBack:
         self._recorder = recorder
         self._logger = logger
         self._no_scripts = Denied(self._link)
+        self._no_xlen = Denied(topology.link(names.dlq))
+        self._cap_told = False
         # Between their two steps, and those among them that something keeps from the second.
         self._moving: set[asyncio.Task[list[int]]] = set()
         self._stuck: set[asyncio.Task[Any]] = set()
@@ -240,6 +245,8 @@ class PutBack:
         they stay pending.
         """
         cap: tuple[bytes | int, ...] = (b"MAXLEN", b"~", max_len) if max_len else ()
+        counting = bool(max_len) and not self._no_xlen
+        xlen = pack(b"XLEN", self._names.dlq) if counting else b""
         adding = [
             pack(
                 b"XADD", self._names.dlq, *cap, b"*",
@@ -254,7 +261,28 @@ class PutBack:
             )
             for entry_id, pairs, reason in letters
         ]  # fmt: skip
-        return await self._at_dlq(b"".join(adding), len(adding))
+        replies = await self._at_dlq(b"".join([xlen, *adding, xlen]), len(adding) + 2 * counting)
+        if counting:
+            before, *replies, after = replies
+            self._look_at_cap(before, replies, after, max_len)
+        return replies
+
+    def _look_at_cap(self, before: Any, added: list[Any], after: Any, max_len: int) -> None:
+        """Tells of dead letters that were deleted for others, and of those that soon will be."""
+        if isinstance(before, ReplyError) or isinstance(after, ReplyError):
+            self._no_xlen.remember()
+            return
+        trimmed = before + sum(not isinstance(reply, ReplyError) for reply in added) - after
+        if trimmed > 0 and self._recorder is not None:
+            self._recorder.dead_letters_trimmed(count=trimmed)
+        near = after >= CAP_NEAR * max_len
+        if near and not self._cap_told:
+            self._logger.warning(
+                "the dead-letter stream %r holds %d of %d entries at most (dlq_max_len): the "
+                "oldest are deleted as others come; replay or purge them, or raise dlq_max_len",
+                self._names.dlq.decode(), after, max_len,
+            )  # fmt: skip
+        self._cap_told = near
 
     async def delete_dead_letters(self, ids: Sequence[bytes]) -> None:
         """Deletes what `add_dead_letters` added, as it was not ours to add."""

@@ -63,6 +63,9 @@ class Recorder:
     def dlq_routing(self, *, streams: Sequence[str | None], reason: str) -> None:
         """Entries became dead letters; the stream is None where the entry names none."""
 
+    def dead_letters_trimmed(self, *, count: int) -> None:
+        """About so many of the oldest dead letters were deleted for others (`dlq_max_len`)."""
+
     def reconciliation_scan(
         self, *, requeued: int, alive: int, dead_letters: int, vanished: int, duration: float
     ) -> None:
@@ -152,6 +155,7 @@ class SafeRecorder:
     keyspace_notification_received = _guarded(Recorder.keyspace_notification_received)
     keyspace_notification_dropped = _guarded(Recorder.keyspace_notification_dropped)
     dlq_routing = _guarded(Recorder.dlq_routing)
+    dead_letters_trimmed = _guarded(Recorder.dead_letters_trimmed)
     reconciliation_scan = _guarded(Recorder.reconciliation_scan)
     entries_vanished = _guarded(Recorder.entries_vanished)
     requeue = _guarded(Recorder.requeue)

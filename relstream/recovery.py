@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from relstream._core import PENDING, Batch, Ids, PendingPage, jittered, pack, parse_id
+from relstream._core import PENDING, Batch, Ids, PendingPage, Plan, jittered, pack, parse_id
 from relstream.config import check_name
 from relstream.delayed_entries import DelayedEntries
 from relstream.errors import (
@@ -26,6 +26,8 @@ from relstream.errors import (
     RelstreamError,
     ReplyError,
 )
+from relstream.failures import with_detail
+from relstream.go_json import name_for_go
 from relstream.lbs import (
     MAX_RETRIES,
     UNPARSEABLE,
@@ -661,8 +663,7 @@ class Recoverer:
         fence = self._leadership.fence if leading else None
         plan = plan_for(ids, batches)
         tally.vanished = await self._vanished.acknowledge(plan.gone, own=not fenced and not claimed)
-        bad = [(None, (entry_id, pairs, None)) for entry_id, pairs, _ in plan.unparseable]
-        await self._bury(bad, UNPARSEABLE, tally, fence)
+        await self._bury(await self._unreadable(plan, tally), UNPARSEABLE, tally, fence)
         if not len(plan):
             return tally
         if claimed:
@@ -700,8 +701,37 @@ class Recoverer:
                 self._recorder.requeue(streams=requeued, success=True)
             if lost := [name for name, how, ours in told if how == LOST and ours]:
                 self._recorder.requeue(streams=lost, success=False)
-        await self._bury(letters, MAX_RETRIES, tally, fence)
+        detail = f"its owners died, or lost it, more than {self._recovery.max_retries} times"
+        await self._bury(
+            [
+                (name, (entry_id, with_detail(pairs, detail), lock))
+                for name, (entry_id, pairs, lock) in letters
+            ],
+            MAX_RETRIES,
+            tally,
+            fence,
+        )
         return tally
+
+    async def _unreadable(self, plan: Plan, tally: Tally) -> list[Letter]:
+        """Entries that can't be read, but for those that a consumer of the reference works on."""
+        bad = [
+            (entry_id, with_detail(pairs, why), name_for_go(pairs))
+            for entry_id, pairs, why in plan.unparseable
+        ]
+        locks = [lock_key(name, entry_id.decode()) for entry_id, _, name in bad if name]
+        if not locks:
+            return [(None, (entry_id, pairs, None)) for entry_id, pairs, _ in bad]
+        values = await self._values(pack(b"MGET", *locks), lambda: locks)
+        held = {lock for lock, value in zip(locks, values, strict=True) if value is not None}
+        letters: list[Letter] = []
+        for entry_id, pairs, name in bad:
+            lock = lock_key(name, entry_id.decode()) if name else None
+            if lock in held:
+                tally.alive += 1
+            else:
+                letters.append((None, (entry_id, pairs, lock)))
+        return letters
 
     def _first_attempts(self, ids: list[bytes]) -> list[bool]:
         """Which of these entries no other pass under way has tried to requeue.

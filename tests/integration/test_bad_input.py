@@ -386,6 +386,7 @@ async def test_what_announces_nothing_becomes_one_dead_letter(consumer, service,
     ((_, letter),) = service.redis.xrange(service.dlq)
     del fields[b"_retry_count"]
     added = {b"_retry_count": b"2", b"_dlq_reason": b"unparseable", b"_source_id": bad}
+    assert reason in letter.pop(b"_error").decode()
     assert list(letter.items()) == list((fields | added).items())
     assert service.pending() == good
     assert len(service.locks()) == 2

@@ -6,9 +6,16 @@ import asyncio
 import json
 
 import pytest
-from helpers import names, take
+from helpers import SEPARATOR, Heard, eventually, names, take
 
-from relstream import ClientClosed, DeadLetters, InvalidOption, ReplyError, UsageError
+from relstream import (
+    ClientClosed,
+    DeadLetters,
+    InvalidOption,
+    RecoveryConfig,
+    ReplyError,
+    UsageError,
+)
 from relstream._core import Batch
 from relstream.net.connection import Link
 
@@ -184,3 +191,62 @@ async def test_interrupted_at_any_command_it_loses_none(
         await getattr(letters, what)()
     assert service.redis.xlen(service.dlq) == 0
     assert there() == (wanted if what == "replay" else set())
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (b'{"DataStreamName":"a\xff","Info":null}', "a\ufffd"),
+        (b'{"DataStreamName":"a\\ud800","Info":null}', "a\ufffd"),
+        (b'{"DataStreamName":"a","Info":' + b"[" * 2000 + b"]" * 2000 + b"}", "a"),
+    ],
+    ids=["not UTF-8", "lone surrogate", "nested deeply"],
+)
+async def test_what_a_consumer_in_go_works_on_is_left_to_it(consumer, service, value, name):
+    """It reads more than we do; its lock has the name as it reads it."""
+    service.redis.xgroup_create(service.lbs, service.group, "0", mkstream=True)
+    entry_id = service.redis.xadd(service.lbs, {"lbs-input": value}).decode()
+    service.redis.xreadgroup(service.group, "go", {service.lbs: ">"})
+    lock = f"{name}{SEPARATOR}{entry_id}"
+    service.redis.set(lock, "go")
+    recovery = RecoveryConfig(min_idle_time=0.1, reconciliation_interval=0.2)
+    heard = Heard()
+    client = consumer("c1", heartbeat_interval=0.5, recovery=recovery, recorder=heard)
+    await client.init()
+    await eventually(lambda: len(heard.calls("reconciliation_scan")) > 2)
+    assert service.redis.xlen(service.dlq) == 0
+    assert service.pending("go") == [entry_id]
+    service.redis.delete(lock)
+    await eventually(lambda: service.redis.xlen(service.dlq) == 1)
+    ((_, fields),) = service.redis.xrange(service.dlq)
+    assert fields[b"lbs-input"] == value
+    assert fields[b"_dlq_reason"] == b"unparseable"
+    assert fields[b"_error"]
+
+
+async def test_a_cap_that_is_near_is_said(consumer, service, caplog):
+    service.bury(85)
+    heard = Heard()
+    recovery = RecoveryConfig(min_idle_time=0.1, reconciliation_interval=0.2, dlq_max_len=100)
+    client = consumer("c1", heartbeat_interval=0.5, recovery=recovery, recorder=heard)
+    notes = await client.init()
+    for i in range(110):
+        service.announce(f"s{i}")
+    await take(notes, 110)
+    await asyncio.gather(*(client.reject(f"s{i}", "bad") for i in range(110)))
+    assert caplog.text.count("holds") == 1
+    assert "of 100 entries at most (dlq_max_len)" in caplog.text
+    left = service.redis.xlen(service.dlq)
+    trimmed = sum(count for (count,) in heard.calls("dead_letters_trimmed"))
+    assert trimmed == 85 + 110 - left > 0
+
+
+async def test_what_can_not_be_read_is_not_replayed(redis_url, service, caplog):
+    service.bury(2)
+    bad = service.redis.xadd(service.dlq, {"lbs-input": "no JSON", "_dlq_reason": "unparseable"})
+    async with DeadLetters(redis_url, "svc") as letters:
+        assert await letters.replay() == 2
+        assert await letters.replay([bad.decode()]) == 0
+        assert [letter.id async for letter in letters] == [bad.decode()]
+    assert len(service.entries()) == 2
+    assert caplog.text.count(bad.decode()) == 2
