@@ -288,7 +288,8 @@ class Keeper:
                 due = loop.time()
                 continue
             if backoff.failures and not self._failures:
-                self._logger.warning("leases are renewed again")
+                if self._kept:
+                    self._logger.warning("leases are renewed again")
                 backoff.reset()
             if loop.time() - start > period:
                 self._logger.warning(
