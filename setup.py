@@ -5,6 +5,7 @@ assertions, and leaves a page under build/ that shows the C of every line.
 """
 
 import os
+import sys
 from pathlib import Path
 
 from Cython.Build import cythonize
@@ -17,6 +18,8 @@ core = Extension(
     ["relstream/_core.pyx"],
     depends=[str(path) for path in Path("relstream/core").glob("*.pxi")],
     extra_compile_args=["-O0", "-g"] if debug else ["-O3"],
+    # Three quarters of a release would be symbols that only a debugger reads.
+    extra_link_args=[] if debug or sys.platform != "linux" else ["-Wl,--strip-all"],
     define_macros=[("CYTHON_TRACE_NOGIL", "1")] if debug else [("CYTHON_WITHOUT_ASSERTIONS", "1")],
     undef_macros=["NDEBUG"] if debug else [],
 )

@@ -288,8 +288,8 @@ class Keeper:
                 due = loop.time()
                 continue
             if backoff.failures and not self._failures:
-                if self._kept:
-                    self._logger.warning("leases are renewed again")
+                again = "are renewed" if self._kept else "can be renewed"
+                self._logger.warning("leases %s again", again)
                 backoff.reset()
             if loop.time() - start > period:
                 self._logger.warning(

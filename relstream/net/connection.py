@@ -340,11 +340,15 @@ async def _handshake(
     if endpoint.resp3:
         auth = ("AUTH", *credentials) if credentials else ()
         greeting = await ask("HELLO", 3, *auth, "SETNAME", name)
-        # A server before 6, a proxy without HELLO, or a user who may not say it: RESP2 serves.
-        if isinstance(greeting, ReplyError) and greeting.code not in ("ERR", "NOPROTO", "NOPERM"):
+        # A server before 6, a proxy without HELLO, or a user who may not say it: RESP2 serves. So
+        # it does where HELLO is unknown and unknown commands are answered by NOAUTH (Valkey 9).
+        old = ("ERR", "NOPROTO", "NOPERM", *(["NOAUTH"] if credentials else []))
+        if isinstance(greeting, ReplyError) and greeting.code not in old:
             raise _refusal(greeting, endpoint, "HELLO")
     if isinstance(greeting, dict):
-        version = greeting.get(b"version", b"")
+        # That of another product says nothing of what it can do.
+        ours = greeting.get(b"server", b"redis") in (b"redis", b"valkey")
+        version = greeting.get(b"version", b"") if ours else b""
         protocol.client_id = greeting.get(b"id", 0)
         protocol.clustered = greeting.get(b"mode") == b"cluster"
     else:
@@ -376,6 +380,11 @@ async def _handshake(
 
 def _refusal(reply: ReplyError, endpoint: Endpoint, command: str) -> Exception:
     if reply.code == "NOAUTH":
+        if endpoint.password is not None or endpoint.credential_provider is not None:
+            return AuthenticationFailed(
+                f"{endpoint} asks for a password, though one was given and accepted: {reply} "
+                f"({command})"
+            )
         return AuthenticationFailed(
             f"{endpoint} asks for a password and none was given: put one into the URL"
         )

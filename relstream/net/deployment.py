@@ -131,8 +131,9 @@ def _of_many_hosts(url: str, scheme: str, kind: str, rest: str) -> Deployment:
     query = "&".join(part for part in query.split("&") if not part.startswith("sentinel_"))
     shown = without_secrets(url)
     name, _, db = path.partition("/")
-    if kind == "cluster" and (path.strip("/") not in ("", "0") or re.search(r"(^|&)db=", query)):
-        raise InvalidOption("redis", shown, "no database: a cluster has only one")
+    if kind == "cluster" and not re.fullmatch(r"\d*/?", path):
+        expected = f"{scheme}+cluster://host:port,host:port/database: {path!r} is no number of one"
+        raise InvalidOption("redis", shown, expected)
     if kind == "sentinel" and not name:
         raise InvalidOption("redis", shown, f"{scheme}+sentinel://host:port,host:port/master name")
 
@@ -145,7 +146,9 @@ def _of_many_hosts(url: str, scheme: str, kind: str, rest: str) -> Deployment:
         wanted = f"{scheme}+{kind}://user:password@host:port,host:port: the password once"
         raise InvalidOption("redis", shown, wanted)
     if kind == "cluster":
-        nodes = tuple(endpoint(host, credentials + at, "", query) for host in every)
+        # Only Valkey 9 has others than 0 in a cluster; where there are none SELECT says so.
+        db = f"/{path.strip('/')}" if path.strip("/") else ""
+        nodes = tuple(endpoint(host, credentials + at, db, query) for host in every)
         return Deployment(endpoint=nodes[0], nodes=nodes)
     default = [host if re.search(r":\d+$", host) else f"{host}:26379" for host in every]
     sentinels = tuple(endpoint(host, "", "", sentinel_query) for host in default)

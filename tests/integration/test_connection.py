@@ -96,7 +96,10 @@ async def test_unix_socket(make_server):
     server = make_server(unix_socket=True)
     async with linked(f"{server.url}?db=3") as link:
         me = await whoami(link)
-        assert (me["db"], me["addr"].split(":")[0]) == ("3", server.url.removeprefix("unix://"))
+        assert (me["db"], me["addr"].split(":")[0].strip("[")) == (
+            "3",
+            server.url.removeprefix("unix://"),
+        )
 
 
 async def test_name_and_database(redis_url, redis_sync):
@@ -541,6 +544,38 @@ def saying(*replies: bytes) -> Callable[..., Any]:
         await until_eof(reader)
 
     return serve
+
+
+@pytest.mark.parametrize("version", [b"1.2.3", b"0.9.0"])
+async def test_the_version_of_another_product_is_not_redis_s(version):
+    greeting = GREETING.replace(b"%2", b"%3").replace(b"7.2.0", version)
+    greeting += b"$6\r\nserver\r\n$9\r\ndragonfly\r\n"
+    async with (
+        listening(saying(greeting, b"+PONG\r\n")) as port,
+        linked(f"redis://127.0.0.1:{port}") as link,
+    ):
+        assert await link.execute("PING") == b"PONG"
+
+
+async def test_resp2_where_unknown_commands_want_a_password_first():
+    """Valkey 9 says so of HELLO where that was taken away, though a password came with it."""
+    said = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            said.append((await command(reader))[0])
+            replies = {b"AUTH": b"+OK\r\n", b"CLIENT": b":7\r\n", b"INFO": b"$-1\r\n"}
+            refused = b"-NOAUTH Authentication required.\r\n"
+            answer = replies.get(said[-1], b"+PONG\r\n") if b"AUTH" in said else refused
+            writer.write(answer)
+
+    async with listening(serve) as port:
+        async with linked(f"redis://:s3cret@127.0.0.1:{port}") as link:
+            assert await link.execute("PING") == b"PONG"
+        assert said[:2] == [b"HELLO", b"AUTH"]
+        said.clear()
+        message = await fails_to_connect(f"redis://127.0.0.1:{port}", AuthenticationFailed)
+    assert "none was given" in message
 
 
 async def test_server_too_old():

@@ -167,6 +167,6 @@ async def test_sentinels_that_name_one_server_in_two_ways(server, redis_sync, co
             looked = asked
             await eventually(lambda: asked > looked + 8)
             assert {each["id"] for each in engine_connections(redis_sync)} >= before
-            # The other name is looked at once, by each of two event loops.
-            assert redis_sync.info("stats")["total_connections_received"] - opened <= 2
+            # The other name is looked at now and then, by each of two event loops.
+            assert redis_sync.info("stats")["total_connections_received"] - opened <= 4
             await client.done_stream("one")

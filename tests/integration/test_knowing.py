@@ -738,5 +738,6 @@ async def test_renewed_again_is_logged_only_when_it_is_true(consumer, service, c
         await asyncio.sleep(2.0)
         assert "renewed again" not in caplog.text
         gate.role = ""
-        await eventually(lambda: "renewed again" in caplog.text)
+        await eventually(lambda: "leases can be renewed again" in caplog.text)
+        assert "leases are renewed again" not in caplog.text, "there are none"
         await client.aclose()

