@@ -324,7 +324,7 @@ class StreamClient:
                 await part.create_group()
                 await part.clock.refresh()
             looking.append(asyncio.ensure_future(evicting(self._commands)))
-            await self._events.set_up()
+            await self._set_up_events()
             self._warn_of_eviction(await looking[0])
             self._start("keeper", self._keeper.run())
             # A consumer that can't renew must not take anything. Last, so that its end is noticed.
@@ -350,6 +350,18 @@ class StreamClient:
             self._start("audit", part.audit_for_ever(), part)
             self._start("recovery", part.recoverer.run(), part)
         return self._notifications
+
+    async def _set_up_events(self) -> None:
+        """Expiry events that are refused for now are tried again later; all else goes on."""
+        try:
+            await self._events.set_up()
+        except ReplyError as error:
+            if not error.transient:
+                raise
+            self._logger.warning(
+                "no expiry events for now, trying again: %s; until then dead consumers are found "
+                "by probes and scans, a little later", error,
+            )  # fmt: skip
 
     def _keep_together(self, together: bool) -> None:
         """Whether one command may have keys of several slots."""

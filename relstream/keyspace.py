@@ -85,7 +85,7 @@ class ExpiryEvents:
         """Switches events on and subscribes, unless that is done; `anew`: even then.
 
         Raises `ConfigConflict` when the server's setting is insufficient and may not be overridden,
-        and `KeyspaceSetupFailed` when subscribing is refused.
+        `KeyspaceSetupFailed` when subscribing is refused, and `ReplyError` when it is for now.
         """
         async with self._setting_up:
             if self._protocol is not None:
@@ -189,6 +189,8 @@ class ExpiryEvents:
             self._subscribed.result()
         except ReplyError as error:
             protocol.abort()
+            if error.transient:  # out of memory, say
+                raise
             raise KeyspaceSetupFailed(
                 f"{self._link.endpoint} refused to tell of expired locks ({error}): grant that by "
                 f"ACL SETUSER {self._link.endpoint.user} +psubscribe &{self._pattern.decode()}"
@@ -249,8 +251,8 @@ class ClusterEvents:
     async def set_up(self) -> None:
         """Switches events on and subscribes, on every master; what fails is tried again later.
 
-        Raises `ConfigConflict` as soon as one master's setting may not be overridden, and
-        `KeyspaceSetupFailed` when no master could be set up.
+        Raises `ConfigConflict` as soon as one master's setting may not be overridden,
+        `KeyspaceSetupFailed` when no master could be set up, and `ReplyError` when that is for now.
         """
         await self._slots.refresh()
         await self._follow()
@@ -262,6 +264,7 @@ class ClusterEvents:
             *(self._events[master].set_up(anew=anew) for master in masters), return_exceptions=True
         )
         failures = []
+        for_now = [e for e in outcomes if isinstance(e, ReplyError) and e.transient]
         for master, outcome in zip(masters, outcomes, strict=True):
             if isinstance(outcome, ConfigConflict) or (
                 isinstance(outcome, BaseException) and not isinstance(outcome, RelstreamError)
@@ -269,6 +272,8 @@ class ClusterEvents:
                 raise outcome
             if outcome is not None:
                 failures.append(f"{master}: {outcome}")
+        if for_now and len(for_now) == len(masters):
+            raise for_now[0]
         if failures and len(failures) == len(masters):
             # All for the same reason, most likely: the end of the message may be the remedy.
             raise KeyspaceSetupFailed(f"on no master of the cluster, not on {failures[0]}")

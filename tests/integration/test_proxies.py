@@ -84,8 +84,10 @@ class Refusing(Tap):
     """Refuses commands, in words of its own."""
 
     def __init__(self, beyond: redis.Redis, words: str, *commands: bytes) -> None:
+        self.refuses = True
+
         async def gate(role: str, args: list[bytes]) -> bool:
-            if args[0].upper() in commands:
+            if self.refuses and args[0].upper() in commands:
                 args[0] = b"REFUSED-" + args[0]
             return True
 
@@ -112,6 +114,23 @@ async def test_scripts_that_are_refused(consumer, service, redis_sync, words, ca
     assert caplog.text.count("entries are put back in two steps") <= 2, (
         "by its owner, and by the leader"
     )
+
+
+async def test_a_subscription_refused_out_of_memory(consumer, service, redis_sync):
+    """By Redis 8.10, and older ones by now: a consumer that comes back is to finish work."""
+    words = "-OOM command not allowed when used memory > 'maxmemory'."
+    async with Refusing(redis_sync, words, b"PSUBSCRIBE") as tap:
+        client = consumer("c1", url=tap.url, heartbeat_interval=1.0)
+        notes = await client.init()
+        service.announce("s1")
+        await take(notes, 1)
+        service.orphan(1)
+        await take(notes, 1)
+        await client.done_stream("s1")
+        assert redis_sync.pubsub_numpat() == 0
+        tap.refuses = False
+        await eventually(lambda: redis_sync.pubsub_numpat() == 1)
+        await client.aclose()
 
 
 async def test_a_command_that_can_not_be_done_without(consumer, redis_sync):
