@@ -36,6 +36,7 @@ setup(
             "wraparound": False,
             "cdivision": True,
             "initializedcheck": debug,
+            "nonecheck": debug,
             "linetrace": debug,
         },
     ),

@@ -1,7 +1,10 @@
-# cython: auto_pickle=False
+# cython: auto_pickle=False, binding=False
+#
+# `binding=False` makes methods that check what they are called on, as those of built-in types do:
+# Cython's own functions take `Reader.feed(5, b"x")` for a call on a Reader.
 """The engine's core: replies in, commands out, and the arithmetic between. No I/O, no asyncio.
 
-One file a concern, included as text so that the C compiler sees them as one unit:
+One file a concern, included as text so that the C compiler sees them as one unit: `checks` (of arguments),
 `reader` (RESP), `streams` (entries and pending pages), `pack` (commands), `lbs` (announcements and
 what is owned), `owned` (their leases), `recover` (what to do about pending entries), `timing` (backoff and jitter), `slots` (Redis Cluster key slots).
 """
@@ -26,6 +29,7 @@ from collections import deque
 from relstream.errors import ProtocolError, ReplyError
 
 cdef extern from "Python.h":
+    const Py_ssize_t PY_SSIZE_T_MAX
     object PyType_GenericAlloc(type kind, Py_ssize_t size)
     void PyObject_GC_UnTrack(PyObject* made)
 
@@ -41,6 +45,7 @@ cdef extern from "Python.h":
     ctypedef struct TypeWithAsync "PyTypeObject":
         AsyncMethods* tp_as_async
 
+include "core/checks.pxi"
 include "core/reader.pxi"
 include "core/streams.pxi"
 include "core/pack.pxi"

@@ -62,7 +62,7 @@ cdef class Entry:
         if self._json is None:
             return None
         decoded = self._loads(self._json)
-        return _name_and_info(<dict>decoded)[1] if self._whole else decoded
+        return _name_and_info(<dict?>decoded)[1] if self._whole else decoded
 
     def __repr__(self):
         return f"<Entry {self.data_stream_name!r} {self.id_in_lbs}>"
@@ -326,8 +326,8 @@ def grant(
     if len(entries) != len(replies):
         raise ValueError(f"{len(replies)} replies to {len(entries)} SETs")
     for i in range(len(entries)):
-        entry = entries[i]
-        reply = replies[i]
+        entry = <Entry?>_at(entries, i)
+        reply = _at(replies, i)
         if reply is None:
             continue
         if type(reply) is ReplyError:
@@ -336,7 +336,7 @@ def grant(
         entry.since = since
         entry.lease_deadline = lease_deadline
         locked.append(entry)
-        first = owned.setdefault(entry.data_stream_name, entry)
+        first = <Entry?>owned.setdefault(entry.data_stream_name, entry)
         if first is entry:
             new.append(entry)
         elif first.finishing:  # announced anew just as it is being finished
@@ -351,24 +351,29 @@ def grant(
 
 def lock_keys(list entries not None):
     """The keys of the locks of these entries."""
-    cdef Entry entry
-    return [entry.lock_key for entry in entries]
+    cdef list keys = []
+    for item in entries:
+        keys.append((<Entry?>item).lock_key)
+    return keys
 
 
 def entry_ids(list entries not None):
     """The ids of these entries, b"<ms>-<seq>" each."""
-    cdef Entry entry
-    return [_id_bytes(entry._id) for entry in entries]
+    cdef list ids = []
+    for item in entries:
+        ids.append(_id_bytes((<Entry?>item)._id))
+    return ids
 
 
 def id_range(list entries not None):
     """The least and the greatest id of these entries, of which there is at least one."""
     if not entries:
         raise ValueError("no entries, expected at least one")
-    cdef Id least = (<Entry>entries[0])._id
+    cdef Id least = (<Entry?>entries[0])._id
     cdef Id greatest = least
     cdef Entry entry
-    for entry in entries:
+    for item in entries:
+        entry = <Entry?>item
         if _compare(entry._id, least) < 0:
             least = entry._id
         if _compare(greatest, entry._id) < 0:
@@ -385,7 +390,8 @@ def enter(dict table not None, list keys not None):
 def forget(list heads not None, dict owned not None):
     """Takes streams, by their first entries, out of the table of owned streams."""
     cdef Entry head
-    for head in heads:
+    for item in heads:
+        head = <Entry?>item
         head.ended = True
         if owned.get(head.data_stream_name) is head:
             del owned[head.data_stream_name]
@@ -410,7 +416,7 @@ cdef class Endings:
     cdef object _create_future
     cdef object _refusal
 
-    def __init__(self, wake=None):
+    def __cinit__(self, wake=None):
         self.heads = []
         self.futures = []
         self._wake = wake
@@ -426,7 +432,7 @@ cdef class Endings:
         return self.futures[self._taken:]
 
     def __len__(self):
-        return len(self.heads) - self._taken
+        return max(0, len(self.heads) - self._taken)
 
     def ask(self, Entry head not None):
         """The future of the end of a stream's ownership."""
@@ -444,11 +450,13 @@ cdef class Endings:
     def take(self, Py_ssize_t most, Py_ssize_t most_bytes=0):
         """Those asked for first, up to so many, and if given of about so many bytes."""
         cdef Endings batch = Endings()
-        cdef Py_ssize_t end = min(self._taken + most, len(self.heads))
+        cdef Py_ssize_t end = self._taken + min(most, len(self))
         cdef Py_ssize_t i, room = most_bytes
+        if most < 0 or most_bytes < 0:
+            raise ValueError(f"take({most}, {most_bytes}): expected 0 or more")
         if most_bytes:
             for i in range(self._taken, end):
-                room -= (<Entry>self.heads[i]).cost
+                room -= (<Entry?>_at(self.heads, i)).cost
                 if room <= 0:
                     end = i + 1
                     break
@@ -465,7 +473,8 @@ cdef class Endings:
         """All entries by which these streams are owned, the first ones first."""
         cdef Entry head
         cdef list entries = list(self.heads)
-        for head in self.heads:
+        for item in self.heads:
+            head = <Entry?>item
             if head.again is not None:
                 entries += head.again
         return entries
@@ -519,6 +528,8 @@ cdef class Deliveries:
     cdef object _popped
 
     def __init__(self, type notification not None, kind, type info not None, on_delivery):
+        _check_named_tuple(notification, 4)
+        _check_named_tuple(info, 2)
         self._items = deque()
         self._urgent = deque()
         self._popped = self._items.popleft
@@ -529,9 +540,10 @@ cdef class Deliveries:
 
     def _enqueue(self, list entries not None):
         """These streams wait now, too."""
-        cdef Entry entry
-        for entry in entries:
-            self._waiting_bytes += entry.cost
+        cdef Py_ssize_t cost = 0
+        for item in entries:
+            cost += (<Entry?>item).cost
+        self._waiting_bytes += cost
         self._waiting += len(entries)
         self._items.extend(entries)
 
@@ -706,9 +718,7 @@ cdef class Audit:
         if self._owned == NULL:
             raise MemoryError()
         for i in range(self._n):
-            entry = self._entries[i]
-            if entry is None:
-                raise TypeError("expected an Entry, got None")
+            entry = <Entry?>_at(self._entries, i)
             self._owned[i].id = entry._id
             self._owned[i].index = i
             if i and _compare(self._owned[i - 1].id, entry._id) > 0:

@@ -12,8 +12,8 @@ def extend(list entries not None, list outcomes not None, double deadline):
     if len(entries) != len(outcomes):
         raise ValueError(f"{len(outcomes)} outcomes of renewing {len(entries)} locks")
     for i in range(len(entries)):
-        entry = entries[i]
-        if outcomes[i] == 1:
+        entry = <Entry?>_at(entries, i)
+        if _at(outcomes, i) == 1:
             entry.lease_deadline = deadline
 
 
@@ -28,7 +28,8 @@ def holds(Entry head, str token, double now):
     if token is None or head._id_text() == token:
         return now < head.lease_deadline
     if head.again is not None:
-        for entry in head.again:
+        for other in head.again:
+            entry = <Entry?>other
             if entry._id_text() == token:
                 return now < entry.lease_deadline
     return False
@@ -39,7 +40,8 @@ cdef inline bint _ends_before(Entry head, double deadline) except -1:
     if head.lease_deadline < deadline:
         return True
     if head.again is not None:
-        for entry in head.again:
+        for other in head.again:
+            entry = <Entry?>other
             if entry.lease_deadline < deadline:
                 return True
     return False
@@ -51,7 +53,12 @@ def ending_before(list heads not None, double deadline):
     Streams that are being finished or handed over are left out.
     """
     cdef Entry head
-    return [head for head in heads if not head.finishing and _ends_before(head, deadline)]
+    cdef list found = []
+    for item in heads:
+        head = <Entry?>item
+        if not head.finishing and _ends_before(head, deadline):
+            found.append(head)
+    return found
 
 
 @cython.final
@@ -68,14 +75,20 @@ cdef class OwnedStreams:
 
     def __init__(self, type kind not None, list tables not None):
         cdef Entry head
-        cdef dict table
+        cdef dict owned
+        cdef list heads = []
+        _check_named_tuple(kind, 4)
+        for table in tables:
+            owned = <dict?>table
+            for item in owned.values():
+                head = <Entry?>item
+                if not head.finishing:
+                    heads.append(head)
         self._kind = kind
-        self._heads = [
-            head for table in tables for head in table.values() if not head.finishing
-        ]
+        self._heads = heads
 
     def __length_hint__(self):
-        return len(self._heads) - self._next
+        return 0 if self._heads is None else max(0, len(self._heads) - self._next)
 
     def __iter__(self):
         return self
@@ -84,6 +97,8 @@ cdef class OwnedStreams:
         cdef Entry head
         # Objects, as `SET_ITEM` takes over a reference to the very same one.
         cdef object made, name, token, since, deadline
+        if self._heads is None:
+            raise TypeError("OwnedStreams.__init__ was not called")
         if self._next >= len(self._heads):
             raise StopIteration
         head = self._heads[self._next]

@@ -49,10 +49,12 @@ def pack(*args):
     cdef char* at
     for part in parts:
         total += _bulk_size(PyBytes_GET_SIZE(<bytes>part))
+        _check_size(total)
     out = PyBytes_FromStringAndSize(NULL, total)
     at = _write_header(PyBytes_AS_STRING(out), c'*', len(parts))
     for part in parts:
         at = _write_bulk(at, PyBytes_AS_STRING(<bytes>part), PyBytes_GET_SIZE(<bytes>part))
+    _check_filled(out, at)
     return out
 
 
@@ -85,56 +87,68 @@ cdef class Template:
 
     def __init__(self, *args):
         cdef bytes literal = b"*%d\r\n" % len(args)
-        self._between = []
+        cdef list between = []
         for value in args:
             if value is ITEM:
-                self._between.append(literal)
+                between.append(literal)
                 literal = b""
             else:
                 part = _argument(value)
                 literal += b"$%d\r\n%b\r\n" % (len(part), part)
-        self._between.append(literal)
+        between.append(literal)
+        self._between = between
 
     def pack(self, list items not None):
         """The command once for each of `items` (bytes)."""
-        cdef Py_ssize_t places = len(self._between) - 1
-        cdef Py_ssize_t total = 0
-        cdef Py_ssize_t place
+        cdef list between = self._between
+        cdef Py_ssize_t places = len(between) - 1  # a TypeError before `__init__`
+        cdef Py_ssize_t literals = 0
+        cdef Py_ssize_t varying = 0
+        cdef Py_ssize_t total, place
         cdef bytes item, literal, out
         cdef char* at
-        for literal in self._between:
-            total += PyBytes_GET_SIZE(literal)
-        total *= len(items)
+        for literal in between:
+            literals += PyBytes_GET_SIZE(literal)
         for item in items:
             if item is None:
                 raise TypeError("an item of a Template: expected bytes, got None")
-            total += places * _bulk_size(PyBytes_GET_SIZE(item))
+            varying += _bulk_size(PyBytes_GET_SIZE(item))
+            _check_size(varying)
+        # As floats, as these products are what may overflow.
+        if <double>literals * len(items) + <double>varying * places > MOST_BYTES:
+            _check_size(MOST_BYTES + 1)
+        total = literals * len(items) + varying * places
         out = PyBytes_FromStringAndSize(NULL, total)
         at = PyBytes_AS_STRING(out)
         for item in items:
             for place in range(places + 1):
-                literal = <bytes>self._between[place]
+                literal = <bytes>between[place]
                 memcpy(at, PyBytes_AS_STRING(literal), PyBytes_GET_SIZE(literal))
                 at += PyBytes_GET_SIZE(literal)
                 if place < places:
                     at = _write_bulk(at, PyBytes_AS_STRING(item), PyBytes_GET_SIZE(item))
+        _check_filled(out, at)
         return out
 
 
 def commands(bytes packed not None):
-    """The single commands in packed ones, each still packed."""
+    """The single commands in packed ones, each still packed.
+
+    Raises ValueError for what is no array of bulk strings, or an empty one.
+    """
     cdef list found = []
-    cdef Py_ssize_t start = 0
-    cdef Py_ssize_t at = 0
-    cdef Py_ssize_t end, arguments
-    while at < len(packed):
-        end = packed.index(b"\r\n", at)
-        arguments = int(packed[at + 1 : end])
-        at = end + 2
+    cdef const char* start = PyBytes_AS_STRING(packed)
+    cdef const char* at = start
+    cdef const char* end = at + PyBytes_GET_SIZE(packed)
+    cdef int64_t arguments, size
+    while at < end:
+        arguments = _count(&at, end, c'*')
+        if arguments <= 0:
+            raise ValueError(f"expected a packed command, got {_show(start, end)}")
         while arguments:
-            end = packed.index(b"\r\n", at)
-            at = end + 4 + <Py_ssize_t>int(packed[at + 1 : end])
+            if _bulk(&at, end, &size) == NULL:
+                raise ValueError(f"expected a packed argument, got {_show(at, end)}")
             arguments -= 1
-        found.append(packed[start:at])
+        found.append(start[:at - start])
         start = at
     return found

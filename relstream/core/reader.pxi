@@ -105,7 +105,7 @@ cdef inline bint _parse_int(const char* at, const char* end, int64_t* value) noe
 
 cdef str _show(const char* at, const char* end):
     """The start of what arrived, for an error message."""
-    return repr(at[:min(end - at, 40)])
+    return repr(at[:max(0, min(end - at, 40))])
 
 
 cdef object _wrong(str expected, const char* at, const char* end):
@@ -113,29 +113,66 @@ cdef object _wrong(str expected, const char* at, const char* end):
 
 
 # --- second pass: over bytes that are whole, and whose numbers are numbers --------------------------
+#
+# It checks its bounds all the same: whoever holds a view that `get_buffer` gave can still write to
+# bytes that the first pass has seen. Each function starts at a byte before `end`, or checks that.
 
 cdef inline int64_t _header(const char** at) noexcept nogil:
-    """The number in a header line; moves behind the line."""
+    """The number in a header line; moves behind the line, which may be beyond the end.
+
+    Stops at what is no digit: at the latest at the NUL behind every bytes and bytearray.
+    """
     cdef const char* p = at[0] + 1
     cdef bint negative = p[0] == c'-'
     cdef uint64_t n = 0
+    cdef uint8_t digit
     if negative or p[0] == c'+':
         p += 1
-    while p[0] != c'\r':
-        n = n * 10 + <uint8_t>(p[0] - c'0')
+    while True:
+        digit = <uint8_t>(p[0] - c'0')
+        if digit > 9:
+            break
+        n = n * 10 + digit
         p += 1
     at[0] = p + 2
     return <int64_t>(0 - n) if negative else <int64_t>n
 
 
-cdef inline int64_t _count(const char** at, char kind) noexcept nogil:
-    """The number in the next header; -1 when it is a null, -2 when it is not of this kind."""
+cdef inline int64_t _count(const char** at, const char* end, char kind) noexcept nogil:
+    """The number of elements in the next header; -1 when it is a null, -2 when it is not of this
+    kind, or announces more elements than there are bytes."""
+    cdef int64_t n
+    if at[0] >= end:
+        return -2
     if at[0][0] == kind:
-        return _header(at)
+        n = _header(at)
+        return n if n <= end - at[0] else -2
     if at[0][0] == c'_':
         at[0] += 3
         return -1
     return -2
+
+
+cdef inline const char* _bulk(const char** at, const char* end, int64_t* size) noexcept nogil:
+    """The bulk string that comes next; moves behind it. NULL when there is none, or not all of it."""
+    cdef const char* text
+    size[0] = -1
+    if at[0] >= end or at[0][0] != c'$':
+        return NULL
+    size[0] = _header(at)
+    text = at[0]
+    if size[0] < 0 or size[0] > end - text - 2:
+        return NULL
+    at[0] = text + size[0] + 2
+    return text
+
+
+cdef inline bint _integer(const char** at, const char* end, int64_t* value) noexcept nogil:
+    """Reads an integer, and moves behind it. False when the next element is something else."""
+    if at[0] >= end or at[0][0] != c':':
+        return False
+    value[0] = _header(at)
+    return at[0] <= end
 
 
 cdef object _reply_error(const char* at, Py_ssize_t size):
@@ -151,51 +188,70 @@ cdef object _hashable(object key):
     return key
 
 
-cdef void _skip(const char** at, const char* end) noexcept nogil:
-    """Moves behind the next element, whatever it is."""
-    cdef int64_t missing = 1
-    cdef int64_t n
-    cdef char kind
-    while missing:
-        kind = at[0][0]
-        missing -= 1
-        if kind == c'$' or kind == c'=' or kind == c'!':
-            n = _header(at)
-            if n >= 0:
-                at[0] += n + 2
-        elif kind == c'*' or kind == c'~' or kind == c'>':
-            n = _header(at)
-            if n > 0:
-                missing += n
-        elif kind == c'%':
-            missing += 2 * _header(at)
-        elif kind == c'|':
-            missing += 2 * _header(at) + 1
-        else:
-            at[0] = _line_end(at[0] + 1, end) + 2
-
-
 cdef int _beyond(const char* at, const char* end) except -1:
     """The first pass saw less than the second would read: nothing of it may be shown."""
     raise ProtocolError(f"malformed reply: {_show(at, end)}")
 
 
-cdef object _build(const char** at, const char* end):
-    """The next reply as Python objects; moves `at` behind it.
+cdef int _skip(const char** at, const char* end) except -1:
+    """Moves behind the next element, whatever it is."""
+    cdef const char* p
+    cdef int64_t missing = 1
+    cdef int64_t n
+    cdef char kind
+    while missing:
+        p = at[0]
+        if p >= end:
+            _beyond(p, end)
+        kind = p[0]
+        missing -= 1
+        if kind == c'$' or kind == c'=' or kind == c'!':
+            n = _header(at)
+            if n > end - at[0] - 2:
+                _beyond(p, end)
+            if n >= 0:
+                at[0] += n + 2
+        elif kind == c'*' or kind == c'~' or kind == c'>' or kind == c'%' or kind == c'|':
+            n = _header(at)
+            if n > end - at[0]:
+                _beyond(p, end)
+            if kind == c'%' or kind == c'|':
+                n *= 2
+            missing += max(n, 0)
+            if kind == c'|':
+                missing += 1
+        else:
+            p = _line_end(p + 1, end)
+            if p == NULL:
+                _beyond(at[0], end)
+            at[0] = p + 2
+    return 0
+
+
+cdef object _build(const char** at, const char* end, int depth):
+    """The next reply as Python objects, of up to `depth` levels; moves `at` behind it.
 
     Checks its own bounds: should the two passes disagree, nothing beyond `end` is read.
     """
     cdef const char* p = at[0]
-    cdef char kind = p[0]
     cdef const char* cr
+    cdef char kind
     cdef int64_t n
     cdef Py_ssize_t i
     cdef list items
     cdef dict mapping
+    if p >= end:
+        _beyond(p, end)
+    kind = p[0]
     while kind == c'|':  # attributes are about the reply that follows; nobody asked for them
-        for i in range(2 * _header(at)):
+        n = _header(at)
+        if n > end - at[0]:
+            _beyond(p, end)
+        for i in range(2 * n):
             _skip(at, end)
         p = at[0]
+        if p >= end:
+            _beyond(p, end)
         kind = p[0]
     if kind == c'$':
         n = _header(at)
@@ -210,7 +266,9 @@ cdef object _build(const char** at, const char* end):
         n = _header(at)
         if n < 0:
             return None
-        items = [_build(at, end) for i in range(n)]
+        if n > end - at[0] or depth == 1:
+            _beyond(p, end)
+        items = [_build(at, end, depth - 1) for i in range(n)]
         return Push(items) if kind == c'>' else items
     if kind == c'+':
         if end - p >= 5 and memcmp(p + 1, b"OK\r\n", 4) == 0:
@@ -222,16 +280,22 @@ cdef object _build(const char** at, const char* end):
         at[0] = cr + 2
         return PyBytes_FromStringAndSize(p + 1, cr - p - 1)
     if kind == c':':
-        return _header(at)
+        n = _header(at)
+        if at[0] > end:
+            _beyond(p, end)
+        return n
     if kind == c'%':
+        n = _header(at)
+        if n > end - at[0] or depth == 1:
+            _beyond(p, end)
         mapping = {}
-        for i in range(_header(at)):
-            name = _hashable(_build(at, end))
-            mapping[name] = _build(at, end)
+        for i in range(n):
+            name = _hashable(_build(at, end, depth - 1))
+            mapping[name] = _build(at, end, depth - 1)
         return mapping
     if kind == c'=' or kind == c'!':
         n = _header(at)
-        if n > end - at[0] - 2:
+        if n < 0 or n > end - at[0] - 2:
             _beyond(p, end)
         p = at[0]
         at[0] = p + n + 2
@@ -262,6 +326,7 @@ cdef object _build(const char** at, const char* end):
     raise ProtocolError(f"malformed reply: {_show(p, end)}")
 
 
+@cython.no_gc_clear  # or the buffer could be gone while somebody still uses the Reader
 cdef class Reader:
     """Cuts what a server sends into replies (RESP2 and RESP3, see the Redis serialization protocol).
 
@@ -299,12 +364,13 @@ cdef class Reader:
         """How many bytes wait for the rest of their reply."""
         return self._end - self._start
 
-    cdef int _check(self) except -1:
+    cdef int _begin(self) except -1:
+        """Makes the Reader busy: making any object may run the garbage collector, and that any code."""
+        if self._busy:
+            raise ValueError("the Reader is used in the middle of another call")
         if self._broken is not None:
             raise ProtocolError(self._broken)
-        if self._busy:
-            # Building an object may run the garbage collector, and that any code at all.
-            raise RuntimeError("the Reader is used while it builds replies")
+        self._busy = True
         return 0
 
     cdef int _take_buffer(self, Py_ssize_t cap) except -1:
@@ -338,14 +404,18 @@ cdef class Reader:
 
     def get_buffer(self, Py_ssize_t size=-1):
         """A writable view for the next bytes, for `asyncio.BufferedProtocol`. Good until `advance`."""
-        self._check()
-        self._reserve(KEEP_BUFFER // 2)
-        self._lent = self._cap - self._end
-        return self._view[self._end:]
+        self._begin()
+        try:
+            self._reserve(KEEP_BUFFER // 2)
+            self._lent = self._cap - self._end
+            return self._view[self._end:]
+        finally:
+            self._busy = False
 
     def advance(self, Py_ssize_t size):
         """`size` bytes were written into the view that `get_buffer` gave."""
-        self._check()
+        self._begin()
+        self._busy = False  # there is no middle of this
         if not 0 <= size <= self._lent:
             raise ValueError(f"advance({size}): expected 0 to {self._lent} bytes")
         self._end += size
@@ -354,13 +424,16 @@ cdef class Reader:
     def feed(self, data not None):
         """Takes in a copy of `data`. A view that `get_buffer` gave is void from then on."""
         cdef Py_buffer view
-        self._check()
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
-            self._reserve(view.len)
-            memcpy(self._buf + self._end, view.buf, view.len)
-            self._end += view.len
-            self._lent = 0
+            self._begin()
+            try:
+                self._reserve(view.len)
+                memcpy(self._buf + self._end, view.buf, view.len)
+                self._end += view.len
+                self._lent = 0
+            finally:
+                self._busy = False
         finally:
             PyBuffer_Release(&view)
 
@@ -374,10 +447,9 @@ cdef class Reader:
         cdef Py_ssize_t got = 0
         cdef const char* at
         cdef char kind
-        self._check()
         if not _OBJECT <= decode <= _PENDING:
             raise ValueError(f"decode={decode}: expected OBJECT, STREAMS, ENTRIES or PENDING")
-        self._busy = True
+        self._begin()
         try:
             while self._end > self._start:
                 at = self._buf + self._start
@@ -402,7 +474,8 @@ cdef class Reader:
                 if not self._whole():
                     break
                 if kind == c'>':
-                    self.pushes.append(_build(&at, self._buf + self._scan))
+                    frame = _build(&at, self._buf + self._scan, MAX_DEPTH)
+                    self.pushes.append(frame)
                 elif kind != c'|':  # attributes are about the reply that follows; nobody asked for them
                     out.append(_decode(&at, self._buf + self._scan, decode))
                     got += 1
@@ -433,6 +506,7 @@ cdef class Reader:
             raise ProtocolError(f"a reply of over {self._max_reply} bytes")
         return verdict == _WHOLE
 
+    @cython.nonecheck(False)
     cdef int _walk(self) noexcept nogil:
         """First pass: moves `_scan` from element to element, going on where it stopped the last time."""
         cdef const char* end = self._buf + self._end

@@ -31,6 +31,7 @@ ctypedef struct Planned:
     int verdict
 
 
+@cython.no_gc_clear  # or the batches could be gone while somebody still uses the Plan
 cdef class Plan:
     """What is to be done about pending entries: those that announce a stream, in the order of ids.
 
@@ -49,6 +50,7 @@ cdef class Plan:
     cdef char* _keys
     cdef Py_ssize_t _keys_size
     cdef Py_ssize_t _keys_room
+    cdef bint _busy
 
     def __cinit__(
         self, Ids ids not None, list batches not None, bytes field not None,
@@ -97,11 +99,12 @@ cdef class Plan:
         cdef Located* located = &batch._at[index]
         cdef Planned* planned = &self._at[self._n]
         cdef const char* at = PyBytes_AS_STRING(batch._raw) + located.offset
+        cdef const char* end = PyBytes_AS_STRING(batch._raw) + PyBytes_GET_SIZE(batch._raw)
         cdef const char* start
+        cdef const char* name
+        cdef const char* text
         cdef const char* value = NULL
-        cdef Py_ssize_t size, value_size = 0
-        cdef int64_t i
-        cdef bint is_count, is_input
+        cdef int64_t i, named, size, value_size = 0
         cdef Plain plain
         cdef Entry entry
         planned.id = located.id
@@ -111,19 +114,17 @@ cdef class Plan:
         planned.verdict = _FREE
         for i in range(located.pairs):
             start = at
-            size = _header(&at)
-            is_count = _same(at, size, self._retry_field)
-            is_input = _same(at, size, field)
-            at += size + 2
-            size = _header(&at)
-            if is_input:  # the last one counts
-                value = at
+            name = _bulk(&at, end, &named)
+            text = _bulk(&at, end, &size)
+            if name == NULL or text == NULL:
+                _beyond(start, end)
+            if _same(name, named, field):  # the last one counts
+                value = text
                 value_size = size
-            if is_count:
-                planned.retries = _retries(at, size)
+            if _same(name, named, self._retry_field):
+                planned.retries = _retries(text, size)
                 planned.counts += 1
-                planned.counted += at + size + 2 - start
-            at += size + 2
+                planned.counted += at - start
         planned.size = at - planned.fields
         if value == NULL or not _plain_announcement(value, value + value_size, &plain):
             made = _announcement(
@@ -208,19 +209,31 @@ cdef class Plan:
         cdef uint64_t most = min(max_retries, 2**63)
         cdef Planned* planned
         cdef list letters = []
+        values = list(values)  # the caller's may change while letters are made
         if len(values) != self._n:
             raise ValueError(f"{len(values)} locks of {self._n} entries")
-        for i in range(self._n):
-            planned = &self._at[i]
-            if planned.id.ms < since_ms:
-                planned.retries = 0
-            if values[i] is not None:
-                planned.verdict = _ALIVE
-                alive += 1
-            elif planned.retries >= most:
-                planned.verdict = _LETTER
-                letters.append((self._name(planned), self._told(planned, True)))
+        self._begin()
+        try:
+            for i in range(self._n):
+                planned = &self._at[i]
+                if planned.id.ms < since_ms:
+                    planned.retries = 0
+                if values[i] is not None:
+                    planned.verdict = _ALIVE
+                    alive += 1
+                elif planned.retries >= most:
+                    planned.verdict = _LETTER
+                    letters.append((self._name(planned), self._told(planned, True)))
+        finally:
+            self._busy = False
         return alive, letters
+
+    cdef int _begin(self) except -1:
+        """From here on verdicts belong to one call: making any object may run any code."""
+        if self._busy:
+            raise ValueError("the Plan is used in the middle of another call")
+        self._busy = True
+        return 0
 
     def names(self):
         """The names of the streams that are to be put back."""
@@ -242,8 +255,8 @@ cdef class Plan:
         cdef int64_t i
         cdef list pairs = []
         for i in range(planned.pairs):
-            name = _build(&at, end)
-            value = _build(&at, end)
+            name = _build(&at, end, MAX_DEPTH)
+            value = _build(&at, end, MAX_DEPTH)
             if not counting or name != self._retry_field:
                 pairs.append(name)
                 pairs.append(value)
@@ -263,6 +276,20 @@ cdef class Plan:
         number of fields, as the script wants it. `locks`: with the keys of their locks. `leader`: if
         that key has the value `fence` only.
         """
+        if most < 1 or size < 1:
+            raise ValueError(f"calls of {most} entries and {size} bytes: expected 1 or more")
+        self._begin()
+        try:
+            return self._calls(
+                digest, stream, group, counting, locks, most, min(size, MOST_BYTES), leader, fence
+            )
+        finally:
+            self._busy = False
+
+    cdef list _calls(
+        self, bytes digest, bytes stream, bytes group,
+        bint counting, bint locks, Py_ssize_t most, Py_ssize_t size, bytes leader, bytes fence,
+    ):
         cdef list calls = []
         cdef bytes head = b"$7\r\nEVALSHA\r\n$%d\r\n%b\r\n" % (len(digest), digest)
         cdef bytes call
@@ -306,6 +333,7 @@ cdef class Plan:
                     at = self._write_put(at, &self._at[i], counting)
                     n -= 1
                 i += 1
+            _check_filled(call, at)
             calls.append(call)
         return calls
 
@@ -334,10 +362,10 @@ cdef class Plan:
         cdef char text[41]
         cdef char* start = _write_id_before(text + 41, planned.id)
         cdef const char* at = planned.fields
+        cdef const char* end = at + planned.size
         cdef const char* first
-        cdef Py_ssize_t size
-        cdef int64_t i
-        cdef bint is_count
+        cdef const char* name
+        cdef int64_t i, named, size
         out = _write_bulk(out, start, text + 41 - start)
         if not counting or not planned.counts:
             memcpy(out, at, planned.size)
@@ -345,12 +373,9 @@ cdef class Plan:
         else:
             for i in range(planned.pairs):
                 first = at
-                size = _header(&at)
-                is_count = _same(at, size, self._retry_field)
-                at += size + 2
-                size = _header(&at)
-                at += size + 2
-                if not is_count:
+                name = _bulk(&at, end, &named)
+                _bulk(&at, end, &size)
+                if not _same(name, named, self._retry_field):
                     memcpy(out, first, at - first)
                     out += at - first
         if counting:
@@ -360,10 +385,6 @@ cdef class Plan:
             start = _write_before(text + 41, planned.retries + 1)
             out = _write_bulk(out, start, text + 41 - start)
         return out
-
-
-cdef inline bint _same(const char* at, Py_ssize_t size, bytes text) noexcept:
-    return size == PyBytes_GET_SIZE(text) and memcmp(at, PyBytes_AS_STRING(text), size) == 0
 
 
 cdef inline int64_t _pairs_put(Planned* planned, bint counting) noexcept nogil:

@@ -50,9 +50,11 @@ def by_owner(list keys not None, list places not None, list owners not None):
     cdef list found = []
     cdef list groups = []
     cdef object owner
+    cdef bytes key
     cdef Py_ssize_t n = 0
     for place in places:
-        owner = owners[_slot(<bytes?>keys[place])]
+        key = <bytes?>_at(keys, place)
+        owner = _at(owners, _slot(key))
         if not found or found[n] is not owner:
             n = 0
             while n < len(found) and found[n] is not owner:
@@ -66,12 +68,15 @@ def by_owner(list keys not None, list places not None, list owners not None):
 
 def scatter(list replies not None, list places not None, list part not None):
     """Puts the replies to commands in their places; whether there is an error among them."""
-    cdef Py_ssize_t n
+    cdef Py_ssize_t n, place
     cdef bint errors = False
     if len(places) != len(part):
         raise ValueError(f"{len(part)} replies to {len(places)} commands")
     for n in range(len(places)):
-        reply = part[n]
+        reply = _at(part, n)
         errors = errors or type(reply) is ReplyError
-        replies[places[n]] = reply
+        place = _at(places, n)
+        if not 0 <= place < len(replies):
+            raise _no_place(place, replies)
+        replies[place] = reply
     return errors

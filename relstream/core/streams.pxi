@@ -58,20 +58,20 @@ cdef bytes _id_bytes(Id id):
     return PyBytes_FromStringAndSize(start, text + 41 - start)
 
 
-cdef inline bint _id_element(const char** at, Id* out) noexcept nogil:
+cdef inline bint _same(const char* at, Py_ssize_t size, bytes text) noexcept:
+    return size == PyBytes_GET_SIZE(text) and memcmp(at, PyBytes_AS_STRING(text), size) == 0
+
+
+cdef inline bint _id_element(const char** at, const char* end, Id* out) noexcept nogil:
     """Reads an id, and moves behind it. False when the next element is something else."""
-    cdef const char* text
-    cdef int64_t size = _count(at, c'$')
-    if size < 0:
-        return False
-    text = at[0]
-    at[0] = text + size + 2
-    return _parse_id(text, size, out)
+    cdef int64_t size
+    cdef const char* text = _bulk(at, end, &size)
+    return text != NULL and _parse_id(text, size, out)
 
 
 cdef object _decode(const char** at, const char* end, int decode):
     if decode == _OBJECT or at[0][0] == c'-' or at[0][0] == c'!':
-        return _build(at, end)
+        return _build(at, end, MAX_DEPTH)
     if decode == _STREAMS:
         return _streams(at[0], end)
     if decode == _ENTRIES:
@@ -82,27 +82,25 @@ cdef object _decode(const char** at, const char* end, int decode):
 cdef list _streams(const char* at, const char* end):
     """XREADGROUP: RESP3 a map, RESP2 an array of pairs, and nil when there is nothing."""
     cdef bint paired = at[0] == c'*'
-    cdef int64_t i, size, n = _count(&at, c'*' if paired else c'%')
+    cdef int64_t i, size, n = _count(&at, end, c'*' if paired else c'%')
     cdef list batches = []
-    cdef bytes key
+    cdef const char* text
     if n < -1:
         raise _wrong("streams", at, end)
     for i in range(n):
-        if paired and _count(&at, c'*') != 2:
+        if paired and _count(&at, end, c'*') != 2:
             raise _wrong("a stream's key with its entries", at, end)
-        size = _count(&at, c'$')
-        if size < 0:
+        text = _bulk(&at, end, &size)
+        if text == NULL:
             raise _wrong("the key of a stream", at, end)
-        key = at[:size]
-        at += size + 2
-        batches.append(_entries(&at, end, key))
+        batches.append(_entries(&at, end, text[:size]))
     return batches
 
 
 cdef Batch _entries(const char** after, const char* end, bytes key):
     """An array of entries, [id, [field, value, …]] each; moves `after` behind it."""
     cdef const char* at = after[0]
-    cdef int64_t i, j, pairs, size, n = _count(&at, c'*')
+    cdef int64_t i, j, pairs, size, n = _count(&at, end, c'*')
     cdef Batch batch = Batch.__new__(Batch)
     cdef const char* first = at
     cdef Located* entry
@@ -115,20 +113,20 @@ cdef Batch _entries(const char** after, const char* end, bytes key):
         raise MemoryError()
     for i in range(n):
         entry = &batch._at[i]
-        if _count(&at, c'*') != 2 or not _id_element(&at, &entry.id):
+        if _count(&at, end, c'*') != 2 or not _id_element(&at, end, &entry.id):
             raise _wrong("an entry: an id and its fields", at, end)
-        pairs = _count(&at, c'*')
+        pairs = _count(&at, end, c'*')
         if pairs < -1 or (pairs > 0 and pairs & 1):
             raise _wrong("the fields of an entry, as many names as values", at, end)
         entry.pairs = pairs // 2 if pairs >= 0 else -1
         entry.offset = at - first
         for j in range(pairs):
-            size = _count(&at, c'$')
-            if size < 0:
+            if _bulk(&at, end, &size) == NULL:
                 raise _wrong("a field or its value", at, end)
-            at += size + 2
-    batch._n = n
+    if at > end:
+        _beyond(after[0], end)
     batch._raw = PyBytes_FromStringAndSize(first, at - first)
+    batch._n = n
     after[0] = at
     return batch
 
@@ -197,11 +195,12 @@ cdef class Batch:
         cdef int64_t i
         if entry.pairs < 0:
             return None
-        return [_build(&at, end) for i in range(2 * entry.pairs)]
+        return [_build(&at, end, MAX_DEPTH) for i in range(2 * entry.pairs)]
 
     cdef dict _fields(self, Located* entry):
         cdef const char* at = PyBytes_AS_STRING(self._raw) + entry.offset
         cdef const char* end = PyBytes_AS_STRING(self._raw) + PyBytes_GET_SIZE(self._raw)
+        cdef const char* text
         cdef int64_t i, size
         cdef dict out
         cdef bytes name
@@ -209,12 +208,14 @@ cdef class Batch:
             return None
         out = {}
         for i in range(entry.pairs):
-            size = _header(&at)
-            name = self._name(i, at, size)
-            at += size + 2
-            size = _header(&at)
-            out[name] = PyBytes_FromStringAndSize(at, size)
-            at += size + 2
+            text = _bulk(&at, end, &size)
+            if text == NULL:
+                _beyond(at, end)
+            name = self._name(i, text, size)
+            text = _bulk(&at, end, &size)
+            if text == NULL:
+                _beyond(at, end)
+            out[name] = PyBytes_FromStringAndSize(text, size)
         return out
 
     cdef bytes _name(self, int64_t column, const char* at, Py_ssize_t size):
@@ -240,18 +241,17 @@ cdef class Batch:
         cdef const char* at = PyBytes_AS_STRING(self._raw) + entry.offset
         cdef const char* end = PyBytes_AS_STRING(self._raw) + PyBytes_GET_SIZE(self._raw)
         cdef const char* found = NULL
-        cdef int64_t i, size
-        cdef bint match
+        cdef const char* name
+        cdef const char* value
+        cdef int64_t i, named, size
         for i in range(entry.pairs):
-            size = _header(&at)
-            match = size == PyBytes_GET_SIZE(wanted) and memcmp(
-                PyBytes_AS_STRING(wanted), at, size) == 0
-            at += size + 2
-            size = _header(&at)
-            if match:
-                found = at
+            name = _bulk(&at, end, &named)
+            value = _bulk(&at, end, &size)
+            if name == NULL or value == NULL:
+                break
+            if _same(name, named, wanted):
+                found = value
                 found_size[0] = size
-            at += size + 2
         return found
 
     def __getitem__(self, Py_ssize_t index):
@@ -304,11 +304,12 @@ cdef class Ids:
 
 cdef PendingPage _pending(const char* at, const char* end):
     """An array of [id, consumer, idle time, deliveries]."""
-    cdef int64_t i, size, n = _count(&at, c'*')
+    cdef int64_t i, size, n = _count(&at, end, c'*')
     cdef PendingPage page = PendingPage.__new__(PendingPage)
     cdef Pending* entry
     cdef dict numbers = {}
     cdef bytes name = None
+    cdef const char* text
     cdef uint32_t number = 0
     if n < -1:
         raise _wrong("pending entries", at, end)
@@ -318,25 +319,20 @@ cdef PendingPage _pending(const char* at, const char* end):
         raise MemoryError()
     for i in range(n):
         entry = &page._at[i]
-        if _count(&at, c'*') != 4 or not _id_element(&at, &entry.id):
+        if _count(&at, end, c'*') != 4 or not _id_element(&at, end, &entry.id):
             raise _wrong("a pending entry: id, consumer, idle time, deliveries", at, end)
-        size = _count(&at, c'$')
-        if size < 0:
+        text = _bulk(&at, end, &size)
+        if text == NULL:
             raise _wrong("the consumer of a pending entry", at, end)
         # Neighbours mostly belong to the same consumer.
-        if name is None or PyBytes_GET_SIZE(name) != size or memcmp(
-            PyBytes_AS_STRING(name), at, size
-        ):
-            name = at[:size]
+        if name is None or not _same(text, size, name):
+            name = text[:size]
             number = numbers.setdefault(name, len(numbers))
         entry.consumer = number
-        at += size + 2
-        if at[0] != c':':
+        if not _integer(&at, end, &entry.idle_ms):
             raise _wrong("an idle time", at, end)
-        entry.idle_ms = _header(&at)
-        if at[0] != c':':
+        if not _integer(&at, end, &entry.deliveries):
             raise _wrong("a number of deliveries", at, end)
-        entry.deliveries = _header(&at)
     page._n = n
     page.consumers = list(numbers)
     return page
