@@ -310,7 +310,6 @@ class StreamClient:
         self._loop.check()
         self._home = asyncio.get_running_loop()
         self._opened = True
-        looking: list[asyncio.Task[list[str]]] = []
         try:
             for part in self._partitions:
                 server = await part.link.get()
@@ -323,16 +322,16 @@ class StreamClient:
                 self._keep_together(await keys_together(self._commands, part.names))
                 await part.create_group()
                 await part.clock.refresh()
-            looking.append(asyncio.ensure_future(evicting(self._commands)))
             await self._set_up_events()
-            self._warn_of_eviction(await looking[0])
+            evict = await evicting(self._commands, config=not self._warned_of_config)
+            self._warn_of_eviction(evict)
             self._start("keeper", self._keeper.run())
             # A consumer that can't renew must not take anything. Last, so that its end is noticed.
             await self._keeper.opened()
             if self._closing is not None:
                 raise ClientClosed(CLOSED_MEANWHILE)
         except BaseException as error:
-            await end_all([*self._tasks, *looking])
+            await end_all(self._tasks)
             await self._close_links()
             if self._closing is not None and isinstance(error, RelstreamError):
                 raise ClientClosed(CLOSED_MEANWHILE) from None

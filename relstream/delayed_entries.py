@@ -46,6 +46,7 @@ class DelayedEntries:
         self._logger = logger
         self._no_scripts = Denied(link)
         self._refused = False
+        self._denied = Denied(link)
         self._added: list[bytes] = []  # members that are in the stream, and not yet out of the set
 
     async def run(self, clock: ServerClock) -> None:
@@ -55,6 +56,9 @@ class DelayedEntries:
         """
         while True:
             pause = LOOK_EVERY
+            if self._denied:
+                await asyncio.sleep(pause)
+                continue
             try:
                 # The script costs more than this look, which mostly finds nothing.
                 if await self._link.execute(
@@ -67,6 +71,8 @@ class DelayedEntries:
                 if explained_by_failover(error):
                     raise
                 pause = REFUSED
+                if error.code == "NOPERM":
+                    self._denied.remember()
                 if not self._refused:
                     self._refused = True
                     self._logger.error(

@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 SETTING = b"maxmemory-policy"
 
 
-async def evicting(topology: Topology) -> list[str]:
+async def evicting(topology: Topology, *, config: bool) -> list[str]:
     """The masters whose `maxmemory-policy` evicts, each with its policy.
+
+    Not by CONFIG where that is known to be forbidden, as `config` says.
 
     A master that can't be reached, or does not let us know, is not among them.
     """
     links = [topology.to(server) for server in topology.servers]
-    policies = await asyncio.gather(*map(_policy, links))
+    policies = await asyncio.gather(*[_policy(link, config=config) for link in links])
     return sorted(
         f"{link.endpoint} ({policy})"
         for link, policy in zip(links, policies, strict=True)
@@ -30,11 +32,13 @@ async def evicting(topology: Topology) -> list[str]:
     )
 
 
-async def _policy(link: Link) -> str:
+async def _policy(link: Link, *, config: bool) -> str:
     """By CONFIG GET, else by INFO, which managed services allow; empty where neither tells."""
     try:
-        (reply,) = await link.pipeline(pack(b"CONFIG", b"GET", SETTING), 1)
-        found = _value(reply)
+        found = None
+        if config:
+            (reply,) = await link.pipeline(pack(b"CONFIG", b"GET", SETTING), 1)
+            found = _value(reply)
         if found is None:
             (reply,) = await link.pipeline(pack(b"INFO", b"memory"), 1)
             match = re.search(rb"maxmemory_policy:(\S+)", reply) if type(reply) is bytes else None

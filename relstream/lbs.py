@@ -45,6 +45,8 @@ class Names:
     """Held by the consumer that recovers for all."""
     partition: int = 0
     partitions: int = 1
+    first: bytes = b""
+    """The load balancer stream of the first of several partitions."""
 
     def receipt(self, consumer: str, number: int) -> bytes:
         """What came of a consumer's last call of this number, should the answer get lost."""
@@ -57,7 +59,7 @@ class Names:
 
     def instance(self, consumer: str) -> bytes:
         """Key in which each living consumer of this name writes which instance it is."""
-        return b"%s-instance-%s" % (_in_slot_of(self.lbs), consumer.encode())
+        return b"%s-instance-%s" % (_in_slot_of(self.first or self.lbs), consumer.encode())
 
     @classmethod
     def all_of(
@@ -76,6 +78,7 @@ class Names:
             raise InvalidOption(
                 "service_name", service_name, "a name without { when there are several partitions"
             )
+        tags = list(_hash_tags(partitions))
         every = tuple(
             replace(
                 names,
@@ -83,8 +86,9 @@ class Names:
                 leader=names.leader + tag,
                 partition=number,
                 partitions=partitions,
+                first=names.lbs + tags[0],
             )
-            for number, tag in enumerate(_hash_tags(partitions))
+            for number, tag in enumerate(tags)
         )
         for its_names in every:
             its_names._check_dlq(dlq_stream)

@@ -163,7 +163,7 @@ class Leadership:
         For one who does not lead; looks every now and then only, however often it is called.
         """
         now = asyncio.get_running_loop().time()
-        if now < self._checked + CHECK_KEY_EVERY:
+        if now < self._checked + CHECK_KEY_EVERY or self._no_pttl:
             return
         self._checked = now
         (ttl,) = await self.link.pipeline(pack(b"PTTL", self._key), 1)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from relstream._core import PENDING, Batch, Ids, PendingPage, Plan, jittered, pack, parse_id
 from relstream.config import check_name
+from relstream.consumers import Group
 from relstream.delayed_entries import DelayedEntries
 from relstream.errors import (
     AlreadyClaimed,
@@ -32,7 +33,6 @@ from relstream.lbs import (
     MAX_RETRIES,
     UNPARSEABLE,
     Names,
-    consumer_row,
     entry_id_of,
     lock_key,
 )
@@ -151,7 +151,8 @@ class Recoverer:
         self._logger = logger
         self._put_back = PutBack(topology, names, recorder, logger)
         self._entries = Entries(self._link, names)
-        self._vanished = Vanished(self._link, names, recorder, logger)
+        self._group = Group(topology, names, logger)
+        self._vanished = Vanished(self._link, names, self._group, recorder, logger)
         self._delayed = DelayedEntries(self._link, names, logger)
         self._outages: Outages | None = None
         if isinstance(topology, ClusterTopology):
@@ -490,15 +491,8 @@ class Recoverer:
 
         Costs the server some us a consumer, however many streams it owns.
         """
-        try:
-            rows = await self._link.execute(
-                b"XINFO", b"CONSUMERS", self._names.lbs, self._names.group
-            )
-        except ReplyError as error:
-            if error.code == "NOPERM":  # then events and scans have to do
-                return
-            raise
-        owners = {row[b"name"] for row in map(consumer_row, rows) if row[b"pending"]}
+        # Where these must not be asked for, events and scans have to do.
+        owners = {row[b"name"] for row in await self._group.rows() if row[b"pending"]}
         remembered: tuple[dict[bytes, Any], ...] = (self._passed, self._fruitless, self._held)
         for each in remembered:
             for name in each.keys() - owners:
@@ -573,16 +567,14 @@ class Recoverer:
     async def _remove_dead_consumers(self) -> None:
         """Removes consumers from the group that own nothing and have not been seen for long."""
         try:
-            rows = await self._link.execute(
-                b"XINFO", b"CONSUMERS", self._names.lbs, self._names.group
-            )
+            rows = await self._group.rows()
         except ReplyError as error:
-            if error.code in ("NOPERM", "NOGROUP"):
+            if error.code == "NOGROUP":
                 return
             raise
         names = [
             row[b"name"]
-            for row in map(consumer_row, rows)
+            for row in rows
             # Every living consumer reads at least once a second.
             if not row[b"pending"] and row[b"idle"] > REMOVE_AFTER * 1000
         ]

@@ -10,14 +10,12 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from relstream._core import ITEM, PENDING, Template, pack
-from relstream.errors import ReplyError
-from relstream.lbs import consumer_row
+from relstream._core import ITEM, PENDING, Template
 from relstream.net.connection import raise_first
 from relstream.put_back import discard
-from relstream.rights import Denied
 
 if TYPE_CHECKING:
+    from relstream.consumers import Group
     from relstream.lbs import Names
     from relstream.net.topology import KeyLink
     from relstream.recorder import SafeRecorder
@@ -35,14 +33,15 @@ class Vanished:
         self,
         link: KeyLink,
         names: Names,
+        group: Group,
         recorder: SafeRecorder | None,
         logger: logging.Logger,
     ) -> None:
         self._link = link
         self._names = names
+        self._group = group
         self._recorder = recorder
         self._logger = logger
-        self._no_xinfo = Denied(link)
 
     async def acknowledge(self, ids: Sequence[bytes], *, own: bool) -> int:
         """Acknowledges these unless their consumers live; returns how many were pending.
@@ -81,26 +80,9 @@ class Vanished:
         """Those that wrote their instance lately, or read, as consumers of the reference do."""
         if not consumers:
             return set()
-        keys = [self._names.instance(name.decode(errors="replace")) for name in consumers]
-        replies = await self._link.pipeline(
-            b"".join([pack(b"GET", key) for key in keys]), len(keys)
-        )
-        living = {
-            name
-            for name, reply in zip(consumers, replies, strict=True)
-            if reply is not None and not isinstance(reply, ReplyError)
-        }
-        if self._no_xinfo or len(living) == len(consumers):
-            return living
-        (rows,) = await self._link.pipeline(
-            pack(b"XINFO", b"CONSUMERS", self._names.lbs, self._names.group), 1
-        )
-        if isinstance(rows, ReplyError):
-            if rows.code != "NOPERM":
-                raise rows
-            self._no_xinfo.remember()
-            return living
-        for row in map(consumer_row, rows):
-            if row[b"idle"] < HEARD * 1000:
-                living.add(row[b"name"])
+        living = await self._group.living(consumers)
+        if len(living) < len(consumers):
+            for row in await self._group.rows():
+                if row[b"idle"] < HEARD * 1000:
+                    living.add(row[b"name"])
         return living

@@ -138,7 +138,7 @@ async def expiry_is_told(service, notes):
 async def test_a_subscription_whose_connection_is_dead_is_made_anew(
     proxy, consumer, service, monkeypatch
 ):
-    monkeypatch.setattr(keyspace, "PING_INTERVAL", 0.2)
+    monkeypatch.setattr(keyspace, "PROOF_EVERY", 0.2)
     client = consumer(url=f"{proxy.url}?socket_timeout=0.5", retry=PATIENT, auto_claim=False)
     notes = await client.init()
     proxy.lose()

@@ -70,7 +70,7 @@ async def test_of_config_and_info_one_is_enough(
 
 
 async def test_opening_can_be_cancelled_while_masters_are_asked(consumer, monkeypatch):
-    async def hang(*args):
+    async def hang(*args, **options):
         await asyncio.sleep(60)
 
     monkeypatch.setattr("relstream.eviction._policy", hang)
