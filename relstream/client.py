@@ -591,7 +591,7 @@ class StreamClient:
             ClientClosed: the client is closed, or was before the server had answered.
             UsageError: this is another event loop than that of `init`; nothing was changed.
         """
-        if os.getpid() != self._loop.process or asyncio.get_running_loop() is not self._home:
+        if self._loop.forked or asyncio.get_running_loop() is not self._home:
             self._check_open()
         part = self._only or self._part(stream)
         try:

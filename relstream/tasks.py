@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import weakref
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
@@ -67,19 +68,15 @@ class OneLoop:
     def __init__(self, what: str) -> None:
         self._what = what
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.process: int | None = None
-        """The process that uses it."""
-
-    @property
-    def forked(self) -> bool:
+        self._process: int | None = None
+        self.forked = False
         """Whether this is a child of the process that uses it."""
-        return self.process not in (None, os.getpid())
 
     def check_process(self) -> None:
         """Raises `UsageError` in a child of the process that uses it."""
         if self.forked:
             raise UsageError(
-                f"{self._what} first used in process {self.process}, and this is process "
+                f"{self._what} first used in process {self._process}, and this is process "
                 f"{os.getpid()}, which was forked: make one in each process"
             )
 
@@ -91,5 +88,21 @@ class OneLoop:
             raise UsageError(
                 f"{self._what} first used in another event loop: make one in each asyncio.run()"
             )
-        self._loop = running
-        self.process = os.getpid()
+        if self._loop is None:
+            self._loop = running
+            self._process = os.getpid()
+            _used.add(self)
+
+
+# Those that are used in this process. Asking for its id at each call would be a system call.
+_used: weakref.WeakSet[OneLoop] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for each in list(_used):
+        each.forked = True
+    _used.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
