@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from relstream.lbs import SEPARATOR
 from relstream.tasks import end_all
 
 if TYPE_CHECKING:
-    from relstream.net.connection import Endpoint
+    from relstream.net.connection import Endpoint, Link
     from relstream.net.topology import ClusterTopology
 
 # Seconds between two questions to each master, at most.
@@ -26,14 +27,18 @@ class Outages:
     """Asks every master several times a second, over the connections that ask for locks.
 
     So whoever asks for locks of one that hung hears of that first. Asked is for what renews a lock,
-    as one that refuses to write (NOREPLICAS, say) still tells who holds which. After an outage, a
-    failover, and whatever a leader before us may have seen, owners have the time of a `lease`
-    (seconds) to renew theirs before they count as free.
+    as one that refuses to write (NOREPLICAS, say) still tells who holds which: for the renewal of a
+    key of ours, which lives as long as a lock does. Where that is gone before its time locks are,
+    too, by a clock that was set forward, say. After an outage, a failover, and whatever a leader
+    before us may have seen, owners have the time of a `lease` (seconds) to renew theirs before they
+    count as free.
     """
 
-    def __init__(self, topology: ClusterTopology, lease: float) -> None:
+    def __init__(self, topology: ClusterTopology, lbs: bytes, lease: float) -> None:
         self._topology = topology
+        self._lbs = lbs
         self._lease = lease
+        self._lease_ms = round(lease * 1000)
         # Seconds of silence by which no lock is lost: it is renewed every half lease.
         self._bearable = lease / 4
         self._every = min(ASK_EVERY, lease / 8)
@@ -45,8 +50,11 @@ class Outages:
         # How often the connections had been opened on which they answered last, and who answered.
         self._openings: dict[Endpoint, int] = {}
         self._run_ids: dict[Endpoint, bytes | None] = {}
-        # A key on each that is no lock; None where none was found.
+        # A key on each that is no lock; None where none was found. Until when those live that we
+        # have written (loop time).
         self._keys: dict[Endpoint, bytes | None] = {}
+        self._living: dict[Endpoint, float] = {}
+        self._forbidden = False  # such keys, to the user
 
     async def watch(self, *, succeeding: bool) -> None:
         """Asks until cancelled; `succeeding` another who did, and may have known of an outage."""
@@ -84,6 +92,8 @@ class Outages:
         self._asked_at.clear()
         self._openings.clear()
         self._run_ids.clear()
+        self._living.clear()
+        self._forbidden = False
 
     def _late(self) -> float:
         """Seconds for which this event loop was kept from hearing any answer."""
@@ -115,6 +125,7 @@ class Outages:
             self._asked_at.pop(master, None)
             self._openings.pop(master, None)
             self._run_ids.pop(master, None)
+            self._living.pop(master, None)
         for master in masters:
             self._until.setdefault(master, self._grace() if gone else -math.inf)
 
@@ -123,6 +134,7 @@ class Outages:
 
     async def _ask(self, master: Endpoint) -> None:
         self._asked_at.setdefault(master, asyncio.get_running_loop().time())
+        sent_at = asyncio.get_running_loop().time()
         try:
             link = self._topology.to(master)
             (reply,) = await link.pipeline(self._question(master), 1)
@@ -139,6 +151,15 @@ class Outages:
             return
         if master not in self._until:  # it was replaced meanwhile
             return
+        if isinstance(reply, ReplyError) and reply.about_keys:
+            self._forbidden = True
+            self._keys.clear()
+        if reply == 0 and sent_at < self._living.get(master, -math.inf):
+            self._until[master] = self._grace()
+        if reply == 1:
+            self._living[master] = sent_at + self._lease
+        elif reply == 0 and not self._forbidden:
+            await self._write(master, link)
         if run_id is not None and run_id == self._run_ids.get(master):
             self._openings[master] = openings
         if self._silent(master):
@@ -149,18 +170,40 @@ class Outages:
 
     def _question(self, master: Endpoint) -> bytes:
         """What changes nothing, and is answered as the renewal of a lock would be."""
-        key = self._keys.get(master, b"")
-        if key is not None and master not in self._topology.apart([key]):
+        key = self._keys.get(master)
+        moved = key is not None and master not in self._topology.apart([key])
+        if moved or master not in self._keys:
             self._find_keys()
+            self._living.pop(master, None)
             key = self._keys.get(master)
-        return pack(b"PING") if key is None else pack(b"PEXPIRE", key, 1)
+        return pack(b"PING") if key is None else pack(b"PEXPIRE", key, self._lease_ms)
+
+    async def _write(self, master: Endpoint, link: Link) -> None:
+        """Writes the key of ours, which is not there, or not any more."""
+        key = self._keys.get(master)
+        self._living.pop(master, None)
+        if key is None:
+            return
+        sent_at = asyncio.get_running_loop().time()
+        with contextlib.suppress(RelstreamError):  # out of memory, say
+            write = pack(b"SET", key, b"1", b"PX", self._lease_ms)
+            if (await link.pipeline(write, 1))[0] == b"OK":
+                self._living[master] = sent_at + self._lease
+
+    async def look_again(self, locks: list[bytes]) -> None:
+        """Asks the masters of these locks, just seen to be free, before anybody judges by that."""
+        self._compare()
+        masters = [master for master in self._topology.apart(locks) if master in self._until]
+        await asyncio.gather(*map(self._ask, masters))
 
     def _find_keys(self) -> None:
         self._keys = dict.fromkeys(self._until)
         missing = set(self._until)
         for start in range(0, KEYS, KEYS_AT_ONCE):
-            # As a lock's, for the user's rights; no entry has this id.
-            keys = [b"{%d}%b0-0" % (i, SEPARATOR) for i in range(start, start + KEYS_AT_ONCE)]
+            # No lock's, or the reference would take it for one. Where that is forbidden one that is
+            # named as a lock, which is never written: no entry has this id.
+            end = SEPARATOR + b"0-0" if self._forbidden else self._lbs + b"-alive"
+            keys = [b"{%d}%b" % (i, end) for i in range(start, start + KEYS_AT_ONCE)]
             for master, some in self._topology.apart(keys).items():
                 if master in missing:
                     missing.remove(master)

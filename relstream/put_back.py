@@ -366,6 +366,8 @@ class PutBack:
         outcomes: list[int] = []
         refusal: ReplyError | None = None
         denied = bool(self._no_scripts)
+        if fence is not None and self._here(fence) is None:
+            await self._check(fence)
         if not denied:
             for call, reply in zip(
                 calls, await run_packed(self._link, PUT_BACK, calls), strict=True

@@ -156,7 +156,7 @@ class Recoverer:
         self._delayed = DelayedEntries(self._link, names, logger)
         self._outages: Outages | None = None
         if isinstance(topology, ClusterTopology):
-            self._outages = Outages(topology, heartbeat)
+            self._outages = Outages(topology, names.lbs, heartbeat)
         self.settle = self._put_back.settle
         self.close = self._put_back.close
         self._expired: dict[bytes, bytes] = {}  # locks, and the ids of their entries
@@ -616,6 +616,9 @@ class Recoverer:
             self._outages.refused(
                 [key for key, r in failed if isinstance(r, ReplyError) and r.code == "MASTERDOWN"]
             )
+            free = [key for key, value in zip(locks, values, strict=True) if value is None]
+            if free:
+                await self._outages.look_again(free)
             shadowed = self._outages.shadowed(locks)
             for place in (i for i, key in enumerate(locks) if key in shadowed):
                 values[place] = values[place] or b"its master was silent"

@@ -14,7 +14,7 @@ from relstream.errors import (
     PermissionDenied,
     RelstreamError,
 )
-from relstream.net.connection import Endpoint, connect, raise_first
+from relstream.net.connection import Endpoint, connect, observe, raise_first
 from relstream.tasks import end_all
 
 _T = TypeVar("_T")
@@ -55,6 +55,8 @@ async def first_answer(
                 timeout=ASK_NEXT if others else None,
                 return_when=asyncio.FIRST_COMPLETED,
             )
+            for asked in done:
+                observe(asked)  # of those that end together with the one that is returned
             for asked in done:
                 error = asked.exception()
                 if error is None:

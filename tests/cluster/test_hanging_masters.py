@@ -282,7 +282,7 @@ async def test_a_leaders_successor_gives_owners_the_time_to_come_back(lasting, a
     announce(apart, tag_on(lasting, victim))
     await take(await first.init(), 1)
     leader = f"{name}-input-reconciler"
-    await eventually(lambda: apart.redis.get(leader) == b"c0")
+    await eventually(lambda: (apart.redis.get(leader) or b"").startswith(b"c0#"))
     owner = consumer(url_of(lasting), name, "c1", heartbeat_interval=6.0)
     notes = await owner.init()
     wanted = announce(apart, *(f"{tag_on(lasting, victim)}{i}" for i in range(5)))
@@ -335,7 +335,7 @@ async def test_scripts_are_learnt_only_where_they_are_missing(lasting, apart, co
         slot = lasting.slot_of(lives[0])
         await asyncio.to_thread(lasting.start_move, slot, source, target)
         keys = source.call("CLUSTER", "GETKEYSINSLOT", slot, 100)
-        assert len(keys) == len(wanted)
+        assert sum(SEPARATOR in key for key in keys) == len(wanted)
         source.call("MIGRATE", *target.address, "", 0, 5000, "KEYS", *keys)
     victim.pause()
     try:

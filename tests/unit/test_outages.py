@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers import eventually
+from helpers import SEPARATOR, eventually
 
 from relstream._core import pack
 from relstream.errors import ConnectionLost, ReplyError
@@ -34,6 +34,7 @@ class Masters:
         self.openings = Counter(masters)
         self.run_ids: dict[str, bytes | None] = {}
         self.without: set[str] = set()
+        self.written: set[str] = set()
         self.asked: dict[str, set[bytes]] = {}
 
     def apart(self, locks: list[bytes]) -> dict[str, list[bytes]]:
@@ -54,7 +55,10 @@ class Masters:
                 raise ConnectionLost("cut")
             while master in self.silent:  # noqa: ASYNC110 - as nobody is told of its end
                 await asyncio.sleep(0.01)
-            return [self.answers.get(master, 0)]
+            if b"SET" in packed:
+                self.written.add(master)
+                return [b"OK"]
+            return [self.answers.get(master, int(master in self.written))]
 
         async def run_id() -> bytes | None:
             return self.run_ids.get(master, b"first")
@@ -69,7 +73,7 @@ class Masters:
 
 @contextlib.asynccontextmanager
 async def watched(masters: Any, *, succeeding: bool = False) -> Any:
-    outages = Outages(masters, LEASE)
+    outages = Outages(masters, b"svc-input", LEASE)
     task = asyncio.ensure_future(outages.watch(succeeding=succeeding))
     try:
         await asyncio.sleep(0.05)
@@ -181,14 +185,40 @@ async def test_each_master_is_asked_to_renew_a_key_that_it_serves() -> None:
         masters.without.remove("b")
         masters.slots.masters.append("c")
         await asyncio.sleep(LEASE / 2)
-    assert [len(asked[master]) for master in ("a", "b")] == [1, 1]
-    (on_a,), (on_b,) = asked["a"], asked["b"]
+    on_a, on_b = ({each for each in asked[m] if b"PEXPIRE" in each} for m in ("a", "b"))
+    assert (len(on_a), len(on_b)) == (1, 1)
     assert on_a != on_b
-    assert b"PEXPIRE" in on_a
-    assert b"PEXPIRE" in on_b
     assert asked["few"] == {pack(b"PING")}
     assert pack(b"PING") in masters.asked["b"]
     assert any(b"PEXPIRE" in packed for packed in masters.asked["c"])
+
+
+async def test_a_master_that_loses_keys_before_their_time_has_lost_locks() -> None:
+    """Its clock was set forward, say, or it evicts keys."""
+    masters = Masters("a", "b")
+    async with watched(masters) as outages:
+        await eventually(lambda: masters.written == {"a", "b"})
+        await asyncio.sleep(LEASE / 2)
+        assert outages.shadowed([b"a", b"b"]) == set()
+        masters.written.remove("a")
+        await outages.look_again([b"a"])  # before anybody judges by the locks
+        assert outages.shadowed([b"a", b"b"]) == {b"a"}
+        await asyncio.sleep(LEASE / 2)
+        assert outages.shadowed([b"a", b"b"]) == {b"a"}
+        await eventually(lambda: not outages.shadowed([b"a", b"b"]))
+
+
+async def test_a_user_without_a_right_to_its_keys_asks_for_a_lock_that_is_none() -> None:
+    masters = Masters("a")
+    denial = "NOPERM No permissions to access a key"
+    masters.answers["a"] = ReplyError(denial)
+    async with watched(masters) as outages:
+        await asyncio.sleep(LEASE / 2)
+        masters.answers.clear()
+        await asyncio.sleep(LEASE / 2)
+        assert outages.shadowed([b"a"]) == set()
+    assert not masters.written
+    assert any(SEPARATOR.encode() in packed for packed in masters.asked["a"])
 
 
 async def test_who_did_not_listen_takes_nobody_for_silent() -> None:
