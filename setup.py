@@ -1,7 +1,7 @@
 """Describes the extension; everything else is in pyproject.toml.
 
-RELSTREAM_DEBUG=1 builds it with line tracing (for coverage and profilers), bounds checks and
-assertions, and leaves a page under build/ that shows the C of every line.
+RELSTREAM_DEBUG=1 builds it with line tracing (for coverage and profilers), bounds checks, assertions
+and counts of live objects, and leaves a page under build/ that shows the C of every line.
 """
 
 import os
@@ -20,7 +20,12 @@ core = Extension(
     extra_compile_args=["-O0", "-g"] if debug else ["-O3"],
     # Three quarters of a release would be symbols that only a debugger reads.
     extra_link_args=[] if debug or sys.platform != "linux" else ["-Wl,--strip-all"],
-    define_macros=[("CYTHON_TRACE_NOGIL", "1")] if debug else [("CYTHON_WITHOUT_ASSERTIONS", "1")],
+    define_macros=(
+        # Freelists would hide objects from being counted.
+        [("CYTHON_TRACE_NOGIL", "1"), ("RELSTREAM_DEBUG", "1"), ("CYTHON_USE_FREELISTS", "0")]
+        if debug
+        else [("CYTHON_WITHOUT_ASSERTIONS", "1")]
+    ),
     undef_macros=["NDEBUG"] if debug else [],
 )
 

@@ -6,7 +6,7 @@
 
 One file a concern, included as text so that the C compiler sees them as one unit: `checks` (of arguments),
 `reader` (RESP), `streams` (entries and pending pages), `pack` (commands), `lbs` (announcements and
-what is owned), `owned` (their leases), `recover` (what to do about pending entries), `timing` (backoff and jitter), `slots` (Redis Cluster key slots).
+what is owned), `owned` (their leases), `recover` (what to do about pending entries), `timing` (backoff and jitter), `slots` (Redis Cluster key slots), `live` (counts of objects, in debug builds).
 """
 
 cimport cython
@@ -54,3 +54,4 @@ include "core/owned.pxi"
 include "core/recover.pxi"
 include "core/timing.pxi"
 include "core/slots.pxi"
+include "core/live.pxi"
