@@ -86,7 +86,7 @@ class StreamClient:
                     ...
 
     Args:
-        redis: a URL (redis://, rediss://, unix://; redis+cluster://host:port,host:port;
+        redis: a URL (redis://, rediss://, unix://; redis+cluster://host:port,host:port/db;
             redis+sentinel://host:port,host:port/name-of-master/db; rediss+… with TLS) or a ready
             `redis.asyncio` client (`Redis`, `RedisCluster`, or one that `Sentinel.master_for`
             made), of which addresses, credentials, TLS and database are taken over; its

@@ -375,7 +375,12 @@ async def _handshake(
             f"{endpoint} runs Redis {version.decode()}: relstream needs 6.2 or later, or Valkey"
         )
     if endpoint.db:
-        await require("SELECT", endpoint.db)
+        selected = await ask("SELECT", endpoint.db)
+        if isinstance(selected, ReplyError):
+            what = f"SELECT {endpoint.db}"
+            if protocol.clustered:
+                what += ", databases of a cluster need Valkey 9 and `cluster-databases` there,"
+            raise _refusal(selected, endpoint, what)
 
 
 def _refusal(reply: ReplyError, endpoint: Endpoint, command: str) -> Exception:

@@ -104,7 +104,7 @@ def deployment_of(source: object) -> Deployment:
     """Reads off a URL or a `redis.asyncio` client where Redis is, and whether it is a cluster.
 
     URLs: those of `endpoint_of`; `redis+sentinel://[user:password@]host:port,host:port/name[/db]`;
-    `redis+cluster://[user:password@]host:port,host:port`; `rediss+…` for TLS. Raises
+    `redis+cluster://[user:password@]host:port,host:port[/db]`; `rediss+…` for TLS. Raises
     `InvalidOption`, as `endpoint_of` does.
     """
     if isinstance(source, str):

@@ -52,7 +52,7 @@ from relstream import (
 from relstream._core import ITEM, Template
 from relstream.errors import ReplyError
 from relstream.net.deployment import deployment_of
-from relstream.server import TLSFiles
+from relstream.server import ServerNotFound, TLSFiles, find_binary
 from relstream.servers import Cluster, Node
 
 HEARTBEAT = 0.5
@@ -625,6 +625,42 @@ async def test_reset_topology_wants_a_settled_cluster(cluster, consumer):
     await asyncio.to_thread(cluster.wait_ok)
     await client.reset_topology()
     assert one_subscription_a_master(cluster)
+
+
+# --- databases ------------------------------------------------------------------------------------
+
+
+async def test_no_such_database(cluster, consumer):
+    with pytest.raises(ConnectionFailed, match=r"SELECT 99, .* Valkey 9 .*cluster-databases"):
+        await consumer(redis=f"{url_of(cluster)}/99").init()
+
+
+@pytest.mark.slow
+async def test_a_database_of_a_cluster():
+    try:
+        binary = find_binary("valkey-9")
+    except ServerNotFound as error:
+        pytest.skip(str(error))
+    with Cluster(binary=binary, replicas=0, config={"cluster-databases": 4}) as made:
+        url = f"{url_of(made)}/2"
+        client = StreamClient(url, "svc", consumer_id="c1")
+        async with client as notes, Producer(url, "svc") as producer:
+            await producer.announce_many([(f"s{i}", None) for i in range(30)])
+            owned = names(await take(notes, 30))
+            assert not any(locks_by_master(made).values())  # of database 0
+            host, port = made.master_of("svc-input").address
+            with redis.Redis(host, port, db=2) as database:
+                assert database.xpending("svc-input", "svc-group")["pending"] == 30
+                await asyncio.gather(*(client.done_stream(name) for name in owned))
+                assert database.xlen("svc-input") == 0
+            # Events come of this database, and of no other.
+            for db, name in (3, "elsewhere"), (2, "here"):
+                key = f"{name}{SEPARATOR}1-1"
+                host, port = made.master_of(key).address
+                with redis.Redis(host, port, db=db) as database:
+                    database.set(key, "ghost", px=1)
+                    await eventually(lambda held=database, key=key: held.get(key) is None)
+            assert names(await take(notes, 1, EXPIRED)) == ["here"]
 
 
 # --- users and TLS --------------------------------------------------------------------------------

@@ -53,6 +53,16 @@ def test_a_cluster(url: str, nodes: list[tuple[str, int]]) -> None:
     assert topology.endpoint.client_name == "relstream:r"
 
 
+@pytest.mark.parametrize("url", ["redis+cluster://h:1,i:2/3", "redis+cluster://h:1,i:2?db=3"])
+def test_a_clusters_database(url: str) -> None:
+    deployment = deployment_of(url)
+    assert addresses(deployment.nodes) == [("h", 1), ("i", 2)]
+    assert [node.db for node in deployment.nodes] == [3, 3]
+    slots = deployment.guide()
+    assert isinstance(slots, SlotTable)
+    assert slots.at("j", 3).db == 3
+
+
 def test_addresses_are_translated_as_the_client_does_it() -> None:
     """Nodes behind NAT, and Sentinels, give addresses that lead nowhere from here."""
     cluster = redis.asyncio.RedisCluster(
