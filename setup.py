@@ -1,7 +1,8 @@
 """Describes the extension; everything else is in pyproject.toml.
 
-RELSTREAM_DEBUG=1 builds it with line tracing (for coverage and profilers), bounds checks, assertions
-and counts of live objects, and leaves a page under build/ that shows the C of every line.
+RELSTREAM_DEBUG=1 builds it with line tracing (for coverage and profilers), bounds checks,
+assertions and counts of live objects, and leaves a page under build/ that shows the C of every
+line.
 """
 
 import os

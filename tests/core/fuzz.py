@@ -336,7 +336,7 @@ def fuzz_plan(rng: Random) -> None:
     assert plan.mget() == pack(b"MGET", *plan.lock_keys())
     values = [rng.choice((None, b"held")) for _ in range(len(plan))]
     alive, letters = plan.judge(values, rng.randrange(4), rng.randrange(9))
-    counting, locks = rng.random() < 0.5, rng.random() < 0.5
+    counting, locks, fenced = (rng.random() < 0.5 for _ in range(3))
     told = plan.returning(counting)
     assert alive + len(letters) + len(told) == len(plan)
     made = plan.calls(
@@ -347,6 +347,8 @@ def fuzz_plan(rng: Random) -> None:
         locks=locks,
         most=rng.randrange(1, 5),
         size=rng.randrange(1, 500),
+        leader=b"ld" if fenced else None,
+        fence=b"me" if fenced else b"",
     )
     found: list[tuple[bytes, list[bytes]]] = []
     keys: list[bytes] = []
@@ -355,9 +357,11 @@ def fuzz_plan(rng: Random) -> None:
         named = int(args[2])
         assert args[:2] == [b"EVALSHA", b"sha"]
         assert args[3] == b"st"
-        keys += args[4 : 3 + named]
+        assert args[4 : 4 + fenced] == [b"ld"] * fenced
+        keys += args[4 + fenced : 3 + named]
         assert args[3 + named] == b"gr"
-        size, rest = int(args[4 + named]), args[5 + named :]
+        assert args[5 + named] == b"me" * fenced
+        size, rest = int(args[4 + named]), args[6 + named :]
         while rest:
             found.append((rest[0], rest[1 : 1 + size]))
             rest = rest[1 + size :]
