@@ -23,6 +23,7 @@ from relstream.lbs import (
     partition_of,
     replace_fields,
     retry_count,
+    start_after,
 )
 from relstream.net.connection import raise_first
 from relstream.put_back import fitting
@@ -171,14 +172,14 @@ class DeadLetters(BaseClient):
         newest: Batch = await self._execute(
             b"XREVRANGE", self._dlq, b"+", b"-", b"COUNT", 1, decode=ENTRIES
         )
-        start = b"-"
+        start: bytes | None = b"-"
         count = 1
-        while len(newest):
+        while len(newest) and start is not None:
             batch = await self._range(start, newest.id(0), count)
             if not len(batch):
                 return
             yield batch
-            start = b"(" + batch.id(-1)
+            start = start_after(batch.id(-1))
             count = min(4 * count, fitting([batch], PAGE_BYTES), PAGE)
 
     async def _range(self, start: bytes, end: bytes, count: int = 1) -> Batch:

@@ -159,6 +159,11 @@ class ReplyError(ServerError):
         return self.code in _NOT_NOW
 
     @property
+    def exhausted(self) -> bool:
+        """Whether nothing can be added to a stream any more, as one had the last possible id."""
+        return self.code == "ERR" and "exhausted the last possible ID" in self.message
+
+    @property
     def about_keys(self) -> bool:
         """Whether it refuses (NOPERM) a key and not a command: another key may be allowed."""
         return re.search(r"access (at least )?(one of the keys|a key)", self.message) is not None

@@ -26,6 +26,10 @@ UNPARSEABLE = b"unparseable"
 MAX_RETRIES = b"max_retries_exceeded"
 WRONG_PARTITION = b"wrong_partition"
 REJECTED = b"rejected"
+EXHAUSTED = b"ids_exhausted"
+
+LAST_ID = b"18446744073709551615-18446744073709551615"
+"""The last possible one: nothing can be added to a stream that had it."""
 
 SEPARATOR = b"<MUTEX_KEY_SEP>"
 """Stands between a data stream's name and its entry's id in the key of a lock."""
@@ -191,6 +195,14 @@ def split_lock_key(key: bytes) -> tuple[str, str] | None:
         return name.decode(), entry_id.decode()
     except UnicodeDecodeError:
         return None
+
+
+def start_after(entry_id: bytes) -> bytes | None:
+    """Where to go on reading behind this entry; None behind the last id that there can be.
+
+    Which somebody may have given to an entry: Redis refuses to follow it.
+    """
+    return None if entry_id == LAST_ID else b"(" + entry_id
 
 
 def consumer_row(row: Any) -> dict[bytes, Any]:

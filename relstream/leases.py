@@ -24,7 +24,7 @@ from relstream._core import (
     lock_keys,
 )
 from relstream.errors import ReplyError
-from relstream.lbs import Names, split_lock_key
+from relstream.lbs import Names, split_lock_key, start_after
 from relstream.net.connection import raise_first
 from relstream.put_back import TOO_LATE, read_entries
 
@@ -240,15 +240,14 @@ class Leases:
         lost: dict[Entry, None] = {}
         strays: list[bytes] = []
         former: list[bytes] = []
-        start: bytes = b"-"
-        more = True
-        while more:
+        start: bytes | None = b"-"
+        while start is not None:
             page = await self._link.execute(
                 b"XPENDING", self._names.lbs, self._names.group, start, b"+", WINDOW,
                 self._consumer, decode=PENDING,
             )  # fmt: skip
-            more = len(page) == WINDOW
-            missing, found = audit.page(page, round(min_idle * 1000), not more)
+            start = start_after(page[-1][0]) if len(page) == WINDOW else None
+            missing, found = audit.page(page, round(min_idle * 1000), start is None)
             if found:
                 # Counted from here to the reply, so that what we have read is always younger.
                 lived = 0 if first else math.ceil((time.monotonic() - self._born) * 1000) + 1
@@ -261,8 +260,6 @@ class Leases:
                     continue
                 if entry.lock_key in locks_of(head):
                     lost[head] = None
-            if more:
-                start = b"(" + page[-1][0]
         return list(lost), strays, former
 
     async def _lost(self, missing: list[Entry]) -> list[Entry]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from relstream._core import ITEM, Template
 from relstream.base_client import BaseClient
-from relstream.errors import InvalidOption
+from relstream.errors import InvalidOption, ReplyError
 from relstream.lbs import INPUT_FIELD, Names, message, partition_of
 from relstream.net.connection import raise_first
 
@@ -99,7 +99,16 @@ class Producer(BaseClient):
         ids: list[str] = []
         for packed, count in pipelines.all():
             replies = await self._pipeline(self._partitions[partition].lbs, packed, count)
-            ids += [reply.decode() for reply in raise_first(replies)]
+            try:
+                ids += [reply.decode() for reply in raise_first(replies)]
+            except ReplyError as error:
+                if not error.exhausted:
+                    raise
+                lbs = self._partitions[partition].lbs.decode()
+                raise ReplyError(
+                    f"{error}: {lbs!r} had an entry with the last possible id, which only a "
+                    "foreign tool can give; once what it holds is finished, delete the stream"
+                ) from None
         return ids
 
 

@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from relstream._core import ENTRIES, ITEM, PENDING, Batch, Ids, Plan, Template, key_slot, pack
+from relstream._core import (
+    ENTRIES,
+    ITEM,
+    PENDING,
+    Batch,
+    Ids,
+    Plan,
+    Template,
+    key_slot,
+    pack,
+    scatter,
+)
 from relstream.errors import (
     ConnectionFailed,
     ConnectionLost,
@@ -24,6 +35,7 @@ from relstream.errors import (
 )
 from relstream.lbs import (
     DLQ_REASON_FIELD,
+    EXHAUSTED,
     INPUT_FIELD,
     RETRY_FIELD,
     SEPARATOR,
@@ -31,6 +43,7 @@ from relstream.lbs import (
     Names,
     replace_fields,
     retry_count,
+    start_after,
 )
 from relstream.net.connection import Backoff, explained_by_failover, raise_first
 from relstream.rights import Denied, refused
@@ -56,6 +69,9 @@ ADD_AGAIN = 2.0
 
 # The part of `dlq_max_len` from which on it is said that it is near.
 CAP_NEAR = 0.9
+
+# No entry has this id but one that it was given by hand.
+PROBED_ID = b"0-1"
 
 PUT, LOST, ALIVE, NOT_BY_SCRIPT, REFUSED = 1, 0, 2, -1, -2
 
@@ -125,7 +141,7 @@ class Entries:
             )
             batches.append(batch)
             done = len(batch) < size or batch.id(-1) == last
-            start = None if done else b"(" + batch.id(-1)
+            start = None if done else start_after(batch.id(-1))
         return batches
 
 
@@ -403,7 +419,8 @@ class PutBack:
             try:
                 steps = await self._in_two_steps([told[i] for i in others], fence)
             except ReplyError as error:
-                if len(others) == len(outcomes):
+                # What shall become a dead letter still can where nothing can be added any more.
+                if len(others) == len(outcomes) and not error.exhausted:
                     raise
                 refusal = error
                 steps = [REFUSED] * len(others)
@@ -458,10 +475,16 @@ class PutBack:
     async def _check_adding(self) -> None:
         """Raises what the server would answer now to any XADD (OOM, READONLY, MISCONF, …).
 
-        The id is one that no entry can have, which is found out after all of that.
+        The id is one that is too small in a stream that had an entry, which is found out after all
+        of that. (0-0 would be refused in any, but even in one whose ids are used up.)
         """
-        (reply,) = await self._link.pipeline(pack(b"XADD", self._names.lbs, b"0-0", b"f", b"v"), 1)
-        if isinstance(reply, ReplyError) and reply.code != "ERR":
+        lbs = self._names.lbs
+        (reply,) = await self._link.pipeline(
+            pack(b"XADD", lbs, b"NOMKSTREAM", PROBED_ID, b"f", b"v"), 1
+        )
+        if reply == PROBED_ID:  # the stream was deleted just now, and made anew
+            await self._link.execute(b"XDEL", lbs, PROBED_ID)
+        if isinstance(reply, ReplyError) and (reply.code != "ERR" or reply.exhausted):
             raise reply
 
     async def _move(self, entries: list[Returning]) -> list[int]:
@@ -549,6 +572,14 @@ class PutBack:
                 ids = [entry_id for entry_id, pairs in left.items() if pairs]
                 packed = [pack(b"XADD", self._names.lbs, b"*", *left[i]) for i in ids]
                 replies = await self._link.pipeline(b"".join(packed), len(packed))
+                hopeless = [
+                    place
+                    for place, reply in enumerate(replies)
+                    if isinstance(reply, ReplyError) and reply.exhausted
+                ]
+                if hopeless:
+                    letters = [(ids[place], left[ids[place]], EXHAUSTED) for place in hopeless]
+                    scatter(replies, hopeless, await self._bury_acknowledged(letters))
                 refused = {
                     i for i, r in zip(ids, replies, strict=True) if isinstance(r, ReplyError)
                 }
@@ -564,6 +595,19 @@ class PutBack:
                     raise
                 self._trouble(len(left), error)
                 await asyncio.sleep(backoff.failed())
+
+    async def _bury_acknowledged(
+        self, letters: list[tuple[bytes, list[bytes], bytes]]
+    ) -> list[bytes | ReplyError]:
+        """Where the last id went to another entry in between: dead letters, rather than lost."""
+        copies = await self.add_dead_letters(letters, 0)
+        buried = sum(not isinstance(copy, ReplyError) for copy in copies)
+        if buried:
+            self._logger.warning(
+                "%d entries became dead letters: nothing can be added to %r any more, as an entry "
+                "had the last possible id", buried, self._names.lbs.decode(),
+            )  # fmt: skip
+        return copies
 
     def _trouble(self, count: int, error: RelstreamError) -> None:
         task = asyncio.current_task()

@@ -35,6 +35,7 @@ from relstream.lbs import (
     Names,
     entry_id_of,
     lock_key,
+    start_after,
 )
 from relstream.leader import Leadership
 from relstream.net.connection import Backoff, explained_by_failover, raise_first
@@ -170,7 +171,7 @@ class Recoverer:
         self._walks: dict[bytes, asyncio.Task[None]] = {}
         # Consumers looked at in vain: when they are looked at again, and the pause after that.
         self._fruitless: dict[bytes, tuple[float, float]] = {}
-        # What of each is not sampled any more: up to this id nothing can be done about it.
+        # Where sampling of each begins: about what is before that nothing can be done.
         self._passed: dict[bytes, bytes] = {}
         # Of each consumer sampled entries whose locks were held, when some were last.
         self._held: dict[bytes, set[bytes]] = {}
@@ -440,7 +441,7 @@ class Recoverer:
                     b"XPENDING", self._names.lbs, self._names.group, start, b"+", size,
                     *(() if consumer is None else (consumer,)), decode=PENDING,
                 )  # fmt: skip
-                start = b"(" + page[-1][0] if len(page) == size else None
+                start = start_after(page[-1][0]) if len(page) == size else None
                 if len(ids := page.idle(min_idle_ms)):
                     pages.append(asyncio.ensure_future(self._recover_page(ids, len(page))))
                 while len(pages) > (PAGES_AHEAD if start is not None else 0):
@@ -501,7 +502,7 @@ class Recoverer:
         asking = [
             pack(
                 b"XPENDING", self._names.lbs, self._names.group,
-                b"(" + self._passed[name] if name in self._passed else b"-", b"+", SAMPLE, name,
+                self._passed.get(name, b"-"), b"+", SAMPLE, name,
             )
             for name in consumers
         ]  # fmt: skip
@@ -544,8 +545,11 @@ class Recoverer:
             if now >= again_at or died:
                 # Meanwhile others are looked at: this may take long.
                 self._walks[name] = asyncio.ensure_future(self._walk_through(name, len(ids)))
-            else:  # what is behind them is sampled next: it may be alive, and die
-                self._passed[name] = ids[-1]
+            elif (behind := start_after(ids[-1])) is not None:
+                # What is behind them is sampled next: it may be alive, and die.
+                self._passed[name] = behind
+            else:
+                self._passed.pop(name, None)
 
     async def _walk_through(self, name: bytes, free: int) -> None:
         """Recovers what is pending for a consumer of which so many locks were seen to be free."""
