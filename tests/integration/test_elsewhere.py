@@ -12,6 +12,8 @@ from helpers import ADDED, EXPIRED, SEPARATOR, Service, engine_connections, even
 from wire import GREETING, Proxy, command, listening
 
 from relstream import Producer, ReplyError
+from relstream._core import pack
+from relstream.net.deployment import deployment_of
 from relstream.server import Server
 
 pytestmark = pytest.mark.only("single", reason="Sentinel and clusters say who took over")
@@ -170,3 +172,43 @@ async def test_sentinels_that_name_one_server_in_two_ways(server, redis_sync, co
             # The other name is looked at now and then, by each of two event loops.
             assert redis_sync.info("stats")["total_connections_received"] - opened <= 4
             await client.done_stream("one")
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        "NOAUTH Authentication required.",
+        "READONLY You can't write against a read only replica.",
+        "UNBLOCKED force unblock from blocking operation, instance state changed (master -> rep?)",
+    ],
+)
+async def test_a_connection_of_no_use_is_left_and_what_it_refused_sent_again(refusal):
+    """In its place: what was carried out beside it is not sent twice."""
+    useless: list[asyncio.StreamWriter] = []
+    signed_in = 0
+    carried_out = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal signed_in
+        while True:
+            args = await command(reader)
+            if args[0] == b"HELLO":
+                signed_in += b"AUTH" in args
+                writer.write(GREETING)
+            elif writer in useless and args[1] == b"b":
+                writer.write(b"-%b\r\n" % refusal.encode())
+            else:
+                carried_out.append(args[1])
+                writer.write(b"+%b\r\n" % args[1])
+            if not useless:
+                useless.append(writer)
+
+    async with listening(serve) as port:
+        link = deployment_of(f"redis://:pw@127.0.0.1:{port}").link("test")
+        try:
+            packed = pack(b"GET", b"a") + pack(b"GET", b"b") + pack(b"GET", b"c")
+            assert await link.pipeline(packed, 3) == [b"a", b"b", b"c"]
+        finally:
+            await link.close()
+    assert carried_out == [b"a", b"c", b"b"]
+    assert signed_in == 2
