@@ -556,6 +556,8 @@ class StreamClient:
         await part.intake.leave()
         with contextlib.suppress(ReplyError):  # the group is gone, say, and nothing is pending
             await part.recoverer.hand_back(await part.audit())
+        if self._twins.other is None:
+            await part.group.leave()
         if recovery is not None:
             await part.recoverer.resign()
         for outcome in outcomes:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
+from relstream.consumers import Group
 from relstream.errors import PermissionDenied, RelstreamError, ReplyError
 from relstream.failures import Failures
 from relstream.finish import Finisher
@@ -61,6 +62,7 @@ class Partition:
         self._logger = logger
         recovered_after = min(heartbeat, recovery.min_idle_time)
         self.link = commands.link(names.lbs)
+        self.group = Group(commands, names, consumer, logger)
         self.clock = ServerClock(self.link, logger)
         self.failures = Failures(consumer, recovery, self.clock)
         self._put_back = PutBack(commands, names, recorder, logger)

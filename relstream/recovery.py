@@ -57,7 +57,6 @@ from relstream.put_back import (
 )
 from relstream.repeats import Repeats
 from relstream.rights import Denied, refused
-from relstream.scripts import REMOVE_CONSUMER, run
 from relstream.tasks import end_all, until_one_ends
 from relstream.vanished import Vanished
 
@@ -88,9 +87,6 @@ SAMPLE = 3
 MAX_EXPIRED = 100_000
 # Ids kept to recognise entries that another pass of this leader requeued.
 MAX_ATTEMPTED = 100_000
-# Seconds for which a consumer that owns nothing must not have been seen before it is removed.
-REMOVE_AFTER = 3600.0
-REMOVE_EVERY = 60.0
 
 
 class Tally:
@@ -152,7 +148,7 @@ class Recoverer:
         self._logger = logger
         self._put_back = PutBack(topology, names, recorder, logger)
         self._entries = Entries(self._link, names)
-        self._group = Group(topology, names, logger)
+        self._group = Group(topology, names, consumer, logger)
         self._vanished = Vanished(self._link, names, self._group, recorder, logger)
         self._delayed = DelayedEntries(self._link, names, logger)
         self._outages: Outages | None = None
@@ -318,7 +314,7 @@ class Recoverer:
         parts = [
             self._keep_leading(),
             self._recover_for_ever(),
-            self._tidy_for_ever(),
+            self._group.tidy_for_ever(),
             self._delayed.run(self._clock),
         ]
         if self._outages is not None:
@@ -378,11 +374,6 @@ class Recoverer:
         finally:
             walks, self._walks = self._walks, {}
             await end_all(walks.values())
-
-    async def _tidy_for_ever(self) -> None:
-        while True:
-            await self._remove_dead_consumers()
-            await asyncio.sleep(REMOVE_EVERY)
 
     async def _scan_for_ever(self) -> None:
         loop = asyncio.get_running_loop()
@@ -567,26 +558,6 @@ class Recoverer:
         _, pause = self._fruitless.get(name, (0.0, LOOK_AGAIN))
         pause = min(pause, self._recovery.reconciliation_interval)
         self._fruitless[name] = (asyncio.get_running_loop().time() + pause, 2 * pause)
-
-    async def _remove_dead_consumers(self) -> None:
-        """Removes consumers from the group that own nothing and have not been seen for long."""
-        try:
-            rows = await self._group.rows()
-        except ReplyError as error:
-            if error.code == "NOGROUP":
-                return
-            raise
-        names = [
-            row[b"name"]
-            for row in rows
-            # Every living consumer reads at least once a second.
-            if not row[b"pending"] and row[b"idle"] > REMOVE_AFTER * 1000
-        ]
-        calls = [([self._names.lbs], [self._names.group, name]) for name in names]
-        for name, reply in zip(names, await run(self._link, REMOVE_CONSUMER, calls), strict=True):
-            if reply == 1:
-                shown = name.decode(errors="replace")
-                self._logger.info("removed consumer %s, not seen for an hour", shown)
 
     # --- the steps ----------------------------------------------------------------------------
 

@@ -247,8 +247,8 @@ end
 return outcome
 """)
 
-# KEYS: the load balancer stream; ARGV: group, consumer, ms for which it must not have been seen.
-# Removes a consumer from the group, if nothing is pending for it. Returns 1 if it did.
+# KEYS: the load balancer stream; ARGV: group, consumer. Removes a consumer from the group, if
+# nothing is pending for it. Returns 1 if it did.
 REMOVE_CONSUMER = Script("""\
 if #redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 1, ARGV[2]) > 0 then
   return 0

@@ -325,8 +325,8 @@ def consumers(service):
 
 
 async def test_dead_consumers_are_removed(consumer, service, monkeypatch):
-    monkeypatch.setattr(recovery, "REMOVE_AFTER", 0.5)
-    monkeypatch.setattr(recovery, "REMOVE_EVERY", 0.05)
+    monkeypatch.setattr("relstream.consumers.REMOVE_AFTER", 0.5)
+    monkeypatch.setattr("relstream.consumers.REMOVE_EVERY", 0.05)
     (entry_id,) = service.orphan(1, "slow")  # owned, however long ago it was seen
     service.redis.set(f"s0{SEPARATOR}{entry_id}", "slow")
     for name in ("dead", "empty"):
@@ -355,8 +355,8 @@ async def test_a_consumer_that_comes_back_is_not_removed_with_what_it_got(
     consumer, service, monkeypatch
 ):
     """It reads its first entry for long just as it is about to be removed."""
-    monkeypatch.setattr(recovery, "REMOVE_AFTER", 0.3)
-    monkeypatch.setattr(recovery, "REMOVE_EVERY", 0.001)
+    monkeypatch.setattr("relstream.consumers.REMOVE_AFTER", 0.3)
+    monkeypatch.setattr("relstream.consumers.REMOVE_EVERY", 0.001)
     service.redis.xgroup_create(service.lbs, service.group, "0", mkstream=True)
     # This one leads and reads nothing more.
     client = consumer("c1", max_streams=1, recovery=RecoveryConfig(min_idle_time=60))

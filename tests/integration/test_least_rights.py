@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 from helpers import eventually, names, take
 
-from relstream import RecoveryConfig, recovery, rights
+from relstream import RecoveryConfig, rights
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "server.md"
 IN_A_CLUSTER = ["+cluster|slots", "+asking"]
@@ -58,7 +58,7 @@ def denials(servers):
 async def test_what_is_denied_is_not_asked_again_and_again(
     consumer, service, servers, url, caplog, monkeypatch
 ):
-    monkeypatch.setattr(recovery, "REMOVE_EVERY", 0.2)
+    monkeypatch.setattr("relstream.consumers.REMOVE_EVERY", 0.2)
     caplog.set_level("INFO")
     scans = RecoveryConfig(reconciliation_interval=0.5, min_idle_time=1.0)
     clients = [
