@@ -15,10 +15,10 @@ import time
 from collections.abc import Awaitable, Callable
 
 import redis
-import uvloop
 
 from relstream import LBSInfo, Producer, RecoveryConfig, StreamClient
 from relstream.server import Server
+from relstream.tasks import run_async
 
 STREAMS = 50_000
 CALLS = 512
@@ -80,7 +80,7 @@ def main() -> None:
     ratios, limits = [], []
     with Server() as server, redis.Redis.from_url(server.url) as admin:
         for _ in range(PAIRS):
-            done, fail = (uvloop.run(cost(server.url, admin, end)) for end in ("done", "fail"))
+            done, fail = (run_async(cost(server.url, admin, end)) for end in ("done", "fail"))
             ratios.append(fail[0] / done[0])
             limits.append(1 + cost_of_zadd(admin) / done[0])
             print(

@@ -9,20 +9,39 @@ import asyncio
 import os
 import weakref
 from collections.abc import Callable, Coroutine, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from relstream.errors import UsageError
 
-__all__ = ["CLOSING", "OneLoop", "end_all", "new_event_loop", "until_one_ends", "within"]
+__all__ = [
+    "CLOSING",
+    "HAS_UVLOOP",
+    "OneLoop",
+    "end_all",
+    "new_event_loop",
+    "run_async",
+    "until_one_ends",
+    "within",
+]
+
+_T = TypeVar("_T")
 
 new_event_loop: Callable[[], asyncio.AbstractEventLoop]
 try:
     from uvloop import new_event_loop
-except ImportError:  # there is none for Windows
+except ImportError:  # it is an extra, and there is none for Windows
     from asyncio import new_event_loop
+
+HAS_UVLOOP = new_event_loop is not asyncio.new_event_loop
 
 # The name of tasks that close a client: `relstream.run` waits for them.
 CLOSING = "relstream-close"
+
+
+def run_async(main: Coroutine[Any, Any, _T]) -> _T:
+    """As `asyncio.run`, on uvloop where there is one."""
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return runner.run(main)
 
 
 async def end_all(tasks: Iterable[asyncio.Future[Any]]) -> None:

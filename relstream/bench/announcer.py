@@ -12,9 +12,8 @@ import json
 import random
 import time
 
-import uvloop
-
 from relstream.bench.measure import end_with_parent, link, read_line, write_line
+from relstream.tasks import run_async
 
 PAUSE = (0.002, 0.005)
 """Seconds between two announcements, drawn anew each time, so that no timer runs in step."""
@@ -40,4 +39,4 @@ async def announce(url: str, service: str, n: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    write_line(json.dumps(uvloop.run(announce(**json.loads(read_line())))))
+    write_line(json.dumps(run_async(announce(**json.loads(read_line())))))

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
-import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -22,6 +21,7 @@ from relstream.bench.scenarios import FAMILIES
 from relstream.errors import RelstreamError, UsageError
 from relstream.net.secrets import without_secrets
 from relstream.server import Server, ServerNotFound, ServerStartFailed
+from relstream.tasks import run_async
 
 BAD_USAGE = 2
 FAILED = 1
@@ -76,7 +76,7 @@ def command(
             f"{without_secrets(url)!r} is none of {wanted}", param_hint="--url"
         )
     with _server(url) as address:
-        around = uvloop.run(environment(address, private=url is None))
+        around = run_async(environment(address, private=url is None))
         results: list[Result] = []
         failure = None
         try:

@@ -13,11 +13,10 @@ import os
 import sys
 import time
 
-import uvloop
-
 from relstream import NotificationType, StreamClient
 from relstream.bench.measure import read_line, write_line
 from relstream.notifications import Notifications
+from relstream.tasks import run_async
 
 
 async def own(url: str, service: str, max_streams: int | None) -> None:
@@ -48,4 +47,4 @@ async def _listen(notifications: Notifications, added: list[tuple[str, int]]) ->
 
 
 if __name__ == "__main__":
-    uvloop.run(own(**json.loads(read_line())))
+    run_async(own(**json.loads(read_line())))

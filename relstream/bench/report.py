@@ -16,8 +16,10 @@ from rich.text import Text
 
 from relstream.bench.measure import ONE_SERVER, PEER, RELSTREAM, Metric, link
 from relstream.bench.runner import Result
+from relstream.tasks import HAS_UVLOOP
 
 TRANSPORTS = {"redis": "TCP", "rediss": "TLS", "unix": "unix socket"}
+ABSENT = "(not installed)"
 PACKAGES = ("relstream", "redis", "hiredis", "uvloop", "orjson")
 
 
@@ -45,10 +47,12 @@ async def environment(url: str, *, private: bool) -> dict[str, Any]:
 
 
 def _version(package: str) -> str:
+    if package == "uvloop" and not HAS_UVLOOP:
+        return ABSENT
     try:
         return version(package)
     except PackageNotFoundError:  # run from a checkout
-        return "(not installed)"
+        return ABSENT
 
 
 def _cpu() -> str:
@@ -79,10 +83,12 @@ def as_json(results: Sequence[Result]) -> list[dict[str, Any]]:
 def headline(environment: dict[str, Any]) -> str:
     """What was measured where, in two lines."""
     packages, server = environment["packages"], environment["server"]
+    uvloop = packages["uvloop"]
+    loop = "asyncio's event loop" if uvloop == ABSENT else f"uvloop {uvloop}"
     whose = "private" if server["private"] else "given by --url"
     return (
         f"relstream {packages['relstream']}; the peer: redis-py {packages['redis']},"
-        f" hiredis {packages['hiredis']}; both on uvloop {packages['uvloop']},"
+        f" hiredis {packages['hiredis']}; both on {loop},"
         f" {environment['python']}\n"
         f"{server['name']} {server['version']} ({whose}, over {server['transport']}),"
         f" {environment['cores']} cores of {environment['cpu']},"

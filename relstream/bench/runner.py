@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from statistics import median
 
-import uvloop
-
 from relstream.bench.measure import PEER, RELSTREAM, Figures, Job, Scenario, topology
+from relstream.tasks import run_async
 
 PATIENCE = 60.0
 """Seconds that a measurement may take, and ten more for each 1000 items, which `latency` needs."""
@@ -92,11 +91,11 @@ def service(scenario: Scenario, n: int, url: str) -> Iterator[str]:
     name = f"relstream-bench-{secrets.token_hex(4)}"
     try:
         if scenario.prepare is not None:
-            uvloop.run(scenario.prepare(url, name, n))
+            run_async(scenario.prepare(url, name, n))
         yield name
     finally:
         # The locks are released when a client closes; those of a killed one expire by themselves.
-        uvloop.run(_remove(url, name))
+        run_async(_remove(url, name))
 
 
 async def _remove(url: str, name: str) -> None:

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import json
 
-import uvloop
-
 from relstream.bench.measure import Job, end_with_parent, read_line, write_line
 from relstream.bench.scenarios import SCENARIOS
+from relstream.tasks import run_async
 
 
 def main() -> None:
     """Does the job."""
     job = Job(**json.loads(read_line()))
     end_with_parent()
-    write_line(json.dumps(uvloop.run(SCENARIOS[job.scenario].run(job))))
+    write_line(json.dumps(run_async(SCENARIOS[job.scenario].run(job))))
 
 
 if __name__ == "__main__":
