@@ -130,6 +130,10 @@ class HealthMonitor:
         others = [] if twin is None or self._closed else [
             f"another living consumer has this consumer's name: {twin}"
         ]  # fmt: skip
+        if not self._closed:
+            others += [
+                part.recoverer.lasting for part in self._partitions if part.recoverer.lasting
+            ]
         unrenewed = [] if self._closed else self._unrenewed(now)
         return Health(
             live=not lifeless,

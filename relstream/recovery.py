@@ -29,6 +29,7 @@ from relstream.errors import (
 )
 from relstream.failures import with_detail
 from relstream.go_json import name_for_go
+from relstream.lasting import LastingLocks
 from relstream.lbs import (
     MAX_RETRIES,
     UNPARSEABLE,
@@ -162,6 +163,7 @@ class Recoverer:
         self._attempted: set[bytes] = set()
         self._leading = False
         self._succeeding = True  # another led before, or may have
+        self._lasting = LastingLocks(topology, self._link, heartbeat, logger)
         self._known: dict[bytes, bytes] = {}  # sampled entries: id, lock
         # Consumers whose entries are being looked at.
         self._walks: dict[bytes, asyncio.Task[None]] = {}
@@ -191,6 +193,11 @@ class Recoverer:
     def leads(self) -> bool:
         """Whether this consumer recovers for all at the moment."""
         return self._leading
+
+    @property
+    def lasting(self) -> str | None:
+        """A lock that keeps a dead owner's stream for too long, if this consumer leads."""
+        return self._lasting.found if self._leading else None
 
     def expired(self, payload: LBSInfo) -> None:
         """A lock expired: if it is ours to do so, its entry will be looked at."""
@@ -257,7 +264,6 @@ class Recoverer:
                 failing_since = min(failing_since, loop.time())
                 before = self._leadership.fence
                 leads = await self._leadership.take()
-                self._choosing_fails.worked()
                 continued = leads and before == self._leadership.fence
                 stood_still = loop.time() - failing_since > self._bearable
                 failing_since = math.inf
@@ -269,6 +275,7 @@ class Recoverer:
                     self._outage = False
                     if leads:  # what was judged before that is void
                         leads = await self._leadership.take_anew()
+                self._choosing_fails.worked()
                 if leads:
                     await self._lead()
                     self._succeeding = False
@@ -518,6 +525,7 @@ class Recoverer:
         keys = list(known.values())
         values = await self._values(pack(b"MGET", *keys), lambda: keys) if keys else []
         locks = dict(zip(known, values, strict=True))
+        await self._lasting.look([known[i] for i, value in locks.items() if value is not None])
         # One without a known lock can't be read, or is gone.
         free = {n: [i for i in ids if locks.get(i) is None] for n, ids in samples.items()}
         now = asyncio.get_running_loop().time()
