@@ -751,7 +751,7 @@ def overwritten(first: bytes, then: bytes, decode: int) -> None:
 
 
 def entry_reply(value: bytes, *, stream: bool) -> bytes:
-    entries = array(array(bulk(b"1-1"), array(bulk(b"f"), bulk(value))))
+    entries = array(array(bulk(b"1-1"), array(*map(bulk, (b"f", value, b"g", b"")))))
     return array(array(bulk(b"key"), entries)) if stream else entries
 
 
@@ -796,13 +796,13 @@ def views_that_are_written_to_later() -> None:
 @survived
 def a_view_nested_deeply_later() -> None:
     """Deeper than the C stack is."""
-    filler = bulk(b"x" * 2_000_000)
+    filler = array(bulk(b"x" * 2_000_000), b":1\r\n")
     for nested in (b"*1\r\n", b"%1\r\n", b"|1\r\n", b">1\r\n"):
         reader = Reader()
         reader.feed(filler[:-1])
         reader.fill([], 1)
         for view in [one for one in gc.get_objects() if type(one) is memoryview]:
-            if not view.readonly and view.nbytes > len(filler):
+            if not view.readonly and view.nbytes > 1_600_000:
                 view[:1_600_000] = nested * (1_600_000 // len(nested))
         reader.feed(filler[-1:])
         with suppress(ProtocolError):
