@@ -8,12 +8,13 @@ events tell. Every entry goes through the same steps, `Recoverer._recover`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from relstream._core import PENDING, Batch, Ids, PendingPage, Plan, jittered, pack, parse_id
@@ -86,8 +87,6 @@ SCAN_AGAIN = 1.0
 SAMPLE = 3
 # Expired locks that may wait to be looked at; what comes beyond is found by looking anyway.
 MAX_EXPIRED = 100_000
-# Ids kept to recognise entries that another pass of this leader requeued.
-MAX_ATTEMPTED = 100_000
 
 
 class Tally:
@@ -104,6 +103,20 @@ class Tally:
         for name in self.__slots__:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         return self
+
+
+class _Pass:
+    """A page that is being recovered, and what all passes have settled since it began.
+
+    A scan, a probe and an expiry event may come upon the same entry, and act on it in any order.
+    One of them requeues it; that the others are too late is no failure.
+    """
+
+    __slots__ = ("settled",)
+
+    def __init__(self) -> None:
+        self.settled: set[bytes] = set()
+        """Ids of entries that were requeued, or recorded as requeued by somebody else."""
 
 
 class Recoverer:
@@ -159,8 +172,9 @@ class Recoverer:
         self.close = self._put_back.close
         self._expired: dict[bytes, bytes] = {}  # locks, and the ids of their entries
         self._pages = asyncio.Semaphore(PAGES)
-        self._passes = 0  # pages under way, and ids of entries that they tried to requeue
-        self._attempted: set[bytes] = set()
+        self._passes: set[_Pass] = set()
+        # Entries that passes are requeuing at this moment, and how many of them.
+        self._trying: dict[bytes, int] = {}
         self._leading = False
         self._succeeding = True  # another led before, or may have
         self._lasting = LastingLocks(topology, self._link, heartbeat, logger)
@@ -469,16 +483,15 @@ class Recoverer:
         if not len(ids):  # nor is it to wait for others' pages
             return tally
         async with self._pages:
-            self._passes += 1
+            under_way = _Pass()
+            self._passes.add(under_way)
             try:
                 async for part, batches in self._entries.read(ids, page_size):
                     tally += await self._recover(
-                        part, batches, locks, claimed=claimed, fenced=fenced
+                        part, batches, locks, claimed=claimed, fenced=fenced, under_way=under_way
                     )
             finally:
-                self._passes -= 1
-                if not self._passes:
-                    self._attempted.clear()
+                self._passes.discard(under_way)
         if tally.alive and self._recorder is not None:
             self._recorder.alive_skip(count=tally.alive)
         return tally
@@ -630,6 +643,7 @@ class Recoverer:
         *,
         claimed: bool,
         fenced: bool,
+        under_way: _Pass,
     ) -> Tally:
         """The steps of recovery, for these entries; `claimed`: of which the application wants it.
 
@@ -660,12 +674,12 @@ class Recoverer:
             since = max(self._clock.now_ms() - round(window * 1000), 0)
         alive, letters = plan.judge(values, self._recovery.max_retries, since)
         tally.alive += alive
-        first = self._first_attempts(plan.ids()) if self._recorder is not None else []
         if leading and not self._leadership.confirmed:
             raise ReplyError("FENCED leadership was not confirmed in time")
-        outcomes, refusal = await self._put_back.put_planned(
-            plan, counting=True, looked=True, fence=fence
-        )
+        with self._attempt(plan.ids() if self._recorder is not None else []):
+            outcomes, refusal = await self._put_back.put_planned(
+                plan, counting=True, looked=True, fence=fence
+            )
         if refusal is not None:
             tally.refusals.append(refusal)
             self._complain(len(plan), "put back", refusal)
@@ -674,11 +688,8 @@ class Recoverer:
             self._complained.discard("put back")
         tally.alive += outcomes.count(ALIVE)
         if self._recorder is not None:
-            told = list(zip(plan.names(), outcomes, first, strict=True))
-            if requeued := [name for name, how, _ in told if how == PUT]:
-                self._recorder.requeue(streams=requeued, success=True)
-            if lost := [name for name, how, ours in told if how == LOST and ours]:
-                self._recorder.requeue(streams=lost, success=False)
+            told = list(zip(plan.ids(), plan.names(), outcomes, strict=True))
+            self._record(self._recorder, told, under_way)
         detail = f"its owners died, or lost it, more than {self._recovery.max_retries} times"
         await self._bury(
             [
@@ -711,17 +722,36 @@ class Recoverer:
                 letters.append((None, (entry_id, pairs, lock)))
         return letters
 
-    def _first_attempts(self, ids: list[bytes]) -> list[bool]:
-        """Which of these entries no other pass under way has tried to requeue.
+    @contextlib.contextmanager
+    def _attempt(self, ids: list[bytes]) -> Iterator[None]:
+        """Others that come upon these entries meanwhile may see them acknowledged by us."""
+        trying = self._trying
+        for entry_id in ids:
+            trying[entry_id] = trying.get(entry_id, 0) + 1
+        try:
+            yield
+        finally:
+            for entry_id in ids:
+                others = trying.pop(entry_id) - 1
+                if others:
+                    trying[entry_id] = others
 
-        A scan, a probe and an expiry event may come upon the same entry. One of them requeues it;
-        that the others are too late is no failure.
-        """
-        first = [entry_id not in self._attempted for entry_id in ids]
-        if len(self._attempted) > MAX_ATTEMPTED:
-            self._attempted.clear()
-        self._attempted.update(ids)
-        return first
+    def _record(
+        self, recorder: SafeRecorder, told: list[tuple[bytes, str, int]], under_way: _Pass
+    ) -> None:
+        """Tells the recorder what became of these entries: ids, names, outcomes."""
+        requeued = [(entry_id, name) for entry_id, name, how in told if how == PUT]
+        # Where another pass of ours still tries, it is the one that may have been first.
+        lost = [
+            (entry_id, name)
+            for entry_id, name, how in told
+            if how == LOST and entry_id not in under_way.settled and entry_id not in self._trying
+        ]
+        for streams, success in ((requeued, True), (lost, False)):
+            if streams:
+                recorder.requeue(streams=[name for _, name in streams], success=success)
+                for other in self._passes:
+                    other.settled.update(entry_id for entry_id, _ in streams)
 
     def _complain(self, count: int, what: str, error: ReplyError) -> None:
         """Says, once until it works again, what keeps entries pending."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import random
 
 import pytest
 from helpers import DISOWNED, QUICK, SEPARATOR, Heard, eventually, names, take
@@ -223,6 +225,59 @@ async def test_what_the_leader_requeued_itself_is_no_failure(consumer, service, 
     assert len(requeues) < 100
     ((*_, vanished, _),) = heard.calls("reconciliation_scan")
     assert vanished == 0
+
+
+@pytest.mark.parametrize("scripts", [True, False])
+async def test_events_probes_and_scans_of_one_leader_are_in_nobodys_way(
+    consumer, service, redis_url, scripts
+):
+    """Whichever of them is first to try, and whichever is first to do it."""
+    restrict(service, scripts)
+    heard = Heard()
+    client = consumer(
+        url=redis_url.replace("://", "://app:x@"),
+        recorder=heard,
+        recovery=RecoveryConfig(reconciliation_interval=0.1, min_idle_time=0.2, batch_size=7),
+        heartbeat_interval=QUICK,
+        queue_size=1000,
+    )
+    recoverer = client._partitions[0].recoverer
+    came: dict[str, set[bytes]] = {"scan": set(), "probe": set(), "event": set()}
+    put, walk, heed = recoverer._put_back.put_planned, recoverer._walk, recoverer._recover_ids
+    origin: contextvars.ContextVar[str] = contextvars.ContextVar("origin")
+
+    async def slowly(plan, **how):
+        came[origin.get()].update(plan.ids())
+        await asyncio.sleep(random.uniform(0, 0.05))  # so that others come upon the same entries
+        return await put(plan, **how)
+
+    async def walked(*args):
+        origin.set("probe" if len(args) > 2 else "scan")
+        await walk(*args)
+
+    async def heeded(*args):
+        origin.set("event")
+        return await heed(*args)
+
+    recoverer._put_back.put_planned = slowly
+    recoverer._walk, recoverer._recover_ids = walked, heeded
+    notes = await client.init()
+    await eventually(lambda: recoverer.leads)
+    wanted = []
+    for _ in range(3):
+        ids = service.orphan(200)
+        dead = [f"s{i}" for i in range(len(wanted), len(wanted) + 200)]
+        with service.redis.pipeline(transaction=False) as pipe:
+            for name, entry_id in zip(dead, ids, strict=True):
+                pipe.set(f"{name}{SEPARATOR}{entry_id}", "ghost", px=300)
+            pipe.execute()
+        wanted += dead
+        await take(notes, 200)
+    requeues = heard.calls("requeue")
+    assert sorted(stream for streams, _ in requeues for stream in streams) == sorted(wanted)
+    assert {success for _, success in requeues} == {True}
+    assert all(came.values()), {kind: len(ids) for kind, ids in came.items()}
+    assert came["event"] & (came["scan"] | came["probe"])
 
 
 async def test_where_another_recovers_first_is_a_failure_once(consumer, service):
