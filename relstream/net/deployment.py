@@ -132,7 +132,8 @@ def _of_many_hosts(url: str, scheme: str, kind: str, rest: str) -> Deployment:
     shown = without_secrets(url)
     name, _, db = path.partition("/")
     if kind == "cluster" and not re.fullmatch(r"\d*/?", path):
-        expected = f"{scheme}+cluster://host:port,host:port/database: {path!r} is no number of one"
+        # Not quoted: it may be the end of a password that should have been percent-encoded.
+        expected = f"{scheme}+cluster://host:port,host:port/database, by its number"
         raise InvalidOption("redis", shown, expected)
     if kind == "sentinel" and not name:
         raise InvalidOption("redis", shown, f"{scheme}+sentinel://host:port,host:port/master name")

@@ -145,10 +145,10 @@ async def test_ready_clients(tls: bool) -> None:
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("redis+cluster://:hunter2@h/name", "is no number of one"),
-        ("redis+cluster://h/1/2?password=hunter2", "is no number of one"),
+        ("redis+cluster://:hunter2@h/name", "by its number"),
+        ("redis+cluster://h/1/2?password=hunter2", "by its number"),
         ("redis+cluster://:hunter2@h:1,i:99999", "port"),
-        ("redis+cluster://:hun/ter2@h:1", "percent-encoded|is no number of one"),
+        ("redis+cluster://:hun/ter2@h:1", "percent-encoded|by its number"),
         ("redis+cluster://:hunter2@h:1?socket_timeout=soon", "socket_timeout"),
         ("redis+cluster://:hunter2@h:1?socket_timeout=nan", "socket_timeout above 0 seconds"),
         ("redis+sentinel://:hunter2@h/m?socket_timeout=inf", "socket_timeout above 0 seconds"),

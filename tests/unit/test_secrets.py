@@ -61,6 +61,7 @@ def all_of(error: BaseException | None) -> str:
 @given(st.sampled_from(places), passwords, st.booleans())
 @example("redis://localhost?password={}", f"x@{SECRET}", False)
 @example("redis://localhost?password={}", f"x&{SECRET}=1", False)
+@example("redis+cluster://a:1,b:2?password={}", f"@/{SECRET}", False)
 @example("redis+sentinel://a:1/master?password={}", f"x&sentinel_{SECRET}=1", False)
 @example("unix://joe:{}@/tmp/s", f"x/{SECRET}", False)
 def test_urls_are_shown_without_passwords(place: str, password: str, encoded: bool) -> None:
