@@ -209,9 +209,10 @@ def fuzz_reader(rng: Random) -> None:
 
 
 # What hiredis reads otherwise, or not at all: attributes, bulk errors, big numbers, verbatim text,
-# maps, CR or LF in a line, levels beyond 9, push frames, and numbers that are written unusually.
+# maps, CR or LF in a line, levels beyond 9, push frames, numbers that are written unusually, and
+# counts of items that it makes room for before it has read one.
 OTHERWISE = re.compile(
-    rb"[|!(=%>,]|[+-][^\r\n]*(?:\r(?!\n)|(?<!\r)\n)|[:*~$](?:[+]|-?0\d|-0)|(?:[*~]\d+\r\n){7}"
+    rb"[|!(=%>,]|[+-][^\r\n]*(?:\r(?!\n)|(?<!\r)\n)|[:*~$](?:[+]|-?0\d|-0)|(?:[*~]\d+\r\n){7}|[*~]\d{7}"
 )
 
 
