@@ -8,6 +8,7 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from relstream._core import (
@@ -430,20 +431,38 @@ class Finisher:
         missed = list(map(int, reply[len(call.token) :].split()))
         lost = {entries[-place - 1] for place in missed if place < 0}
         if not together:
-            lost -= await self._lost_with_group([entry for entry in entries if entry in lost])
+            doubtful = [place for place, entry in enumerate(entries) if entry in lost]
+            lost -= await self._lost_with_group(
+                [entries[place] for place in doubtful],
+                call,
+                [delayed[place] for place in doubtful] if delayed else (),
+            )
             await self._unlock([entry for entry in entries if entry not in lost])
         elif self._recorder is not None:
             self._released_locks(len(entries) - len(lost), len(missed) - len(lost), start)
         return lost
 
-    async def _lost_with_group(self, entries: list[Entry]) -> set[Entry]:
-        """Deletes those that are there and locked by us, and returns them.
+    async def _lost_with_group(
+        self, entries: list[Entry], call: _Call, delayed: Sequence[tuple[int, bytes]]
+    ) -> set[Entry]:
+        """Deletes those that are there and locked by us, and returns them; first they are delayed.
 
         They were lost with their group: who puts an entry back deletes it in the same step. The new
-        group may have delivered them to another consumer, who could not lock them.
+        group may have delivered them to another consumer, who could not lock them. In a second try
+        the lock is enough: the first may have deleted them.
         """
         held = await self._locks.held(lock_keys(entries), known=True)
-        ours = await self._deleted([e for e, mine in zip(entries, held, strict=True) if mine])
+        locked = list(compress(entries, held))
+        if delayed and locked and not call.delayed_in_steps:
+            await self._delayed_entries.add(list(compress(delayed, held)))
+            call.delayed_in_steps = True
+        deleted = await self._deleted(locked)
+        ours = set(locked) if call.again else deleted
+        if delayed and len(ours) < len(locked):
+            members = zip(locked, compress(delayed, held), strict=True)
+            await self._delayed_entries.remove(
+                [member for entry, (_, member) in members if entry not in ours]
+            )
         if ours:
             ids = entry_ids(list(ours))
             raise_first(await self._link.pipeline(self._ack.pack(ids), len(ids)))

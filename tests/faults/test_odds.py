@@ -126,6 +126,24 @@ async def test_a_group_destroyed_while_running(consumer, service, listen, consum
     assert (service.entries(), service.pending()) == ([], [])
 
 
+async def test_failing_after_the_group_was_destroyed(consumer, service, listen):
+    """What failed is pending for nobody, or another, then; it must come back all the same."""
+    clients = [consumer(f"c{i}", queue_size=4, recovery=SCAN_ONLY) for i in range(2)]
+    ears = [listen(await client.init()) for client in clients]
+    for i in range(40):
+        service.announce(f"s{i}")
+    await eventually(lambda: sum(len(ear.told) for ear in ears) == 40)
+    service.redis.xgroup_destroy(service.lbs, service.group)
+    await eventually(lambda: len(service.pending()) == 40)
+    for client, ear in zip(clients, ears, strict=True):
+        await asyncio.gather(*(client.fail(name, "broken", delay=0.1) for name in ear.owns))
+    await eventually(lambda: sum(len(ear.told) for ear in ears) == 80)
+    assert sum((ear.owns for ear in ears), Counter()) == Counter(2 * [f"s{i}" for i in range(40)])
+    entries = [fields for _, fields in service.redis.xrange(service.lbs)]
+    assert [fields[b"_retry_count"] for fields in entries] == 40 * [b"1"]
+    assert len(service.pending()) == len(service.locks()) == 40
+
+
 async def test_a_group_destroyed_while_nobody_reads(consumer, service, listen):
     """One that is full finishes what it has, and creates the group anew when it has room."""
     client = consumer(max_streams=5)
