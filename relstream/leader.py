@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 LEADERSHIP = 1.0
 # In front of the name of a leader that leaves looking for deaths to others.
 SCANS_ONLY = b"scans only: "
-# What the key holds for a moment when who led has closed.
+# What the key holds when who led has closed, for long enough to be seen by all who would lead.
 RESIGNED = b"nobody"
 # Seconds between two looks, while another leads, whether that is so.
 CHECK_KEY_EVERY = 10.0
@@ -62,6 +62,8 @@ class Leadership:
         self._out_of_memory = False
         self.confirmed_at = -math.inf
         """When that was sent by which leadership was confirmed last (loop time)."""
+        self.kept = False
+        """Whether leadership was kept since it was taken."""
         # Until when (loop time) the key lives, by its time to live when it was seen last.
         self._lives_until = -math.inf
         self._no_pttl = Denied(self.link)
@@ -85,7 +87,7 @@ class Leadership:
         """Whether this consumer leads from now on."""
         clock = asyncio.get_running_loop().time
         sent_at, lived_until = clock(), self._lives_until
-        former, value = self._value, b"%b#%b" % (self._name, secrets.token_hex(4).encode())
+        former, value = self._value, self._new_value()
         take = (b"SET", self._key, value, b"PX", self._lasts_ms)
         packed = pack(*take, b"NX") + pack(b"GET", self._key)
         if self._no_pttl:
@@ -112,23 +114,34 @@ class Leadership:
         elif taken is None and former and leader == former:  # our connection broke, no more
             return await self.keep()
         elif taken is None:
-            leader = leader or b""
             # Who only scans leads until somebody comes who looks for deaths, too.
-            if leader != RESIGNED and (self._scans_only or not leader.startswith(SCANS_ONLY)):
+            if self._scans_only or not (leader or b"").startswith(SCANS_ONLY):
                 return False
             await self.link.execute(*take)
-        self._value = value
-        self.confirmed_at = sent_at
-        if not self._out_of_memory:
-            self._lives_until = sent_at + self.lasts
+        self._taken(value, sent_at)
         return True
 
     async def take_anew(self) -> bool:
         """The same after an outage: what this consumer judged before it is void."""
+        sent_at = asyncio.get_running_loop().time()
         if self._value and await self.link.execute(b"GET", self._key) == self._value:
-            await self.link.execute(b"DEL", self._key)
+            # Not deleted first: to others it would look as if keys were lost once more.
+            value = self._new_value()
+            await self.link.execute(b"SET", self._key, value, b"PX", self._lasts_ms)
+            self._taken(value, sent_at)
+            return True
         self._value, self._lives_until = b"", -math.inf
         return await self.take()
+
+    def _new_value(self) -> bytes:
+        return b"%b#%b" % (self._name, secrets.token_hex(4).encode())
+
+    def _taken(self, value: bytes, sent_at: float) -> None:
+        self._value = value
+        self.kept = False
+        self.confirmed_at = sent_at
+        if not self._out_of_memory:
+            self._lives_until = sent_at + self.lasts
 
     async def keep(self) -> bool:
         """Whether this consumer leads still, and if so for its full time again."""
@@ -141,12 +154,13 @@ class Leadership:
             return False
         kept = bool(await self.link.execute(b"PEXPIRE", self._key, self._lasts_ms))
         if kept:
+            self.kept = True
             self.confirmed_at = sent_at
             self._lives_until = sent_at + self.lasts
         return kept
 
     async def resign(self) -> None:
-        """Lets another lead at once, if the server can be told; else leadership just expires."""
+        """Lets another lead soon, if the server can be told; else leadership just expires."""
         self.confirmed_at = -math.inf
         try:
             if await self.link.execute(b"GET", self._key) == self._value:

@@ -173,8 +173,9 @@ def test_failover_has_no_peer(url: str) -> None:
         assert figures[f"{victim}last_after_ttl_ms"] == figures[f"{victim}last_ms"] - 2000
     assert table([result]).row_count == len(failover.metrics)
     with redis.Redis.from_url(url) as client:
-        # What tells a killed consumer's name from a twin's expires, two heartbeats later.
-        while left := client.keys("*-instance-*"):
+        # What tells a killed consumer's name from a twin's expires, two heartbeats later, and what
+        # tells that a leader has left does before.
+        while left := client.keys("*-instance-*") + client.keys("*-reconciler"):
             time.sleep(max(client.pttl(left[0]), 1) / 1000)
         assert client.keys() == []
 
