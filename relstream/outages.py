@@ -8,7 +8,7 @@ import math
 from typing import TYPE_CHECKING
 
 from relstream._core import pack
-from relstream.errors import ConnectionLost, DeadlineExceeded, RelstreamError, ReplyError
+from relstream.errors import ConnectionLost, RelstreamError, ReplyError
 from relstream.lbs import SEPARATOR
 from relstream.tasks import end_all
 
@@ -43,8 +43,10 @@ class Outages:
         self._bearable = lease / 4
         self._every = min(ASK_EVERY, lease / 8)
         self._woke_at = 0.0
-        # Until when (loop time) locks on these masters may be missing.
+        # Until when (loop time) locks on these masters may be missing; and when that began of which
+        # nobody knows whether locks were lost by it, until they were asked for again.
         self._until: dict[Endpoint, float] = {}
+        self._first_sign: dict[Endpoint, float] = {}
         # When those were first asked that have not answered since; long ago if they hung up on us.
         self._asked_at: dict[Endpoint, float] = {}
         # How often the connections had been opened on which they answered last, and who answered.
@@ -59,7 +61,9 @@ class Outages:
     async def watch(self, *, succeeding: bool) -> None:
         """Asks until cancelled; `succeeding` another who did, and may have known of an outage."""
         now = asyncio.get_running_loop().time
-        self._forget()
+        self._asked_at.clear()
+        if succeeding:
+            self._forget()
         self._compare()
         if succeeding:
             # Not a whole lease, or the dead leader's own streams would be late: its key had to
@@ -85,11 +89,10 @@ class Outages:
                 self._woke_at = now()
         finally:
             await end_all(asking.values())
-            self._forget()
 
     def _forget(self) -> None:
         self._until.clear()
-        self._asked_at.clear()
+        self._first_sign.clear()
         self._openings.clear()
         self._run_ids.clear()
         self._living.clear()
@@ -122,15 +125,25 @@ class Outages:
         gone = self._until.keys() - set(masters)
         for master in gone:
             del self._until[master]
+            self._first_sign.pop(master, None)
             self._asked_at.pop(master, None)
             self._openings.pop(master, None)
             self._run_ids.pop(master, None)
             self._living.pop(master, None)
         for master in masters:
-            self._until.setdefault(master, self._grace() if gone else -math.inf)
+            if master not in self._until:
+                self._until[master] = -math.inf
+                if gone:
+                    self._wait_for_owners(master, lost=True)
 
-    def _grace(self) -> float:
-        return asyncio.get_running_loop().time() + self._lease
+    def _wait_for_owners(self, master: Endpoint, *, lost: bool) -> None:
+        """They have a lease's time to renew: anew where locks are `lost`, else from the first sign.
+
+        One that stands still now and then would let nobody be recovered otherwise.
+        """
+        now = asyncio.get_running_loop().time()
+        since = now if lost else self._first_sign.setdefault(master, now)
+        self._until[master] = max(self._until[master], since + self._lease)
 
     async def _ask(self, master: Endpoint) -> None:
         self._asked_at.setdefault(master, asyncio.get_running_loop().time())
@@ -142,9 +155,8 @@ class Outages:
             openings = link.openings
             run_id = self._run_ids[master] if known else await link.run_id()
         except RelstreamError as error:
-            # One that just ends connections, as proxies do, tells who it is when it answers next.
-            cut = isinstance(error, ConnectionLost) and not isinstance(error, DeadlineExceeded)
-            if master in self._until and not cut:
+            # One that ends connections, as proxies do, or hangs, tells next time who it is.
+            if master in self._until and not isinstance(error, ConnectionLost):
                 self._asked_at[master] = -math.inf  # it may come back without any locks
             return
         if isinstance(reply, ReplyError) and reply.transient:
@@ -154,16 +166,21 @@ class Outages:
         if isinstance(reply, ReplyError) and reply.about_keys:
             self._forbidden = True
             self._keys.clear()
-        if reply == 0 and sent_at < self._living.get(master, -math.inf):
-            self._until[master] = self._grace()
+        living = sent_at < self._living.get(master, -math.inf)
+        if reply == 0 and living:
+            self._wait_for_owners(master, lost=True)
+        # Where it does not tell who it is, that it has lost nothing proves that it is the same.
+        same = run_id == self._run_ids.get(master, run_id)
+        same = living and reply == 1 if run_id is None else same
+        if same:
+            self._openings[master] = openings
+        if self._silent(master):
+            lost = not same or self._asked_at.get(master) == -math.inf
+            self._wait_for_owners(master, lost=lost)
         if reply == 1:
             self._living[master] = sent_at + self._lease
         elif reply == 0 and not self._forbidden:
             await self._write(master, link)
-        if run_id is not None and run_id == self._run_ids.get(master):
-            self._openings[master] = openings
-        if self._silent(master):
-            self._until[master] = self._grace()
         self._openings[master] = openings
         self._run_ids[master] = run_id
         self._asked_at.pop(master, None)
@@ -216,14 +233,15 @@ class Outages:
         self._compare()
         for master in self._topology.apart(locks):
             if master in self._until:
-                self._until[master] = self._grace()
+                self._wait_for_owners(master, lost=True)
 
     def shadowed(self, locks: list[bytes]) -> set[bytes]:
         """Those of the locks that may be missing though their owners live."""
         self._compare()
         now = asyncio.get_running_loop().time()
         dark = {m for m, until in self._until.items() if now < until or self._silent(m)}
-        if not dark:
-            return set()
-        apart = self._topology.apart(locks).items()
+        apart = self._topology.apart(locks).items() if dark or self._first_sign else ()
+        for master, _ in apart:
+            if master in self._first_sign and master not in dark:
+                del self._first_sign[master]
         return {key for master, keys in apart if master in dark for key in keys}

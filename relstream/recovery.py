@@ -176,7 +176,7 @@ class Recoverer:
         # Entries that passes are requeuing at this moment, and how many of them.
         self._trying: dict[bytes, int] = {}
         self._leading = False
-        self._succeeding = True  # another led before, or may have
+        self._succeeding = True  # another led just before, or may have
         self._lasting = LastingLocks(topology, self._link, heartbeat, logger)
         self._known: dict[bytes, bytes] = {}  # sampled entries: id, lock
         # Consumers whose entries are being looked at.
@@ -188,6 +188,9 @@ class Recoverer:
         # Of each consumer sampled entries whose locks were held, when some were last.
         self._held: dict[bytes, set[bytes]] = {}
         self._patient_until = 0.0
+        # Of an outage, since recovery was done last; none where locks are known to be lost, as then
+        # their owners have the whole time anew.
+        self._first_sign = math.inf
         # The locks of the living may be gone: there was an outage, and it is not over for long.
         self._outage = False
         self._next_scan = 0.0
@@ -279,10 +282,14 @@ class Recoverer:
                 before = self._leadership.fence
                 leads = await self._leadership.take()
                 continued = leads and before == self._leadership.fence
-                stood_still = loop.time() - failing_since > self._bearable
+                self._succeeding = not continued
+                away = loop.time() - failing_since
                 failing_since = math.inf
-                self._outage = self._outage or stood_still or self._leadership.vanished
-                if self._outage or not await self._leads_where_it_did(continued):
+                same = await self._leads_where_it_did(continued)
+                if self._leadership.vanished or not same or away > self._ttl_ms / 1000:
+                    self._first_sign = math.inf
+                    self._outage = True
+                if self._outage or away > self._bearable:
                     self._outage = True
                     await self._look_whether_it_is_back()
                     self._be_patient()
@@ -292,9 +299,8 @@ class Recoverer:
                 self._choosing_fails.worked()
                 if leads:
                     await self._lead()
-                    self._succeeding = False
                 else:
-                    self._succeeding = True
+                    self._first_sign = math.inf
                     await self._leadership.check()
                 backoff.reset()
                 await asyncio.sleep(jittered(lasts / 4, 0.5, random.random()))
@@ -303,7 +309,12 @@ class Recoverer:
                 failing_since = min(failing_since, loop.time())
                 if self._leading:
                     failing_since = min(failing_since, self._leadership.confirmed_at)
-                self._outage = self._outage or _tells_of_an_outage(error)
+                    if self._leadership.kept:
+                        backoff.reset()
+                if _tells_of_an_outage(error):
+                    self._outage = True
+                    if isinstance(error, ReplyError):
+                        self._first_sign = math.inf
                 fails = self._leading_fails if self._leading else self._choosing_fails
                 fails.failed("recovery failed, trying again: %s", error)
                 await asyncio.sleep(backoff.failed())
@@ -324,8 +335,13 @@ class Recoverer:
         await self._link.execute(b"XPENDING", self._names.lbs, self._names.group, b"0-0", b"0-0", 1)
 
     def _be_patient(self, leases: float = 1.0) -> None:
-        """The server is back: the locks of the living are gone, too, until they renew them."""
-        until = asyncio.get_running_loop().time() + leases * self._ttl_ms / 1000
+        """The server is back: the locks of the living are gone, too, until they renew them.
+
+        Not for longer from the first sign on, or one that stands still now and then would let
+        nobody be recovered.
+        """
+        self._first_sign = min(self._first_sign, asyncio.get_running_loop().time())
+        until = self._first_sign + leases * self._ttl_ms / 1000
         self._patient_until = max(self._patient_until, until)
 
     async def _lead(self) -> None:
@@ -352,7 +368,10 @@ class Recoverer:
             # The server, or this process, stood still, or it may be another server, or have lost
             # keys, by a clock that was set forward, say, and so the locks of the living.
             stood_still = loop.time() - asked_at > self._bearable
-            if stood_still or self._leadership.vanished or not await self._leads_where_it_did(True):
+            lost = self._leadership.vanished or not await self._leads_where_it_did(True)
+            if lost:
+                self._first_sign = math.inf
+            if lost or stood_still:
                 self._be_patient()
                 await self._leadership.take_anew()
                 return
@@ -387,6 +406,7 @@ class Recoverer:
         try:
             while True:
                 await self._look()
+                self._first_sign = math.inf
                 for name in [name for name, walk in self._walks.items() if walk.done()]:
                     self._walks.pop(name).result()
                 if not self._walks:
@@ -404,6 +424,7 @@ class Recoverer:
             pause = jittered(self._recovery.reconciliation_interval, 0.1, random.random())
             try:
                 await self._scan()
+                self._first_sign = math.inf
                 self._scans_failed.reset()
                 self._scanning_fails.worked()
                 self._leading_fails.worked()
@@ -633,6 +654,7 @@ class Recoverer:
             same = await self._link.execute(b"GET", fence.key) == fence.value
         if self._outage or not same:
             self._outage = True
+            self._first_sign = math.inf
             raise ConnectionLost("the connection leads to another server, or it was restarted")
 
     async def _recover(

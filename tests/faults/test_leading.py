@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import pytest
 import redis
+from faults.processes import Tap
 from helpers import SEPARATOR, eventually, take
 
 from relstream import RecoveryConfig
@@ -34,36 +36,96 @@ async def own(consumer, service, count=COUNT, consumers=3, **options):
     return service.entries()
 
 
+def masters_of(service):
+    if isinstance(service.redis, redis.RedisCluster):
+        return [service.redis.get_redis_connection(n) for n in service.redis.get_primaries()]
+    return [service.redis]
+
+
+@contextlib.asynccontextmanager
+async def again_and_again(seconds, do):
+    """Does this every so many seconds; it has done so twice."""
+    times = 0
+
+    async def repeat():
+        nonlocal times
+        while True:
+            do()
+            times += 1
+            await asyncio.sleep(seconds)
+
+    repeating = asyncio.ensure_future(repeat())
+    try:
+        await eventually(lambda: times > 2)
+        yield
+    finally:
+        repeating.cancel()
+        await asyncio.wait({repeating})
+
+
 @pytest.mark.parametrize("info", [True, False], ids=["told who it is", "not told"])
-async def test_connections_that_are_recycled_are_no_outage(consumer, service, request, info):
+async def test_connections_that_are_recycled_are_no_outage(consumer, service, info):
     """As by a proxy that lets none grow old; each time a leader waited for owners to renew."""
-    clustered = request.config.getoption("--deployment") == "cluster"
+    masters = masters_of(service)
     if not info:
-        if clustered:
-            pytest.skip("a cluster's masters have to tell")
-        service.redis.acl_setuser("default", enabled=True, commands=["-info"])
+        for master in masters:
+            master.acl_setuser("default", enabled=True, commands=["-info"])
     recovery = RecoveryConfig(min_idle_time=0.1, reconciliation_interval=1.0)
     client = consumer("c1", heartbeat_interval=4.0, recovery=recovery)
     notes = await client.init()
-    recycled = 0
 
-    async def recycle() -> None:
-        nonlocal recycled
-        while True:
-            service.redis.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
-            recycled += 1
-            await asyncio.sleep(1.0)
+    def recycle():
+        for master in masters:
+            master.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
 
-    recycling = asyncio.ensure_future(recycle())
     try:
-        await eventually(lambda: recycled > 3)
+        async with again_and_again(1.0, recycle):
+            service.orphan(20)
+            await take(notes, 20)
+    finally:
+        for master in masters:
+            master.acl_setuser("default", enabled=True, commands=["+info"])
+
+
+@pytest.mark.slow
+async def test_a_server_that_stands_still_now_and_then(consumer, service):
+    """Each time the living may be late, but they are not waited for without end."""
+    recovery = RecoveryConfig(min_idle_time=0.1, reconciliation_interval=1.0)
+    client = consumer("c1", heartbeat_interval=4.0, recovery=recovery)
+    notes = await client.init()
+
+    def stand_still():
+        for master in masters_of(service):
+            master.execute_command("CLIENT", "PAUSE", 1300, "ALL")
+
+    async with again_and_again(2.6, stand_still):
+        await asyncio.to_thread(service.orphan, 20)
+        await take(notes, 20)
+
+
+@pytest.mark.slow
+@pytest.mark.only("single", "cluster", reason="clients behind Sentinel find ways past a Tap")
+async def test_connections_that_end_again_and_again_do_not_add_up(consumer, service):
+    """Pauses after failures grow, and a long one looks like an outage."""
+    looks = cut = 0
+
+    async def cutting(role: str, args: list[bytes]) -> bool:
+        nonlocal looks, cut
+        if role == "lead" and args == [b"GET", LEADER.encode()]:
+            looks += 1
+            if looks % 4 == 0:
+                cut += 1
+                raise ConnectionError
+        return True
+
+    async with Tap(service.redis, cutting) as tap:
+        recovery = RecoveryConfig(min_idle_time=0.1, reconciliation_interval=1.0)
+        client = consumer(url=tap.url, heartbeat_interval=4.0, recovery=recovery)
+        notes = await client.init()
+        await eventually(lambda: cut > 8)
         service.orphan(20)
         await take(notes, 20)
-    finally:
-        recycling.cancel()
-        if not info:
-            service.redis.acl_setuser("default", enabled=True, commands=["+info"])
-        await asyncio.wait({recycling})
+        await client.aclose()
 
 
 @pytest.mark.only("single", "sentinel", reason="pauses the writes of one server")
@@ -88,9 +150,7 @@ async def test_writes_that_pause_for_longer_than_a_lease(consumer, service, scri
 async def test_locks_that_are_gone_with_all_other_keys_that_expire(consumer, service):
     """A clock that was set forward, or keys that were evicted: nobody died by that."""
     ids = await own(consumer, service, recovery=RecoveryConfig(max_retries=3))
-    masters = [service.redis]
-    if isinstance(service.redis, redis.RedisCluster):
-        masters = [service.redis.get_redis_connection(n) for n in service.redis.get_primaries()]
+    masters = masters_of(service)
     for _ in range(5):
         for master in masters:  # each has a clock of its own
             master.eval(EXPIRE_ALL, 0)
