@@ -42,6 +42,7 @@ class Outages:
         # Seconds of silence by which no lock is lost: it is renewed every half lease.
         self._bearable = lease / 4
         self._every = min(ASK_EVERY, lease / 8)
+        self._watching = False
         self._woke_at = 0.0
         # Until when (loop time) locks on these masters may be missing; and when that began of which
         # nobody knows whether locks were lost by it, until they were asked for again.
@@ -59,7 +60,10 @@ class Outages:
         self._forbidden = False  # such keys, to the user
 
     async def watch(self, *, succeeding: bool) -> None:
-        """Asks until cancelled; `succeeding` another who did, and may have known of an outage."""
+        """Asks until cancelled; `succeeding` another who did, and may have known of an outage.
+
+        Else what was known when this ended last is known still.
+        """
         now = asyncio.get_running_loop().time
         self._asked_at.clear()
         if succeeding:
@@ -74,6 +78,7 @@ class Outages:
         known = [master for master in self._until if self._topology.to(master).alive]
         self._asked_at.update(dict.fromkeys(known, now() - self._bearable / 2))
         asking: dict[Endpoint, asyncio.Task[None]] = {}
+        self._watching = True
         try:
             while True:
                 self._compare()
@@ -88,6 +93,7 @@ class Outages:
                     self._asked_at[master] += late
                 self._woke_at = now()
         finally:
+            self._watching = False
             await end_all(asking.values())
 
     def _forget(self) -> None:
@@ -209,6 +215,8 @@ class Outages:
 
     async def look_again(self, locks: list[bytes]) -> None:
         """Asks the masters of these locks, just seen to be free, before anybody judges by that."""
+        if not self._watching:
+            return
         self._compare()
         masters = [master for master in self._topology.apart(locks) if master in self._until]
         await asyncio.gather(*map(self._ask, masters))
@@ -236,7 +244,9 @@ class Outages:
                 self._wait_for_owners(master, lost=True)
 
     def shadowed(self, locks: list[bytes]) -> set[bytes]:
-        """Those of the locks that may be missing though their owners live."""
+        """Those of the locks that may be missing though their owners live, as far as is watched."""
+        if not self._watching:
+            return set()
         self._compare()
         now = asyncio.get_running_loop().time()
         dark = {m for m, until in self._until.items() if now < until or self._silent(m)}

@@ -72,8 +72,8 @@ class Masters:
 
 
 @contextlib.asynccontextmanager
-async def watched(masters: Any, *, succeeding: bool = False) -> Any:
-    outages = Outages(masters, b"svc-input", LEASE)
+async def watched(masters: Any, *, succeeding: bool = False, outages: Outages | None = None) -> Any:
+    outages = outages or Outages(masters, b"svc-input", LEASE)
     task = asyncio.ensure_future(outages.watch(succeeding=succeeding))
     try:
         await asyncio.sleep(0.05)
@@ -117,8 +117,10 @@ async def test_a_master_that_hung_up_may_be_back_without_locks() -> None:
         assert outages.shadowed([b"a", b"b"]) == {b"a"}
 
 
-async def test_a_connection_that_is_only_recycled_is_no_outage() -> None:
+@pytest.mark.parametrize("run_id", [b"first", None], ids=["told who it is", "not told"])
+async def test_a_connection_that_is_only_recycled_is_no_outage(run_id: bytes | None) -> None:
     masters = Masters("a", "b")
+    masters.run_ids["a"] = run_id
     async with watched(masters) as outages:
         for _ in range(3):
             masters.hung_up.add("a")
@@ -139,6 +141,7 @@ async def test_a_master_on_another_connection_may_be_back_without_locks(
     async with watched(masters) as outages:
         masters.openings["a"] += 1
         masters.run_ids["a"] = run_id
+        masters.written.discard("a")
         assert outages.shadowed([b"a", b"b"]) == {b"a"}
         await asyncio.sleep(LEASE / 2)
         assert outages.shadowed([b"a", b"b"]) == {b"a"}
@@ -248,3 +251,33 @@ async def test_nothing_is_remembered_by_who_watches_no_more() -> None:
         await asyncio.sleep(LEASE / 2)
         assert outages.shadowed([b"a", b"b"]) == {b"a"}
     assert outages.shadowed([b"a", b"b"]) == set()
+
+
+async def test_what_was_known_is_known_still_by_who_leads_on() -> None:
+    masters = Masters("a", "b")
+    outages = Outages(masters, b"svc-input", LEASE)  # type: ignore[arg-type]
+    async with watched(masters, outages=outages):
+        await eventually(lambda: masters.written == {"a", "b"})
+    masters.openings["a"] += 1
+    masters.run_ids["a"] = b"second"
+    async with watched(masters, outages=outages):
+        assert outages.shadowed([b"a", b"b"]) == {b"a"}
+    async with watched(masters, outages=outages, succeeding=True):
+        assert outages.shadowed([b"a", b"b"]) == {b"a", b"b"}
+        await asyncio.sleep(LEASE / 2)
+        assert outages.shadowed([b"a", b"b"]) == set()
+
+
+async def test_a_master_that_is_silent_now_and_then_is_not_in_the_dark_for_ever() -> None:
+    masters = Masters("a", "b")
+    seen = []
+    async with watched(masters) as outages:
+        for _ in range(5):
+            masters.silent.add("a")
+            await asyncio.sleep(LEASE * 0.4)
+            masters.silent.clear()
+            for _ in range(4):
+                await asyncio.sleep(LEASE * 0.1)
+                seen.append(bool(outages.shadowed([b"a", b"b"])))
+    assert seen[:4] == [True] * 4
+    assert False in seen
