@@ -691,9 +691,8 @@ class Link:
             timeout=timeout or self.endpoint.timeout,
         )
         scatter(received, places, again)
-        for reply in again:
-            if useless(reply):  # the name leads there still
-                self._leave(another, reply)
+        if any(map(useless, again)):  # the name leads there still: others need not leave once more
+            another.abort(ConnectionLost(f"{self.endpoint} is no master"))
 
     def _leave(self, protocol: RedisProtocol, why: ReplyError) -> None:
         """Nobody uses this connection any more; unless that is so already."""
