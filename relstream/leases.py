@@ -17,6 +17,7 @@ from relstream._core import (
     PENDING,
     Audit,
     Entry,
+    Ids,
     Template,
     entry_ids,
     forget,
@@ -26,7 +27,7 @@ from relstream._core import (
 from relstream.errors import ReplyError
 from relstream.lbs import Names, split_lock_key, start_after
 from relstream.net.connection import raise_first
-from relstream.put_back import TOO_LATE, read_entries
+from relstream.put_back import TOO_LATE, Entries
 
 if TYPE_CHECKING:
     from relstream.keeper import Keeper
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
 # Pending entries compared between two looks at what else there is to do.
 WINDOW = 1000
+# Heartbeats between two looks whether an entry is ours that is not pending for us, as its group was
+# lost: all that is owned may be such.
+LOOK_ELSEWHERE_EVERY = 10
 # The part of the time after which others recover an entry that was read and is not locked yet: from
 # then on they may have.
 DOUBTFUL_AFTER = 0.75
@@ -111,6 +115,8 @@ class Leases:
         self._on_drop = on_drop
         self._recorder = recorder
         self._born = math.inf
+        # Locks of entries that are ours though not pending for us, and when that was seen last.
+        self._elsewhere: dict[bytes, float] = {}
         self._owned: dict[str, Entry] = {}
         self.get: Callable[[Any], Entry | None] = self._owned.get
         """The entry by which a stream of this name is owned; None when it is not."""
@@ -240,6 +246,7 @@ class Leases:
         lost: dict[Entry, None] = {}
         strays: list[bytes] = []
         former: list[bytes] = []
+        missed: set[bytes] = set()
         start: bytes | None = b"-"
         while start is not None:
             page = await self._link.execute(
@@ -254,12 +261,15 @@ class Leases:
                 older = set(page.idle(lived))
                 strays += [entry_id for entry_id in found if entry_id not in older]
                 former += [entry_id for entry_id in found if entry_id in older]
+            missed.update(lock_keys(missing))
             for entry in await self._lost(missing):
                 head = self._owned.get(entry.data_stream_name)
                 if head is None or head in lost or head.finishing:
                     continue
                 if entry.lock_key in locks_of(head):
                     lost[head] = None
+        for key in self._elsewhere.keys() - missed:
+            del self._elsewhere[key]
         return list(lost), strays, former
 
     async def _lost(self, missing: list[Entry]) -> list[Entry]:
@@ -269,19 +279,35 @@ class Leases:
         group was destroyed, and the new one has not delivered it yet, or to another consumer, who
         can't lock it. One that was given to another (XCLAIM) was delivered more than once.
         """
-        if not missing:
-            return missing
-        ids = entry_ids(missing)
-        group = self._names.lbs, self._names.group
-        pending = Template(b"XPENDING", *group, ITEM, ITEM, 1).pack(ids)
-        pages = raise_first(await self._link.pipeline(pending, len(ids), decode=PENDING))
-        stored = await read_entries(self._link, self._names, ids)
-        held = await self._locks.held(lock_keys(missing), known=True)
-        return [
-            entry
-            for entry, page, batch, ours in zip(missing, pages, stored, held, strict=True)
-            if not (ours and len(batch) and (not len(page) or page[0][3] == 1))
+        now = time.monotonic()
+        recent = now - LOOK_ELSEWHERE_EVERY * self._locks.ttl
+        doubtful = [
+            entry for entry in missing if self._elsewhere.get(entry.lock_key, -math.inf) < recent
         ]
+        lost: list[Entry] = []
+        for start in range(0, len(doubtful), WINDOW):
+            some = doubtful[start : start + WINDOW]
+            ours = await self._ours_elsewhere(some)
+            lost += [entry for entry in some if entry.lock_key not in ours]
+            self._elsewhere.update(dict.fromkeys(ours, now))
+        return lost
+
+    async def _ours_elsewhere(self, entries: list[Entry]) -> set[bytes]:
+        """Locks of those that are ours, at most `WINDOW`, though they are not pending for us."""
+        held = await self._locks.held(lock_keys(entries), known=True)
+        entries = list(compress(entries, held))
+        ids = entry_ids(entries)
+        pending = Template(b"XPENDING", self._names.lbs, self._names.group, ITEM, ITEM, 1)
+        pages = raise_first(await self._link.pipeline(pending.pack(ids), len(ids), decode=PENDING))
+        kept = {
+            entry.id: entry.lock_key
+            for entry, page in zip(entries, pages, strict=True)
+            if not len(page) or page[0][3] == 1
+        }
+        ours: set[bytes] = set()
+        async for _, batches in Entries(self._link, self._names).read(Ids(list(kept))):
+            ours.update(kept[entry_id] for batch in batches for entry_id in batch.ids())
+        return ours
 
 
 def locks_of(head: Entry) -> list[bytes]:

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import redis
-from helpers import SEPARATOR, eventually, names, nothing_comes, take
+from helpers import SEPARATOR, Monitor, eventually, names, nothing_comes, take
 
 from relstream import NotificationType, RecoveryConfig, recovery
 
@@ -124,6 +124,28 @@ async def test_a_group_destroyed_while_running(consumer, service, listen, consum
     for client, ear in zip(clients, ears, strict=True):
         await asyncio.gather(*(client.done_stream(name) for name in ear.owns))
     assert (service.entries(), service.pending()) == ([], [])
+
+
+@pytest.mark.only("single", reason="one server tells of all commands")
+async def test_what_is_owned_though_pending_for_nobody_is_asked_for_now_and_then(
+    consumer, service, monkeypatch
+):
+    """All that is owned may be so for as long as it is owned."""
+    monkeypatch.setattr("relstream.leases.WINDOW", 7)
+    client = consumer(heartbeat_interval=0.5, max_streams=20, recovery=SCAN_ONLY)
+    notes = await client.init()
+    for i in range(20):
+        service.announce(f"s{i}")
+    await take(notes, 20)
+    service.redis.xgroup_destroy(service.lbs, service.group)
+    service.redis.xgroup_create(service.lbs, service.group, "$")
+    await asyncio.sleep(1.5)
+    with Monitor(service.redis) as monitor:
+        await asyncio.sleep(2.5)
+        ids = set(service.entries())
+        asked = [line for line in monitor.seen() if line.startswith("XPENDING")]
+    assert len([line for line in asked if ids & set(line.split())]) <= 20
+    assert len(list(client.owned())) == 20
 
 
 async def test_failing_after_the_group_was_destroyed(consumer, service, listen):
