@@ -26,7 +26,7 @@ from relstream._core import (
 )
 from relstream.delayed_entries import DelayedEntries, packed
 from relstream.errors import ClientClosed, RelstreamError, ReplyError, StreamNotOwned
-from relstream.lbs import INPUT_FIELD, RETRY_FIELD, message, replace_fields
+from relstream.lbs import known_fields, replace_fields
 from relstream.leases import pending_for
 from relstream.net.connection import (
     Backoff,
@@ -394,7 +394,7 @@ class Finisher:
                     stored[entry_id] = batch.pairs(0) or []
         fields = []
         for head in heads:
-            pairs = stored.get(head.id) or _known(head)
+            pairs = stored.get(head.id) or known_fields(head)
             fields.append(replace_fields(pairs, self._failures[head].fields))
         return fields
 
@@ -569,7 +569,7 @@ class Finisher:
             for entry_id, batch in zip(part, batches, strict=True):
                 entry = by_id[entry_id]
                 stored = batch.pairs(0) if len(batch) else None
-                there.append((entry, stored or _known(entry)))
+                there.append((entry, stored or known_fields(entry)))
             # Without their locks: these are ours.
             outcomes = await self._put([(entry.id, pairs, None) for entry, pairs in there])
             returned.update(
@@ -614,15 +614,6 @@ class Finisher:
             self._refuse(endings, lost)
         self._leases.drop(endings.heads, outcome)
         endings.succeed()
-
-
-def _known(entry: Entry) -> list[bytes]:
-    """The fields of an entry as far as its owner knows them, who may be the last to: if trimmed."""
-    announcement = entry.announcement or message(entry.data_stream_name, entry.info)
-    pairs = [INPUT_FIELD, announcement]
-    if entry.retry_count:
-        pairs += (RETRY_FIELD, b"%d" % entry.retry_count)
-    return pairs
 
 
 def _all(head: Entry) -> list[Entry]:

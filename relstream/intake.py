@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from relstream._core import STREAMS, Batch, Entry, announcements, entry_ids, lock_keys, pack
+from relstream._core import STREAMS, Batch, Entry, announcements, lock_keys, pack
 from relstream.errors import DeadlineExceeded, ProtocolError, RelstreamError, ReplyError
 from relstream.failures import with_detail
 from relstream.lbs import (
@@ -28,7 +28,7 @@ from relstream.lbs import (
 )
 from relstream.net.connection import Backoff, Forbidden, explained_by_failover
 from relstream.notifications import MAX_WAITING_BYTES
-from relstream.put_back import PUT, TOO_LATE, discard, fitting
+from relstream.put_back import PUT, TOO_LATE, fitting
 from relstream.repeats import Repeats
 from relstream.tasks import end_all
 
@@ -72,7 +72,7 @@ class Intake:
         room: Room,
         take: Callable[..., Awaitable[tuple[list[Entry], list[tuple[Entry, ReplyError]]]]],
         audit: Callable[[], Awaitable[None]],
-        hand_back: Callable[[list[bytes]], Awaitable[list[bytes]]],
+        hand_back: Callable[[list[Entry]], Awaitable[list[bytes]]],
         unlock: Callable[[list[bytes]], Awaitable[list[bytes]]],
         put_back: PutBack,
         recovered_after: float,
@@ -384,18 +384,16 @@ class Intake:
         """
         try:
             entries: list[Entry] = []
-            gone: list[bytes] = []
             unreadable: list[tuple[Batch, list[tuple[int, str]]]] = []
             misplaced: list[tuple[Batch, list[Entry]]] = []
             for batch in batches:
-                good, bad, deleted = announcements(
+                good, bad, _ = announcements(
                     batch, INPUT_FIELD, RETRY_FIELD, SEPARATOR, orjson.loads
                 )
                 if self._names.partitions > 1 and (elsewhere := self._of_others(good)):
                     misplaced.append((batch, elsewhere))
                     good = [entry for entry in good if entry not in elsewhere]
                 entries += good
-                gone += deleted
                 if bad:
                     unreadable.append((batch, bad))
             if entries:
@@ -407,8 +405,6 @@ class Intake:
                 await self._bury(batch, bad)
             for batch, elsewhere in misplaced:
                 await self._bury_misplaced(batch, elsewhere)
-            if gone:
-                await discard(self._link, self._names, gone)
             self._worked()
         finally:
             self._room.give_back(sum(map(len, batches)))
@@ -423,7 +419,7 @@ class Intake:
             late = [entry for entry, error in refusals if error is TOO_LATE]
             if late:
                 self._count = max(self._count // 8, 1)  # it may have been too large a reply
-                stay = set(await self._hand_back(entry_ids(late)))
+                stay = set(await self._hand_back(late))
                 refusals = [
                     (entry, error)
                     for entry, error in refusals
@@ -496,7 +492,7 @@ class Intake:
         """
         now = asyncio.get_running_loop().time()
         if self._refused and now - self._refused_since >= self._refused_for:
-            stay = set(await self._hand_back(entry_ids(self._refused)))
+            stay = set(await self._hand_back(self._refused))
             self._refused = [entry for entry in self._refused if entry.id in stay]
             self._refused_since = now
         if self._refused:

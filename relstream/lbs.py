@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from relstream._core import key_slot, parse_id
+from relstream._core import Entry, key_slot, parse_id
 from relstream.config import check_count, check_name
 from relstream.errors import InvalidOption
 
@@ -219,6 +219,15 @@ def message(data_stream_name: str, info: dict[str, Any] | None) -> bytes:
         return orjson.dumps({"DataStreamName": data_stream_name, "Info": info})
     except TypeError as error:
         raise InvalidOption("info", info, f"a dict that JSON can express ({error})") from None
+
+
+def known_fields(entry: Entry) -> list[bytes]:
+    """The fields of an entry, as far as who read it knows them: the last to, if it was trimmed."""
+    announcement = entry.announcement or message(entry.data_stream_name, entry.info)
+    pairs = [INPUT_FIELD, announcement]
+    if entry.retry_count:
+        pairs += (RETRY_FIELD, b"%d" % entry.retry_count)
+    return pairs
 
 
 def retry_count(pairs: list[bytes]) -> int:

@@ -6,12 +6,14 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
+from relstream._core import Entry, entry_ids
 from relstream.consumers import Group
 from relstream.errors import PermissionDenied, RelstreamError, ReplyError
 from relstream.failures import Failures
 from relstream.finish import Finisher
 from relstream.intake import Intake
 from relstream.keeper import Keeper
+from relstream.lbs import known_fields
 from relstream.leases import Leases
 from relstream.locks import Locks
 from relstream.put_back import PutBack
@@ -19,7 +21,6 @@ from relstream.recovery import Recoverer
 from relstream.server_clock import ServerClock
 
 if TYPE_CHECKING:
-    from relstream._core import Entry
     from relstream.config import RecoveryConfig, RetryConfig
     from relstream.lbs import Names
     from relstream.net.topology import KeyLink, Topology
@@ -232,10 +233,13 @@ class Partition:
         except RelstreamError as error:
             self._logger.debug("strays could not be put back yet: %s", error)
 
-    async def _return(self, ids: list[bytes]) -> list[bytes]:
-        """Puts back what we have read and could not lock; returns what stays pending."""
+    async def _return(self, entries: list[Entry]) -> list[bytes]:
+        """Puts back what we have read and could not lock; returns ids of what stays pending."""
+        ids = entry_ids(entries)
         try:
-            return await self.recoverer.hand_back(ids, never_owned=True)
+            return await self.recoverer.hand_back(
+                ids, never_owned={entry.id: known_fields(entry) for entry in entries}
+            )
         except RelstreamError as error:
             self._logger.debug("%d entries could not be put back yet: %s", len(ids), error)
             return ids

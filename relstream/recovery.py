@@ -14,7 +14,7 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from relstream._core import PENDING, Batch, Ids, PendingPage, Plan, jittered, pack, parse_id
@@ -52,7 +52,6 @@ from relstream.put_back import (
     REFUSED,
     Entries,
     PutBack,
-    discard,
     holders,
     plan_for,
     raise_if_all,
@@ -85,6 +84,8 @@ LOOK_AGAIN = 0.5
 SCAN_AGAIN = 1.0
 # Locks that are looked at of each consumer: a dead one loses all of them together.
 SAMPLE = 3
+# Seconds for which a consumer counts as living that held a sampled lock.
+HELD = 3.0
 # Expired locks that may wait to be looked at; what comes beyond is found by looking anyway.
 MAX_EXPIRED = 100_000
 
@@ -185,8 +186,10 @@ class Recoverer:
         self._fruitless: dict[bytes, tuple[float, float]] = {}
         # Where sampling of each begins: about what is before that nothing can be done.
         self._passed: dict[bytes, bytes] = {}
-        # Of each consumer sampled entries whose locks were held, when some were last.
+        # Of each consumer sampled entries whose locks were held, when some were last; and of whom
+        # some were in the last few looks, by when that was (loop time).
         self._held: dict[bytes, set[bytes]] = {}
+        self._holding: dict[bytes, float] = {}
         self._patient_until = 0.0
         # Of an outage, since recovery was done last; none where locks are known to be lost, as then
         # their owners have the whole time anew.
@@ -239,27 +242,35 @@ class Recoverer:
         """Takes the steps of recovery for these entries of our own, however long they were idle."""
         await self._recover_page(Ids(sorted(ids, key=_id_order)), fenced=False)
 
-    async def hand_back(self, ids: list[bytes], *, never_owned: bool = False) -> list[bytes]:
+    async def hand_back(
+        self, ids: list[bytes], *, never_owned: Mapping[bytes, list[bytes]] | None = None
+    ) -> list[bytes]:
         """Puts entries back that nobody has locked, without counting a retry.
 
         Returns what stays pending, as its lock is held, or can't be looked at, or for a refusal.
-        `never_owned`: they were read by us, so nobody can have locked them, and no lock has to be
-        looked at that may be on a server which can't be asked.
+        `never_owned`: they were read by us, and consist of these fields, should they be trimmed.
+        Nobody can have locked them, and no lock has to be looked at that may be on a server which
+        can't be asked.
         """
         stay: list[bytes] = []
         ids = sorted(ids, key=_id_order)
         async for part, batches in self._entries.read(Ids(ids)):
             plan = plan_for(part, batches)
-            if plan.gone:
-                await discard(self._link, self._names, plan.gone)
             try:
+                if never_owned is None:
+                    await self._vanished.acknowledge(plan.gone, own=True)
+                else:
+                    await self._put_back.put([(i, never_owned[i], None) for i in plan.gone])
                 outcomes, _ = await self._put_back.put_planned(
-                    plan, counting=False, looked=never_owned, locked=not never_owned
+                    plan,
+                    counting=False,
+                    looked=never_owned is not None,
+                    locked=never_owned is None,
                 )
             except ReplyError as error:  # about all of this part
                 if not explained_by_failover(error):
                     raise
-                stay += plan.ids()
+                stay += part
                 continue
             returned = zip(plan.ids(), outcomes, strict=True)
             stay += [entry_id for entry_id, outcome in returned if outcome in (ALIVE, REFUSED)]
@@ -526,6 +537,7 @@ class Recoverer:
         """
         # Where these must not be asked for, events and scans have to do.
         owners = {row[b"name"] for row in await self._group.rows() if row[b"pending"]}
+        now = asyncio.get_running_loop().time()
         remembered: tuple[dict[bytes, Any], ...] = (self._passed, self._fruitless, self._held)
         for each in remembered:
             for name in each.keys() - owners:
@@ -562,12 +574,14 @@ class Recoverer:
         await self._lasting.look([known[i] for i, value in locks.items() if value is not None])
         # One without a known lock can't be read, or is gone.
         free = {n: [i for i in ids if locks.get(i) is None] for n, ids in samples.items()}
-        now = asyncio.get_running_loop().time()
+        self._holding = {n: at for n, at in self._holding.items() if now - at < HELD}
         for name, ids in free.items():
             held = set(samples[name]).difference(ids)
             died = not self._held.get(name, held).isdisjoint(ids)
             if held or died:
                 self._held[name] = held
+            if held:
+                self._holding[name] = now
             if not ids:
                 if samples[name]:  # it is well
                     self._fruitless.pop(name, None)
@@ -676,7 +690,11 @@ class Recoverer:
         leading = fenced and self._leading
         fence = self._leadership.fence if leading else None
         plan = plan_for(ids, batches)
-        tally.vanished = await self._vanished.acknowledge(plan.gone, own=not fenced and not claimed)
+        if plan.gone:
+            self._check_leadership(leading)
+            tally.vanished = await self._vanished.acknowledge(
+                plan.gone, own=not fenced and not claimed, holding=self._holding
+            )
         await self._bury(await self._unreadable(plan, tally), UNPARSEABLE, tally, fence)
         if not len(plan):
             return tally
@@ -696,8 +714,7 @@ class Recoverer:
             since = max(self._clock.now_ms() - round(window * 1000), 0)
         alive, letters = plan.judge(values, self._recovery.max_retries, since)
         tally.alive += alive
-        if leading and not self._leadership.confirmed:
-            raise ReplyError("FENCED leadership was not confirmed in time")
+        self._check_leadership(leading)
         with self._attempt(plan.ids() if self._recorder is not None else []):
             outcomes, refusal = await self._put_back.put_planned(
                 plan, counting=True, looked=True, fence=fence
@@ -723,6 +740,11 @@ class Recoverer:
             fence,
         )
         return tally
+
+    def _check_leadership(self, leading: bool) -> None:
+        """Raises where who is `leading` can't tell whether another does by now."""
+        if leading and not self._leadership.confirmed:
+            raise ReplyError("FENCED leadership was not confirmed in time")
 
     async def _unreadable(self, plan: Plan, tally: Tally) -> list[Letter]:
         """Entries that can't be read, but for those that a consumer of the reference works on."""

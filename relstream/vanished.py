@@ -7,7 +7,7 @@ left to it. What dead ones leave behind can't be delivered any more.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
 
 from relstream._core import ITEM, PENDING, Template
@@ -43,36 +43,40 @@ class Vanished:
         self._recorder = recorder
         self._logger = logger
 
-    async def acknowledge(self, ids: Sequence[bytes], *, own: bool) -> int:
+    async def acknowledge(
+        self, ids: Sequence[bytes], *, own: bool, holding: Container[bytes] = ()
+    ) -> int:
         """Acknowledges these unless their consumers live; returns how many were pending.
 
-        `own`: they are a former life's of this consumer, which lives.
+        `own`: they are pending for this consumer, which lives, and does not own them. `holding`:
+        consumers that hold locks, and live.
         """
         if not ids:
             return 0
         if not own:
-            ids = await self._left(ids)
+            ids = await self._left(ids, holding)
             if not ids:
                 return 0
         count = await discard(self._link, self._names, ids)
         if count:
             shown = b", ".join(ids[:TOLD]).decode() + (", …" if len(ids) > TOLD else "")
             self._logger.warning(
-                "%d pending entries were gone from %r, trimmed or deleted, and their consumers "
-                "too: what they announced is not known any more, and was acknowledged: %s",
+                "%d pending entries were gone from %r, trimmed or deleted, and nobody owned them: "
+                "what they announced is not known any more, and was acknowledged: %s",
                 count, self._names.lbs.decode(), shown,
             )  # fmt: skip
             if self._recorder is not None:
                 self._recorder.entries_vanished(count=count)
         return count
 
-    async def _left(self, ids: Sequence[bytes]) -> list[bytes]:
+    async def _left(self, ids: Sequence[bytes], holding: Container[bytes]) -> list[bytes]:
         """Those pending for consumers that are not known to live."""
         ask = Template(b"XPENDING", self._names.lbs, self._names.group, ITEM, ITEM, 1)
         pages = raise_first(
             await self._link.pipeline(ask.pack(list(ids)), len(ids), decode=PENDING)
         )
         owners = {page[0][0]: page[0][1] for page in pages if len(page)}
+        owners = {entry_id: name for entry_id, name in owners.items() if name not in holding}
         living = await self._living(sorted(set(owners.values())))
         return [entry_id for entry_id, owner in owners.items() if owner not in living]
 

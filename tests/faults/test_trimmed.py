@@ -6,7 +6,7 @@ import asyncio
 import json
 
 import pytest
-from helpers import DISOWNED, Heard, eventually, names, take
+from helpers import DISOWNED, SEPARATOR, Heard, eventually, names, take
 
 from relstream import RecoveryConfig
 
@@ -83,3 +83,65 @@ async def test_what_a_former_life_left_is_acknowledged(consumer, service):
     service.redis.xdel(service.lbs, *ids)
     await consumer("c1", heartbeat_interval=HEARTBEAT).init()
     await eventually(lambda: not service.pending("c1"))
+
+
+async def test_what_nobody_owns_is_acknowledged_and_said(consumer, service, caplog):
+    """It was read under the name of a consumer that lives, and lost on the way to it."""
+    heard = Heard()
+    client = consumer("c1", heartbeat_interval=HEARTBEAT, max_streams=1, recorder=heard)
+    service.announce("first")
+    await take(await client.init(), 1)
+    entry_id = service.announce("s1")
+    service.redis.xreadgroup(service.group, "c1", {service.lbs: ">"})
+    service.redis.xdel(service.lbs, entry_id)
+    await eventually(lambda: len(service.pending("c1")) == 1)
+    assert heard.calls("entries_vanished") == [(1,)]
+    (said,) = [r.getMessage() for r in caplog.records if "were gone from" in r.getMessage()]
+    assert entry_id in said
+
+
+@pytest.mark.only("single", "sentinel", reason="one server that is out of memory")
+async def test_what_was_read_and_could_not_be_locked_is_put_back(consumer, service):
+    """From what who read it knows, as nobody else does."""
+    client = consumer("c1", heartbeat_interval=HEARTBEAT, recovery=RECOVERY)
+    notes = await client.init()
+    await client.pause()
+    ids = [service.announce(f"s{i}", info='{"n": 1}', _retry_count="2") for i in range(5)]
+    service.redis.config_set("maxmemory", 1)
+    try:
+        client.resume()
+        await eventually(lambda: len(service.pending("c1")) == 5)
+        service.redis.xdel(service.lbs, *ids)
+        await eventually(lambda: not set(service.pending("c1")) & set(ids))
+    finally:
+        service.redis.config_set("maxmemory", 0)
+    told = await take(notes, 5)
+    assert sorted(names(told)) == [f"s{i}" for i in range(5)]
+    assert {(note.retry_count, note.additional_info["n"]) for note in told} == {(2, 1)}
+
+
+@pytest.mark.parametrize("finished", [True, False])
+async def test_a_consumer_that_only_holds_locks_lives(consumer, service, finished):
+    """As one of the reference's, which writes no instance, and of which an old server tells little.
+
+    One that holds none any more is dead.
+    """
+    leader = consumer("leader", heartbeat_interval=HEARTBEAT, recovery=RECOVERY)
+    await leader.init()
+    await eventually(lambda: leader.health().leader)
+    await leader.pause()
+    held, trimmed = service.announce("held"), service.announce("trimmed")
+    service.redis.xreadgroup(service.group, "go", {service.lbs: ">"})
+    lock = f"held{SEPARATOR}{held}"
+    service.redis.set(lock, "go", px=60_000)
+    service.redis.xdel(service.lbs, trimmed)
+    await asyncio.sleep(6.0)  # its read is forgotten
+    assert len(service.pending("go")) == 2
+    if finished:
+        service.redis.xack(service.lbs, service.group, held)
+        service.redis.xdel(service.lbs, held)
+        service.redis.delete(lock)
+    else:
+        service.redis.delete(lock)
+        leader.resume()
+    await eventually(lambda: not service.pending("go"))

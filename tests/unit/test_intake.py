@@ -13,7 +13,7 @@ from core.resp import batch_of, entry
 from helpers import eventually
 
 from relstream import intake
-from relstream._core import Batch, Entry
+from relstream._core import Batch, Entry, entry_ids
 from relstream.config import RecoveryConfig, RetryConfig
 from relstream.errors import ConnectionLost, DeadlineExceeded, ReplyError
 from relstream.intake import Intake
@@ -87,7 +87,8 @@ class Setting:
 
         async def nothing() -> None: ...
 
-        async def hand_back(ids: list[bytes]) -> list[bytes]:
+        async def hand_back(entries: list[Entry]) -> list[bytes]:
+            ids = entry_ids(entries)
             self.handed_back.append(ids)
             return ids if self.stay else []
 
