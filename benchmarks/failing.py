@@ -17,8 +17,8 @@ from collections.abc import Awaitable, Callable
 import redis
 
 from relstream import LBSInfo, Producer, RecoveryConfig, StreamClient
-from relstream.server import Server
 from relstream.tasks import run_async
+from relstream.testing.server import Server
 
 STREAMS = 50_000
 CALLS = 512

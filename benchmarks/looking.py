@@ -15,7 +15,7 @@ import itertools
 import redis
 
 from relstream import StreamClient
-from relstream.server import Server
+from relstream.testing.server import Server
 
 SECONDS = 5.0
 

@@ -18,8 +18,8 @@ from statistics import median
 
 import redis
 
-from relstream.lbs import message
-from relstream.servers import Cluster, Node
+from relstream.lbs.names import message
+from relstream.testing import Cluster, Node
 
 LBS = "svc-input"
 BEHIND = 0.3

@@ -16,11 +16,11 @@ from collections import defaultdict
 
 from relstream._core import ENTRIES, ITEM, Template, pack
 from relstream.bench.measure import announce, info_number
-from relstream.finish import BATCH, RECEIPT_MS
-from relstream.lbs import SEPARATOR
+from relstream.lbs.names import SEPARATOR
+from relstream.lbs.scripts import FINISH
 from relstream.net.connection import Link, endpoint_of
-from relstream.scripts import FINISH
-from relstream.server import Server
+from relstream.ownership.completer import BATCH, RECEIPT_MS
+from relstream.testing.server import Server
 
 N = 100_000
 ROUNDS = 5

@@ -4,6 +4,7 @@ from relstream.client import StreamClient
 from relstream.config import ClusterMode, RecoveryConfig, RetryConfig, RetryDelay
 from relstream.dead_letters import DeadLetter, DeadLetters
 from relstream.delayed import Delayed, DelayedEntry
+from relstream.engine.health import Health
 from relstream.errors import (
     AlreadyClaimed,
     AuthenticationFailed,
@@ -27,9 +28,8 @@ from relstream.errors import (
     StreamNotOwned,
     UsageError,
 )
-from relstream.health import Health
-from relstream.leases import OwnedStream
 from relstream.notifications import LBSInfo, Notification, Notifications, NotificationType
+from relstream.ownership.leases import OwnedStream
 from relstream.producer import Producer
 from relstream.recorder import Outcome, Recorder
 from relstream.running import run

@@ -15,7 +15,7 @@ from relstream.tasks import OneLoop
 if TYPE_CHECKING:
     import redis.asyncio
 
-    from relstream.lbs import Names
+    from relstream.lbs.names import Names
 
 _Client = TypeVar("_Client", bound="BaseClient")
 

@@ -22,6 +22,11 @@ from relstream.config import (
     check_name,
     check_seconds,
 )
+from relstream.engine.health import Health, HealthMonitor
+from relstream.engine.partition import Partition
+from relstream.engine.pausing import Pausing
+from relstream.engine.twins import Twins
+from relstream.engine.unrenewed import UnrenewedLeases
 from relstream.errors import (
     ClientClosed,
     ClientTerminated,
@@ -33,27 +38,22 @@ from relstream.errors import (
     ReplyError,
     StreamNotOwned,
 )
-from relstream.eviction import evicting
-from relstream.failures import check_delay
-from relstream.health import Health, HealthMonitor
-from relstream.keeper import Keeper
-from relstream.keyspace import NEEDED, SETTING, ClusterEvents, ExpiryEvents
-from relstream.lbs import Names, lock_key, partition_of, split_lock_key
-from relstream.leases import OwnedStream
-from relstream.locks import Locks
+from relstream.lbs.eviction import evicting
+from relstream.lbs.expiry_events import NEEDED, SETTING, ClusterEvents, ExpiryEvents
+from relstream.lbs.failures import check_delay
+from relstream.lbs.locks import Locks
+from relstream.lbs.names import Names, lock_key, partition_of, split_lock_key
+from relstream.lbs.permissions import check_rights, keys_together
 from relstream.net.connection import observe
 from relstream.net.deployment import deployment_of
 from relstream.net.sentinel import NamedMaster
 from relstream.net.topology import SlotTable
 from relstream.notifications import LBSInfo, Notifications
-from relstream.partition import Partition
-from relstream.pausing import Pausing
+from relstream.ownership.capacity import Room
+from relstream.ownership.leases import OwnedStream
+from relstream.ownership.renewer import Keeper
 from relstream.recorder import Recorder, SafeRecorder, is_recorder
-from relstream.rights import check_rights, keys_together
-from relstream.room import Room
 from relstream.tasks import CLOSING, OneLoop, end_all
-from relstream.twins import Twins
-from relstream.unrenewed import UnrenewedLeases
 
 if TYPE_CHECKING:
     import redis.asyncio

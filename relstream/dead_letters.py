@@ -11,8 +11,8 @@ import orjson
 from relstream._core import ENTRIES, Batch, Entry, announcements, pack
 from relstream.base_client import BaseClient
 from relstream.errors import ReplyError
-from relstream.failures import recorded_failure
-from relstream.lbs import (
+from relstream.lbs.failures import recorded_failure
+from relstream.lbs.names import (
     DLQ_REASON_FIELD,
     INPUT_FIELD,
     RETRY_FIELD,
@@ -25,8 +25,8 @@ from relstream.lbs import (
     retry_count,
     start_after,
 )
+from relstream.lbs.requeue import fitting
 from relstream.net.connection import raise_first
-from relstream.put_back import fitting
 
 if TYPE_CHECKING:
     import redis.asyncio

@@ -10,10 +10,17 @@ import orjson
 
 from relstream._core import ENTRIES, Batch, Entry, Reader, announcements, pack
 from relstream.base_client import BaseClient
-from relstream.delayed_entries import scored, unpacked
 from relstream.errors import ReplyError
-from relstream.failures import recorded_failure
-from relstream.lbs import INPUT_FIELD, RETRY_FIELD, SEPARATOR, Names, entry_ids_of, retry_count
+from relstream.lbs.delayed import scored, unpacked
+from relstream.lbs.failures import recorded_failure
+from relstream.lbs.names import (
+    INPUT_FIELD,
+    RETRY_FIELD,
+    SEPARATOR,
+    Names,
+    entry_ids_of,
+    retry_count,
+)
 from relstream.net.connection import raise_first
 
 if TYPE_CHECKING:

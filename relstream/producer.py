@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from relstream._core import ITEM, Template
 from relstream.base_client import BaseClient
 from relstream.errors import InvalidOption, ReplyError
-from relstream.lbs import INPUT_FIELD, Names, message, partition_of
+from relstream.lbs.names import INPUT_FIELD, Names, message, partition_of
 from relstream.net.connection import raise_first
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ import uvloop
 from cluster.observing import ClusterService, EveryMaster
 from helpers import Service, connections_left, forget_settings
 
-from relstream.server import Binary, Server, ServerNotFound, find_binary
-from relstream.servers import Cluster, Node, Sentinels
+from relstream.testing import Cluster, Node, Sentinels
+from relstream.testing.server import Binary, Server, ServerNotFound, find_binary
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "asyncio": asyncio.SelectorEventLoop,

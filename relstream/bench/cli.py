@@ -20,8 +20,8 @@ from relstream.bench.runner import MeasurementFailed, Result, measure
 from relstream.bench.scenarios import FAMILIES
 from relstream.errors import RelstreamError, UsageError
 from relstream.net.secrets import without_secrets
-from relstream.server import Server, ServerNotFound, ServerStartFailed
 from relstream.tasks import run_async
+from relstream.testing.server import Server, ServerNotFound, ServerStartFailed
 
 BAD_USAGE = 2
 FAILED = 1

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from relstream._core import jittered
 from relstream.errors import ConnectionFailed, ProtocolError, RelstreamError, ReplyError
-from relstream.net.asking import ASK_NEXT, LOOK_EVERY, ask, in_vain
+from relstream.net.discovery import ASK_NEXT, LOOK_EVERY, ask, in_vain
 from relstream.tasks import end_all
 
 if TYPE_CHECKING:

@@ -29,7 +29,6 @@ from relstream.errors import (
     RelstreamError,
     ReplyError,
 )
-from relstream.net.asking import ASK_NEXT, LOOK_EVERY, ask, first_answer
 from relstream.net.connection import (
     Endpoint,
     Link,
@@ -38,6 +37,7 @@ from relstream.net.connection import (
     raise_first,
     useless,
 )
+from relstream.net.discovery import ASK_NEXT, LOOK_EVERY, ask, first_answer
 from relstream.net.sentinel import NamedMaster
 from relstream.tasks import end_all, within
 

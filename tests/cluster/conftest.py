@@ -12,8 +12,8 @@ from cluster.observing import ClusterService, EveryMaster
 from helpers import Service
 
 from relstream import StreamClient
-from relstream.server import Binary, ServerStartFailed, TLSFiles
-from relstream.servers import Cluster, Sentinels
+from relstream.testing import Cluster, Sentinels
+from relstream.testing.server import Binary, ServerStartFailed, TLSFiles
 
 
 @pytest.fixture

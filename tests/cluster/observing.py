@@ -8,7 +8,7 @@ import redis
 from helpers import SEPARATOR, Service
 
 from relstream import DeadLetters, Delayed, Producer
-from relstream.servers import Cluster, Node, Sentinels
+from relstream.testing import Cluster, Node, Sentinels
 
 
 def locks_by_master(cluster: Cluster) -> dict[Node, dict[str, str]]:

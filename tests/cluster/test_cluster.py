@@ -52,8 +52,8 @@ from relstream import (
 from relstream._core import ITEM, Template
 from relstream.errors import ReplyError
 from relstream.net.deployment import deployment_of
-from relstream.server import ServerNotFound, TLSFiles, find_binary
-from relstream.servers import Cluster, Node
+from relstream.testing import Cluster, Node
+from relstream.testing.server import ServerNotFound, TLSFiles, find_binary
 
 HEARTBEAT = 0.5
 

@@ -14,8 +14,8 @@ import redis.asyncio
 import redis.asyncio.sentinel
 from cluster.observing import ClusterService, locks_by_master, subscriptions
 
-from relstream.server import Binary, TLSFiles
-from relstream.servers import Cluster, Sentinels
+from relstream.testing import Cluster, Sentinels
+from relstream.testing.server import Binary, TLSFiles
 
 Group = type[Cluster] | type[Sentinels]
 
@@ -305,10 +305,10 @@ def test_nothing_is_left(
 
 PARENT = """
 import sys, time
-import relstream.servers
-from relstream.server import find_binary
+import relstream.testing
+from relstream.testing.server import find_binary
 
-started = getattr(relstream.servers, sys.argv[1])(binary=sys.argv[2])
+started = getattr(relstream.testing, sys.argv[1])(binary=sys.argv[2])
 started.start()
 nodes = [*started.nodes, *getattr(started, "sentinels", [])]
 nodes[0].pause()

@@ -19,7 +19,7 @@ from relstream import (
     RetryConfig,
     StreamClient,
 )
-from relstream.servers import Cluster, Node
+from relstream.testing import Cluster, Node
 
 
 def url_of(cluster: Cluster) -> str:

@@ -8,8 +8,9 @@ from collections import Counter
 import pytest
 from helpers import ADDED, EXPIRED, SEPARATOR, eventually, names, take
 
-from relstream import Producer, RecoveryConfig, StreamClient, intake
-from relstream.servers import Cluster, Node
+from relstream import Producer, RecoveryConfig, StreamClient
+from relstream.ownership import fetcher
+from relstream.testing import Cluster, Node
 
 # No lock expires because the machine is slow.
 HEARTBEAT = 30.0
@@ -91,7 +92,7 @@ async def test_slots_that_move_to_and_fro(cluster, service, consumer, url):
 
 
 async def test_a_blocked_read_follows_its_slot(cluster, service, consumer, monkeypatch):
-    monkeypatch.setattr(intake, "BLOCK", 60.0)
+    monkeypatch.setattr(fetcher, "BLOCK", 60.0)
     client = consumer()
     notes = await client.init()
     for i in range(3):

@@ -11,7 +11,7 @@ from cluster.observing import ClusterService, subscriptions
 from helpers import EXPIRED, SEPARATOR, Renewals, eventually, names, nothing_comes, take
 
 from relstream import AlreadyClaimed, ClusterNotSettled, Producer
-from relstream.servers import Cluster, Node
+from relstream.testing import Cluster, Node
 
 # --- nothing happens ------------------------------------------------------------------------------
 

@@ -11,8 +11,8 @@ from cluster.observing import ClusterService
 from helpers import ADDED, SEPARATOR, Heard, Service, eventually, names, nothing_comes, take
 
 from relstream import DeadLetters, Producer, RecoveryConfig, StreamClient
-from relstream.lbs import Names, partition_of
-from relstream.servers import Cluster
+from relstream.lbs.names import Names, partition_of
+from relstream.testing import Cluster
 
 HEARTBEAT = 0.5
 NAMES = Names.all_of("svc", partitions=3)

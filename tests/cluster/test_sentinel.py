@@ -39,9 +39,9 @@ from relstream import (
     RelstreamError,
     StreamClient,
 )
-from relstream.keeper import Keeper
-from relstream.server import Server, TLSFiles
-from relstream.servers import Node, Sentinels
+from relstream.ownership.renewer import Keeper
+from relstream.testing import Node, Sentinels
+from relstream.testing.server import Server, TLSFiles
 
 # No lock expires while a master is replaced.
 HEARTBEAT = 30.0

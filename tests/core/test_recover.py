@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relstream._core import OBJECT, PENDING, Batch, Ids, Plan, announcements
-from relstream.lbs import INPUT_FIELD, RETRY_FIELD, SEPARATOR, replace_fields, retry_count
+from relstream.lbs.names import INPUT_FIELD, RETRY_FIELD, SEPARATOR, replace_fields, retry_count
 
 GOOD = b'{"DataStreamName":"a","Info":null}'
 

@@ -16,8 +16,8 @@ LEAVE_ALONE = RecoveryConfig(min_idle_time=3600)
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
-    monkeypatch.setattr("relstream.consumers.REMOVE_AFTER", 0.3)
-    monkeypatch.setattr("relstream.consumers.REMOVE_EVERY", 0.05)
+    monkeypatch.setattr("relstream.lbs.consumers.REMOVE_AFTER", 0.3)
+    monkeypatch.setattr("relstream.lbs.consumers.REMOVE_EVERY", 0.05)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 import trustme
 
 import relstream
-from relstream.server import ServerStartFailed, TLSFiles
+from relstream.testing.server import ServerStartFailed, TLSFiles
 
 APPLICATION = Path(__file__).parent / "forking.py"
 ROOT = Path(relstream.__file__).parents[1]

@@ -12,7 +12,7 @@ from faults.processes import Tap, Watch
 from helpers import SEPARATOR, eventually, names, nothing_comes, take
 
 from relstream import StreamNotOwned
-from relstream.keeper import Keeper
+from relstream.ownership.renewer import Keeper
 
 TTL = 1.0
 COUNT = 10

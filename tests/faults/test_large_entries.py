@@ -51,7 +51,7 @@ async def test_an_owner_of_large_entries_hands_them_over(consumer, service):
 
 
 async def test_leadership_does_not_wait_for_what_is_being_recovered(consumer, service, monkeypatch):
-    monkeypatch.setattr("relstream.leader.LEADERSHIP", 4.0)
+    monkeypatch.setattr("relstream.recovery.election.LEADERSHIP", 4.0)
     leader = consumer(
         "leader", heartbeat_interval=30.0, recovery=RecoveryConfig(min_idle_time=3600)
     )

@@ -26,14 +26,14 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from relstream import LBSInfo, NotificationType, RecoveryConfig, RelstreamError, StreamClient
-from relstream import intake as intake_module
-from relstream.locks import Locks
+from relstream.lbs.locks import Locks
+from relstream.lbs.requeue import PutBack
 from relstream.net.connection import Link
 from relstream.net.protocol import RedisProtocol
 from relstream.net.topology import SingleTopology
-from relstream.put_back import PutBack
-from relstream.recovery import Tally
-from relstream.server import Server
+from relstream.ownership import fetcher as intake_module
+from relstream.recovery.coordinator import Tally
+from relstream.testing.server import Server
 
 NAMES = ["c0", "c1", "c2"]
 # Locks live for that long unless the test ends them.

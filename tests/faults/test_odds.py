@@ -9,7 +9,8 @@ import pytest
 import redis
 from helpers import SEPARATOR, Monitor, eventually, names, nothing_comes, take
 
-from relstream import NotificationType, RecoveryConfig, recovery
+from relstream import NotificationType, RecoveryConfig
+from relstream.recovery import coordinator
 
 SCAN_ONLY = RecoveryConfig(reconciliation_interval=0.3, min_idle_time=0.2, batch_size=50)
 
@@ -131,7 +132,7 @@ async def test_what_is_owned_though_pending_for_nobody_is_asked_for_now_and_then
     consumer, service, monkeypatch
 ):
     """All that is owned may be so for as long as it is owned."""
-    monkeypatch.setattr("relstream.leases.WINDOW", 7)
+    monkeypatch.setattr("relstream.ownership.leases.WINDOW", 7)
     client = consumer(heartbeat_interval=0.5, max_streams=20, recovery=SCAN_ONLY)
     notes = await client.init()
     for i in range(20):
@@ -282,7 +283,7 @@ class Undertaker:
         self.recoverer._put_back.put = put_late
 
     async def walk(self):
-        tally = recovery.Tally()
+        tally = coordinator.Tally()
         await self.recoverer._walk(0, tally)
         assert self.came
         await self.recoverer._topology.close()
@@ -335,7 +336,7 @@ async def test_what_another_buried_first_is_buried_once(consumer, service):
     first, second = consumer("first"), consumer("second")
 
     async def be_late():
-        tally = recovery.Tally()
+        tally = coordinator.Tally()
         await first._partitions[0].recoverer._walk(0, tally)
         assert tally.dead_letters == 3
         await first._recovering.close()
@@ -352,7 +353,7 @@ async def test_what_one_pass_is_burying_another_one_leaves(consumer, service):
     client = consumer("c1")
 
     async def pass_by():
-        await client._partitions[0].recoverer._walk(0, recovery.Tally())
+        await client._partitions[0].recoverer._walk(0, coordinator.Tally())
         assert service.redis.xlen(service.dlq) == 1
 
     tally = await Undertaker(client, pass_by).walk()
@@ -365,8 +366,8 @@ def consumers(service):
 
 
 async def test_dead_consumers_are_removed(consumer, service, monkeypatch):
-    monkeypatch.setattr("relstream.consumers.REMOVE_AFTER", 0.5)
-    monkeypatch.setattr("relstream.consumers.REMOVE_EVERY", 0.05)
+    monkeypatch.setattr("relstream.lbs.consumers.REMOVE_AFTER", 0.5)
+    monkeypatch.setattr("relstream.lbs.consumers.REMOVE_EVERY", 0.05)
     (entry_id,) = service.orphan(1, "slow")  # owned, however long ago it was seen
     service.redis.set(f"s0{SEPARATOR}{entry_id}", "slow")
     for name in ("dead", "empty"):
@@ -395,8 +396,8 @@ async def test_a_consumer_that_comes_back_is_not_removed_with_what_it_got(
     consumer, service, monkeypatch
 ):
     """It reads its first entry for long just as it is about to be removed."""
-    monkeypatch.setattr("relstream.consumers.REMOVE_AFTER", 0.3)
-    monkeypatch.setattr("relstream.consumers.REMOVE_EVERY", 0.001)
+    monkeypatch.setattr("relstream.lbs.consumers.REMOVE_AFTER", 0.3)
+    monkeypatch.setattr("relstream.lbs.consumers.REMOVE_EVERY", 0.001)
     service.redis.xgroup_create(service.lbs, service.group, "0", mkstream=True)
     # This one leads and reads nothing more.
     client = consumer("c1", max_streams=1, recovery=RecoveryConfig(min_idle_time=60))

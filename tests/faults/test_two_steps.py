@@ -11,7 +11,7 @@ from helpers import SEPARATOR, Heard, eventually, names, nothing_comes, take
 from wire import Proxy
 
 from relstream import ConnectionLost, RecoveryConfig, RetryConfig, client
-from relstream.put_back import PutBack
+from relstream.lbs.requeue import PutBack
 
 SCAN_ONLY = RecoveryConfig(reconciliation_interval=0.3, min_idle_time=0.2)
 LEAVE_ALONE = RecoveryConfig(min_idle_time=3600)

@@ -25,7 +25,7 @@ from relstream.bench.measure import ONE_SERVER, PEER, RELSTREAM, SIDES, Job, per
 from relstream.bench.report import as_json, table
 from relstream.bench.runner import Result
 from relstream.bench.scenarios import SCENARIOS
-from relstream.server import Server
+from relstream.testing.server import Server
 
 COMMON = {"per_second", "client_cpu_us", "server_cpu_us", "server_share"}
 OF_ITS_OWN = {

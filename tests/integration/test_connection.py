@@ -34,7 +34,7 @@ from relstream.errors import (
     ServerTooOld,
 )
 from relstream.net.connection import Backoff, Endpoint, Link, connect, endpoint_of, raise_first
-from relstream.server import Server, ServerStartFailed, TLSFiles
+from relstream.testing.server import Server, ServerStartFailed, TLSFiles
 
 pytestmark = pytest.mark.only("single", reason="about connections to one server")
 

@@ -22,8 +22,8 @@ from relstream import (
     UsageError,
 )
 from relstream.base_client import BaseClient
-from relstream.delayed_entries import packed
-from relstream.lbs import Names
+from relstream.lbs.delayed import packed
+from relstream.lbs.names import Names
 
 Consumer = Callable[..., StreamClient]
 KEY = "{svc-input}-delayed"

@@ -21,7 +21,8 @@ from helpers import (
 )
 from wire import Proxy
 
-from relstream import Producer, RecoveryConfig, RelstreamError, RetryConfig, intake, keeper
+from relstream import Producer, RecoveryConfig, RelstreamError, RetryConfig
+from relstream.ownership import fetcher, renewer
 
 
 async def test_calls_under_way_are_finished_before_the_client_closes(consumer, service):
@@ -56,7 +57,7 @@ async def test_init_fails_when_the_renewal_thread_can_not_start(consumer, monkey
     def broken() -> None:
         raise OSError("too many open files")
 
-    monkeypatch.setattr(keeper, "new_event_loop", broken)
+    monkeypatch.setattr(renewer, "new_event_loop", broken)
     client = consumer()
     with pytest.raises(RelstreamError, match="too many open files"):
         await client.init()
@@ -93,7 +94,7 @@ async def test_what_a_former_life_held_beyond_the_limit_goes_to_others(consumer,
 async def test_an_entry_recovered_while_the_application_blocked_is_not_told(
     consumer, service, monkeypatch, options
 ):
-    monkeypatch.setattr(intake, "BLOCK", 30.0)
+    monkeypatch.setattr(fetcher, "BLOCK", 30.0)
     client = consumer(auto_claim=False, max_streams=1, **options)
     notes = await client.init()
     await eventually(lambda: service.reads("c1"))
@@ -110,7 +111,7 @@ async def test_an_entry_recovered_while_the_application_blocked_is_not_told(
 async def test_leases_are_kept_at_a_server_far_away(
     consumer, service, server, redis_url, monkeypatch
 ):
-    monkeypatch.setattr(keeper, "WINDOW", 100)
+    monkeypatch.setattr(renewer, "WINDOW", 100)
     async with Proxy(server.port) as proxy, Producer(redis_url, "svc") as producer:
         await producer.announce_many([(f"s{i}", None) for i in range(1_200)])
         client = consumer(url=proxy.url, queue_size=1_200)

@@ -14,7 +14,7 @@ from wire import GREETING, Proxy, command, listening
 from relstream import Producer, ReplyError
 from relstream._core import pack
 from relstream.net.deployment import deployment_of
-from relstream.server import Server
+from relstream.testing.server import Server
 
 pytestmark = pytest.mark.only("single", reason="Sentinel and clusters say who took over")
 

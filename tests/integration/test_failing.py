@@ -23,7 +23,7 @@ from relstream import (
     StreamClient,
     StreamNotOwned,
 )
-from relstream.delayed_entries import packed
+from relstream.lbs.delayed import packed
 
 Consumer = Callable[..., StreamClient]
 

@@ -8,8 +8,8 @@ import pytest
 from helpers import DISOWNED, SEPARATOR, names, take
 
 from relstream import ConnectionLost, StreamNotOwned
-from relstream.keeper import Keeper
-from relstream.scripts import FINISH
+from relstream.lbs.scripts import FINISH
+from relstream.ownership.renewer import Keeper
 
 pytestmark = pytest.mark.only("single", "sentinel", reason="a cluster's locks are elsewhere")
 

@@ -37,8 +37,8 @@ from relstream import (
     ReplyError,
     StreamClient,
 )
-from relstream.health import HealthMonitor
-from relstream.locks import Locks
+from relstream.engine.health import HealthMonitor
+from relstream.lbs.locks import Locks
 
 JOE = ("ACL", "SETUSER", "joe", "reset", "on", ">pw", "allchannels")
 

@@ -8,7 +8,8 @@ import logging
 import pytest
 from helpers import SEPARATOR, Monitor, eventually, names, nothing_comes, take
 
-from relstream import RecoveryConfig, lasting
+from relstream import RecoveryConfig
+from relstream.recovery import lasting
 
 
 @pytest.fixture(autouse=True)

@@ -27,9 +27,9 @@ from helpers import (
 
 from relstream import LBSInfo, RecoveryConfig, StreamNotOwned
 from relstream._core import announcements
-from relstream.keeper import Keeper
-from relstream.leases import locks_of
-from relstream.locks import Locks
+from relstream.lbs.locks import Locks
+from relstream.ownership.leases import locks_of
+from relstream.ownership.renewer import Keeper
 
 
 def lock(name: str, entry_id: str) -> str:

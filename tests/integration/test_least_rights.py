@@ -10,7 +10,8 @@ from collections import Counter
 import pytest
 from helpers import eventually, names, take
 
-from relstream import RecoveryConfig, rights
+from relstream import RecoveryConfig
+from relstream.lbs import permissions
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "server.md"
 IN_A_CLUSTER = ["+cluster|slots", "+asking"]
@@ -58,7 +59,7 @@ def denials(servers):
 async def test_what_is_denied_is_not_asked_again_and_again(
     consumer, service, servers, url, caplog, monkeypatch
 ):
-    monkeypatch.setattr("relstream.consumers.REMOVE_EVERY", 0.2)
+    monkeypatch.setattr("relstream.lbs.consumers.REMOVE_EVERY", 0.2)
     caplog.set_level("INFO")
     scans = RecoveryConfig(reconciliation_interval=0.5, min_idle_time=1.0)
     clients = [
@@ -90,7 +91,7 @@ async def test_what_is_denied_is_not_asked_again_and_again(
 async def test_a_right_that_is_granted_later_is_made_use_of(
     consumer, service, servers, url, monkeypatch
 ):
-    monkeypatch.setattr(rights, "DENIED_FOR", 0.5)
+    monkeypatch.setattr(permissions, "DENIED_FOR", 0.5)
     client = consumer(url=url, heartbeat_interval=1.0, recovery=RecoveryConfig(min_idle_time=3600))
     notes = await client.init()
     await eventually(lambda: denials(servers))

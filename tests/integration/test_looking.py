@@ -7,8 +7,9 @@ import asyncio
 import pytest
 from helpers import SEPARATOR, eventually, names, nothing_comes, take
 
-from relstream import AlreadyClaimed, LBSInfo, RecoveryConfig, recovery
+from relstream import AlreadyClaimed, LBSInfo, RecoveryConfig
 from relstream.errors import ReplyError
+from relstream.recovery import coordinator
 
 # By looking, or by expiry events alone.
 NO_SCANS = RecoveryConfig(reconciliation_interval=3600, min_idle_time=3600)
@@ -17,7 +18,7 @@ SHORT = 0.5
 
 
 async def test_a_walk_that_takes_long_holds_up_no_other(consumer, service, monkeypatch):
-    walk = recovery.Recoverer._walk
+    walk = coordinator.Recoverer._walk
     under_way = asyncio.Event()
 
     async def endless(recoverer, min_idle_ms, tally, consumer=None):
@@ -27,7 +28,7 @@ async def test_a_walk_that_takes_long_holds_up_no_other(consumer, service, monke
         under_way.set()
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(recovery.Recoverer, "_walk", endless)
+    monkeypatch.setattr(coordinator.Recoverer, "_walk", endless)
     service.orphan(1, "stuck")
     notes = await consumer(heartbeat_interval=SHORT, recovery=NO_SCANS).init()
     await asyncio.wait_for(under_way.wait(), 10)
@@ -62,8 +63,8 @@ async def test_who_comes_just_after_an_outage_takes_nothing_from_the_living(cons
 
 
 async def test_the_longer_nothing_can_be_done_the_less_it_is_tried(consumer, service, monkeypatch):
-    monkeypatch.setattr(recovery, "LOOK_EVERY", 0.01)
-    monkeypatch.setattr(recovery, "LOOK_AGAIN", 0.02)
+    monkeypatch.setattr(coordinator, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(coordinator, "LOOK_AGAIN", 0.02)
     service.redis.set(service.dlq, "in the way")
     stuck = service.orphan(1, _retry_count="3")
     client = consumer(heartbeat_interval=SHORT, recovery=NO_SCANS)
@@ -80,7 +81,7 @@ async def test_behind_what_nothing_can_be_done_about_a_death_is_seen_at_once(
     consumer, service, monkeypatch
 ):
     """However long the pause has grown with which the former is tried."""
-    monkeypatch.setattr(recovery, "LOOK_AGAIN", 3600.0)
+    monkeypatch.setattr(coordinator, "LOOK_AGAIN", 3600.0)
     service.redis.set(service.dlq, "in the way")
     stuck = service.orphan(4, "owner", _retry_count="3")
     ids = service.orphan(2, "owner")
@@ -98,8 +99,8 @@ async def test_behind_what_nothing_can_be_done_about_a_death_is_seen_at_once(
 
 
 async def test_a_scan_that_broke_off_is_repeated_soon(consumer, service, monkeypatch):
-    monkeypatch.setattr(recovery, "SCAN_AGAIN", 0.1)
-    walk = recovery.Recoverer._walk
+    monkeypatch.setattr(coordinator, "SCAN_AGAIN", 0.1)
+    walk = coordinator.Recoverer._walk
     broken = []
 
     async def breaking_off(recoverer, *args):
@@ -108,7 +109,7 @@ async def test_a_scan_that_broke_off_is_repeated_soon(consumer, service, monkeyp
             raise ReplyError("BUSY Redis is busy running a script")
         await walk(recoverer, *args)
 
-    monkeypatch.setattr(recovery.Recoverer, "_walk", breaking_off)
+    monkeypatch.setattr(coordinator.Recoverer, "_walk", breaking_off)
     service.orphan(1)
     await asyncio.sleep(0.05)
     once = RecoveryConfig(reconciliation_interval=3600, min_idle_time=0.01)

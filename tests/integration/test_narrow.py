@@ -22,19 +22,12 @@ from helpers import (
 )
 from wire import Proxy
 
-from relstream import (
-    ConnectionFailed,
-    ConnectionLost,
-    DeadLetters,
-    RetryConfig,
-    StreamNotOwned,
-    intake,
-    keeper,
-    keyspace,
-)
-from relstream.leases import Leases
-from relstream.locks import Locks
-from relstream.scripts import FINISH
+from relstream import ConnectionFailed, ConnectionLost, DeadLetters, RetryConfig, StreamNotOwned
+from relstream.lbs import expiry_events
+from relstream.lbs.locks import Locks
+from relstream.lbs.scripts import FINISH
+from relstream.ownership import fetcher, renewer
+from relstream.ownership.leases import Leases
 
 PATIENT = RetryConfig(max_retries=-1, initial_delay=0.02, max_delay=0.2)
 
@@ -138,7 +131,7 @@ async def expiry_is_told(service, notes):
 async def test_a_subscription_whose_connection_is_dead_is_made_anew(
     proxy, consumer, service, monkeypatch
 ):
-    monkeypatch.setattr(keyspace, "PROOF_EVERY", 0.2)
+    monkeypatch.setattr(expiry_events, "PROOF_EVERY", 0.2)
     client = consumer(url=f"{proxy.url}?socket_timeout=0.5", retry=PATIENT, auto_claim=False)
     notes = await client.init()
     proxy.lose()
@@ -184,7 +177,7 @@ async def test_a_connection_lost_while_subscribing(proxy, consumer, service):
 
 
 async def test_closing_does_not_wait_until_the_read_ends(consumer, service, monkeypatch, caplog):
-    monkeypatch.setattr(intake, "BLOCK", 60.0)
+    monkeypatch.setattr(fetcher, "BLOCK", 60.0)
     client = consumer()
     notes = await client.init()
     await eventually(lambda: service.reads("c1"))
@@ -240,7 +233,7 @@ async def test_the_audit_leaves_alone_what_may_be_on_its_way(consumer, service, 
 @pytest.mark.only("single", "sentinel", reason="looks at one server's commands")
 async def test_renewals_leave_the_server_time_for_others(consumer, service, monkeypatch):
     """The windows of a round are spread over half of the time between two rounds, here 1 s."""
-    monkeypatch.setattr(keeper, "WINDOW", 10)
+    monkeypatch.setattr(renewer, "WINDOW", 10)
     for i in range(50):
         service.announce(f"s{i}")
     notes = await consumer(auto_claim=False).init()

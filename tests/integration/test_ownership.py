@@ -17,7 +17,8 @@ from helpers import (
     take,
 )
 
-from relstream import ClientClosed, Producer, StreamNotOwned, intake
+from relstream import ClientClosed, Producer, StreamNotOwned
+from relstream.ownership import fetcher
 
 
 async def test_each_stream_goes_to_exactly_one_consumer(consumer, service, redis_url):
@@ -148,7 +149,7 @@ async def test_announced_again_while_it_is_being_finished_is_told_again(consumer
 
 
 async def test_release_hands_over_without_counting_a_retry(consumer, service, monkeypatch):
-    monkeypatch.setattr(intake, "BLOCK", 30.0)
+    monkeypatch.setattr(fetcher, "BLOCK", 30.0)
     old_id = service.announce("s1", '{"a": 1}', _retry_count="2", other="kept")
     first = consumer("c1", max_streams=1)
     await take(await first.init(), 1)

@@ -14,7 +14,7 @@ from helpers import Service, eventually, names, take
 from wire import Proxy
 
 from relstream import RecoveryConfig
-from relstream.server import Server
+from relstream.testing.server import Server
 
 pytestmark = pytest.mark.only("single", reason="a single endpoint, whatever is behind it")
 

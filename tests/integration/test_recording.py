@@ -9,7 +9,8 @@ import random
 import pytest
 from helpers import DISOWNED, QUICK, SEPARATOR, Heard, eventually, names, take
 
-from relstream import Producer, RecoveryConfig, RetryConfig, StreamNotOwned, finish
+from relstream import Producer, RecoveryConfig, RetryConfig, StreamNotOwned
+from relstream.ownership import completer
 
 # Finds nothing by itself within a test.
 NEVER = RecoveryConfig(reconciliation_interval=60.0)
@@ -120,8 +121,8 @@ async def test_a_stream_announced_again_while_it_is_found_lost_ends_once(
         await again.wait()
         return await run(*args)
 
-    run = finish.run
-    monkeypatch.setattr(finish, "run", late)
+    run = completer.run
+    monkeypatch.setattr(completer, "run", late)
     finishing = asyncio.create_task(client.done_stream("s1"))
     await asyncio.sleep(0)
     take_away(service, "s1", first)  # no renewal finds that any more
@@ -180,8 +181,8 @@ async def test_locks_that_are_gone_when_they_are_released_count_as_failed(
         assert service.redis.delete(lock) == 1
         return await run(*args)
 
-    run = finish.run
-    monkeypatch.setattr(finish, "run", after_the_lock)
+    run = completer.run
+    monkeypatch.setattr(completer, "run", after_the_lock)
     await asyncio.gather(client.done_stream("s1"), client.done_stream("s2"))
     assert totals(heard, "lock_release") == (1, 1)
     assert ended(heard) == {"s1": "done", "s2": "done"}
@@ -310,7 +311,7 @@ async def test_where_another_recovers_first_is_a_failure_once(consumer, service)
 async def test_what_was_requeued_since_it_was_seen_pending_has_not_vanished(
     consumer, service, monkeypatch
 ):
-    monkeypatch.setattr("relstream.vanished.HEARD", 0.0)
+    monkeypatch.setattr("relstream.recovery.vanished.HEARD", 0.0)
     requeued, trimmed = service.orphan(2)
     heard = Heard()
     recovery = RecoveryConfig(reconciliation_interval=60.0, min_idle_time=0.1)

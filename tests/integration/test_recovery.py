@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 from helpers import ADDED, SEPARATOR, Heard, Renewals, eventually, names, nothing_comes, take
 
-from relstream import AlreadyClaimed, InvalidOption, LBSInfo, RecoveryConfig, leader, recovery
+from relstream import AlreadyClaimed, InvalidOption, LBSInfo, RecoveryConfig
+from relstream.recovery import coordinator, election
 
 SCAN_ONLY = RecoveryConfig(reconciliation_interval=0.3, min_idle_time=0.5, batch_size=50)
 
@@ -122,7 +123,7 @@ async def test_a_refused_dead_letter_stays_pending(consumer, service, redis_url,
 
 @pytest.mark.parametrize("scripts", [True, False])
 async def test_the_recorder_hears_of_recovery(consumer, service, redis_url, scripts, monkeypatch):
-    monkeypatch.setattr("relstream.vanished.HEARD", 0.0)
+    monkeypatch.setattr("relstream.recovery.vanished.HEARD", 0.0)
     living = service.orphan(2, "slow")
     for i, entry_id in enumerate(living):
         service.redis.set(f"s{i}{SEPARATOR}{entry_id}", "slow")
@@ -200,7 +201,7 @@ async def test_a_burst_of_expiries_is_recovered_by_events_alone(consumer, servic
     async def no_look(self):
         pass
 
-    monkeypatch.setattr(recovery.Recoverer, "_look", no_look)
+    monkeypatch.setattr(coordinator.Recoverer, "_look", no_look)
     count = 5000
     pipe = service.redis.pipeline()
     for i, entry_id in enumerate(service.orphan(count)):
@@ -255,7 +256,7 @@ async def test_several_claims_at_once_put_back_once(consumer, service):
 
 
 async def test_one_leads_and_another_follows(consumer, service, monkeypatch):
-    monkeypatch.setattr("relstream.leader.LEADERSHIP", 4.0)
+    monkeypatch.setattr("relstream.recovery.election.LEADERSHIP", 4.0)
     clients = [consumer(f"c{i}") for i in range(3)]
     for client in clients:
         await client.init()
@@ -265,8 +266,8 @@ async def test_one_leads_and_another_follows(consumer, service, monkeypatch):
     renewals = Renewals(service, [key])
     await eventually(lambda: renewals.seen() == 2)
     assert service.redis.get(key).decode() == leader
-    await next(client for client in clients if leader.startswith(f"{client.id}#")).aclose()
-    assert service.redis.get(key) != leader.encode()  # it does not keep the others waiting
+    await next(client for client in clients if election.startswith(f"{client.id}#")).aclose()
+    assert service.redis.get(key) != election.encode()  # it does not keep the others waiting
     await eventually(lambda: service.redis.get(key))
 
 
@@ -294,7 +295,7 @@ async def test_only_who_leads_looks_for_deaths(consumer, service):
     assert 5 < await looks_in(3) < 1.5 * alone
     # Who was away for long enough finds another in its place, and is silent from then on.
     service.redis.set(key, "another", px=60_000)
-    await asyncio.sleep(leader.LEADERSHIP / 2)
+    await asyncio.sleep(election.LEADERSHIP / 2)
     assert await looks_in(2) == 0
     service.redis.delete(key)
     await eventually(

@@ -9,9 +9,10 @@ import pytest
 from helpers import Monitor, eventually, names, take
 from wire import GREETING, Proxy, command, listening
 
-from relstream import ClientTerminated, RecoveryConfig, RetryConfig, recovery, repeats
-from relstream.keyspace import ExpiryEvents
+from relstream import ClientTerminated, RecoveryConfig, RetryConfig, repeats
+from relstream.lbs.expiry_events import ExpiryEvents
 from relstream.net.connection import Endpoint, Link
+from relstream.recovery import coordinator
 
 RETRY = RetryConfig(initial_delay=0.1, max_delay=0.4)
 # The server is asked for another group than the one that was created.
@@ -119,7 +120,7 @@ async def test_reads_that_fail_are_logged_once_then_by_count(
 @pytest.mark.parametrize("outage", [False, True])
 async def test_a_recovery_that_fails_is_logged_once(consumer, service, said, monkeypatch, outage):
     """Though several lead in turn, or wait for the end of an outage."""
-    monkeypatch.setattr(recovery, "SCAN_AGAIN", 0.05)
+    monkeypatch.setattr(coordinator, "SCAN_AGAIN", 0.05)
     scans = RecoveryConfig(reconciliation_interval=0.2)
     clients = [consumer(f"c{i}", recovery=scans, max_streams=1) for i in range(2)]
     for client in clients:

@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 from helpers import SEPARATOR, Heard, Monitor, Renewals, eventually
 
-from relstream import RecoveryConfig, recovery
+from relstream import RecoveryConfig
 from relstream.errors import ReplyError
+from relstream.recovery import coordinator
 
 ONCE = RecoveryConfig(reconciliation_interval=3600, min_idle_time=0.05, batch_size=500)
 
@@ -62,7 +63,7 @@ async def test_others_have_their_turns(consumer, service, monkeypatch):
     await asyncio.sleep(0.06)
     turn = 0
     parts = Counter()
-    recover = recovery.Recoverer._recover
+    recover = coordinator.Recoverer._recover
 
     async def turns():
         nonlocal turn
@@ -74,7 +75,7 @@ async def test_others_have_their_turns(consumer, service, monkeypatch):
         parts[turn] += 1
         return await recover(recoverer, *args, **how)
 
-    monkeypatch.setattr(recovery.Recoverer, "_recover", counted)
+    monkeypatch.setattr(coordinator.Recoverer, "_recover", counted)
     heard = Heard()
     client = consumer(auto_claim=False, max_streams=1, recovery=ONCE, recorder=heard)
     others = asyncio.ensure_future(turns())
@@ -82,13 +83,13 @@ async def test_others_have_their_turns(consumer, service, monkeypatch):
     await eventually(lambda: scans(heard))
     others.cancel()
     assert scans(heard) == [(0, 50_000, 0)]
-    assert max(parts.values()) <= recovery.PAGES
-    assert len(parts) >= 50_000 / 500 / recovery.PAGES
+    assert max(parts.values()) <= coordinator.PAGES
+    assert len(parts) >= 50_000 / 500 / coordinator.PAGES
 
 
 @pytest.mark.parametrize(
     ("auto_claim", "most"),
-    [(False, recovery.PAGES_AHEAD + 1), (True, recovery.PAGES)],
+    [(False, coordinator.PAGES_AHEAD + 1), (True, coordinator.PAGES)],
     ids=["scan", "scan-and-dead-consumers"],
 )
 async def test_pages_under_way_are_bounded(consumer, service, monkeypatch, auto_claim, most):
@@ -97,7 +98,7 @@ async def test_pages_under_way_are_bounded(consumer, service, monkeypatch, auto_
         service.orphan(100, f"ghost{ghost}")
     await asyncio.sleep(0.06)
     stuck, goes_on = 0, asyncio.Event()
-    recover = recovery.Recoverer._recover
+    recover = coordinator.Recoverer._recover
 
     async def get_stuck(recoverer, *args, **how):
         nonlocal stuck
@@ -108,7 +109,7 @@ async def test_pages_under_way_are_bounded(consumer, service, monkeypatch, auto_
             stuck -= 1
         return await recover(recoverer, *args, **how)
 
-    monkeypatch.setattr(recovery.Recoverer, "_recover", get_stuck)
+    monkeypatch.setattr(coordinator.Recoverer, "_recover", get_stuck)
     client = consumer(
         heartbeat_interval=1.0,
         auto_claim=auto_claim,
@@ -127,11 +128,11 @@ async def test_pages_under_way_are_bounded(consumer, service, monkeypatch, auto_
 
 
 async def test_a_first_scan_that_breaks_off_is_recorded(consumer, service, monkeypatch):
-    monkeypatch.setattr(recovery, "SCAN_AGAIN", 0.1)
+    monkeypatch.setattr(coordinator, "SCAN_AGAIN", 0.1)
     own(service, 3)
     await asyncio.sleep(0.06)
     broken = []
-    walk = recovery.Recoverer._walk
+    walk = coordinator.Recoverer._walk
 
     async def breaking_off(recoverer, *args):
         if not broken:
@@ -139,7 +140,7 @@ async def test_a_first_scan_that_breaks_off_is_recorded(consumer, service, monke
             raise ReplyError("BUSY Redis is busy running a script")
         await walk(recoverer, *args)
 
-    monkeypatch.setattr(recovery.Recoverer, "_walk", breaking_off)
+    monkeypatch.setattr(coordinator.Recoverer, "_walk", breaking_off)
     heard = Heard()
     await consumer(auto_claim=False, max_streams=1, recovery=ONCE, recorder=heard).init()
     await eventually(lambda: len(scans(heard)) == 2)

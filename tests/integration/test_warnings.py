@@ -73,7 +73,7 @@ async def test_opening_can_be_cancelled_while_masters_are_asked(consumer, monkey
     async def hang(*args, **options):
         await asyncio.sleep(60)
 
-    monkeypatch.setattr("relstream.eviction._policy", hang)
+    monkeypatch.setattr("relstream.lbs.eviction._policy", hang)
     opening = asyncio.ensure_future(consumer().init())
     await asyncio.sleep(0.5)
     opening.cancel()

@@ -9,7 +9,7 @@ import redis
 from helpers import EXPIRED, QUICK, SEPARATOR, Monitor, eventually, names, nothing_comes, take
 
 from relstream import ConfigConflict, Producer, RecoveryConfig, StreamClient
-from relstream.keyspace import merged_flags
+from relstream.lbs.expiry_events import merged_flags
 
 
 async def test_what_a_producer_writes(redis_url, service):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relstream.delayed_entries import packed, unpacked
+from relstream.lbs.delayed import packed, unpacked
 
 SIZES = st.sampled_from([0, 1, 31, 32, 255, 256, 65_535, 65_536])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from relstream.go_json import name_for_go
+from relstream.lbs.go_json import name_for_go
 
 
 @pytest.mark.parametrize(

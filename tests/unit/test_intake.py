@@ -12,14 +12,14 @@ import pytest
 from core.resp import batch_of, entry
 from helpers import eventually
 
-from relstream import intake
 from relstream._core import Batch, Entry, entry_ids
 from relstream.config import RecoveryConfig, RetryConfig
 from relstream.errors import ConnectionLost, DeadlineExceeded, ReplyError
-from relstream.intake import Intake
-from relstream.lbs import Names
+from relstream.lbs.names import Names
 from relstream.notifications import Notifications
-from relstream.room import Room
+from relstream.ownership import fetcher
+from relstream.ownership.capacity import Room
+from relstream.ownership.fetcher import Intake
 
 HEARTBEAT = 0.3
 Take = Callable[[list[Entry], float], Any]
@@ -193,7 +193,7 @@ async def test_of_several_masters_one_that_refuses_keeps_the_others_streams_from
 
 async def test_of_several_masters_one_that_refuses_bounds_what_is_kept(monkeypatch: Any) -> None:
     """However much there is to read, and others do not refuse."""
-    monkeypatch.setattr(intake, "MOST_REFUSED", 5)
+    monkeypatch.setattr(fetcher, "MOST_REFUSED", 5)
     kept = 0
 
     async def take(entries: list[Entry], asked_at: float, **how: Any) -> Any:

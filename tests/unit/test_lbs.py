@@ -8,7 +8,7 @@ import pytest
 
 from relstream import InvalidOption
 from relstream._core import key_slot
-from relstream.lbs import (
+from relstream.lbs.names import (
     Names,
     entry_id_of,
     message,

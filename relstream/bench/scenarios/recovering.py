@@ -23,11 +23,11 @@ from relstream.bench.measure import (
     throughput,
     topology,
 )
-from relstream.lbs import SEPARATOR, Names
+from relstream.lbs.names import SEPARATOR, Names
+from relstream.lbs.server_clock import ServerClock
 from relstream.net.connection import raise_first
 from relstream.net.topology import KeyLink
-from relstream.recovery import Recoverer, Tally
-from relstream.server_clock import ServerClock
+from relstream.recovery.coordinator import Recoverer, Tally
 
 OWNERS = 10
 """Consumers that the pending entries belong to, in turns of PAGE entries."""

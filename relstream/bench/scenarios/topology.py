@@ -16,10 +16,10 @@ from relstream import NotificationType, Producer, RecoveryConfig, StreamClient
 from relstream._core import pack
 from relstream.bench.measure import RELSTREAM, Figures, Job, Metric, Scenario, link
 from relstream.errors import RelstreamError
-from relstream.lbs import SEPARATOR
+from relstream.lbs.names import SEPARATOR
 from relstream.net.deployment import deployment_of
 from relstream.notifications import Notifications
-from relstream.servers import Cluster, Node
+from relstream.testing import Cluster, Node
 
 EVERY = 0.02
 """Seconds between two announcements, and two locks that expire."""

@@ -1,0 +1,1 @@
+"""One running client, built of its parts."""

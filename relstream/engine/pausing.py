@@ -1,0 +1,73 @@
+"""Reading is paused and resumed, and a consumer is drained."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from relstream.tasks import end_all
+
+if TYPE_CHECKING:
+    from relstream.engine.partition import Partition
+    from relstream.notifications import Notifications
+    from relstream.ownership.capacity import Room
+
+PAUSED = "paused"
+"""The reason for which `Room` is closed meanwhile."""
+# Seconds between two looks whether all is drained, besides those when a stream ends.
+LOOK_EVERY = 0.05
+
+
+class Pausing:
+    """Closes `room`, so that nothing more is read."""
+
+    def __init__(
+        self, room: Room, notifications: Notifications, partitions: Sequence[Partition]
+    ) -> None:
+        self._room = room
+        self._notifications = notifications
+        self._partitions = partitions
+
+    @property
+    def paused(self) -> bool:
+        """Whether the application has paused reading."""
+        return self._room.closed_for(PAUSED)
+
+    async def pause(self) -> None:
+        """When it returns nothing more is read, until `resume`."""
+        self._room.close(PAUSED)
+        await asyncio.gather(*(part.intake.pause() for part in self._partitions))
+
+    def resume(self) -> None:
+        """Reads again."""
+        self._room.reopen(PAUSED)
+
+    async def drain(self, timeout: float | None, closed: Callable[[], bool]) -> bool:
+        """Pauses, and waits until nothing is owned, or being read; False after `timeout` seconds.
+
+        `closed` says whether nothing will change any more.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = None if timeout is None else loop.time() + timeout
+        pausing = asyncio.ensure_future(self.pause())
+        try:
+            while not self._drained() and not closed():
+                left = LOOK_EVERY
+                if deadline is not None:
+                    left = min(left, deadline - loop.time())
+                    if left <= 0:
+                        return False
+                ended = self._notifications.room_made.wait()
+                try:
+                    await asyncio.wait({ended}, timeout=left)
+                finally:
+                    ended.cancel()
+            return self._drained()
+        finally:
+            await end_all([pausing])
+
+    def _drained(self) -> bool:
+        return not self._room.in_hand and all(
+            not part.leases.table and part.intake.settled for part in self._partitions
+        )

@@ -1,0 +1,1 @@
+"""One load balancer stream: its names, entries, locks and dead letters."""

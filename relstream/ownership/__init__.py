@@ -1,0 +1,1 @@
+"""The streams that this consumer owns: read, locked, renewed and completed."""
