@@ -18,7 +18,7 @@ from relstream._core import ENTRIES, ITEM, Template, pack
 from relstream.bench.measure import announce, info_number
 from relstream.lbs.names import SEPARATOR
 from relstream.lbs.scripts import FINISH
-from relstream.net.connection import Link, endpoint_of
+from relstream.net.connection import Connection, endpoint_of
 from relstream.ownership.completer import BATCH, RECEIPT_MS
 from relstream.testing.server import Server
 
@@ -55,7 +55,7 @@ def parts(items: list[bytes], size: int) -> list[list[bytes]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-async def work(link: Link, service: str) -> dict[str, list[bytes]]:
+async def work(link: Connection, service: str) -> dict[str, list[bytes]]:
     """The commands for N announced streams, in the order in which they must be run."""
     stream = f"{service}-input"
     for group in ("read", "assign"):
@@ -96,7 +96,7 @@ async def work(link: Link, service: str) -> dict[str, list[bytes]]:
 async def main() -> None:
     seen: dict[str, list[tuple[float, float]]] = defaultdict(list)
     with Server() as server:
-        link = Link(endpoint_of(server.url))
+        link = Connection(endpoint_of(server.url))
 
         async def cpu() -> float:
             info = await link.execute("INFO", "cpu")

@@ -43,17 +43,17 @@ from relstream.lbs.expiry_events import NEEDED, SETTING, ClusterEvents, ExpiryEv
 from relstream.lbs.failures import check_delay
 from relstream.lbs.locks import Locks
 from relstream.lbs.names import Names, lock_key, partition_of, split_lock_key
-from relstream.lbs.permissions import check_rights, keys_together
-from relstream.net.connection import observe
+from relstream.lbs.permissions import keys_together, probe_permissions
+from relstream.net.connection import consume_exception
 from relstream.net.deployment import deployment_of
-from relstream.net.sentinel import NamedMaster
+from relstream.net.sentinel import SentinelMaster
 from relstream.net.topology import SlotTable
 from relstream.notifications import LBSInfo, Notifications
-from relstream.ownership.capacity import Room
+from relstream.ownership.capacity import Capacity
 from relstream.ownership.leases import OwnedStream
-from relstream.ownership.renewer import Keeper
+from relstream.ownership.renewer import LeaseRenewer
 from relstream.recorder import Recorder, SafeRecorder, is_recorder
-from relstream.tasks import CLOSING, OneLoop, end_all
+from relstream.tasks import CLOSING, OneLoop, cancel_and_wait
 
 if TYPE_CHECKING:
     import redis.asyncio
@@ -163,7 +163,7 @@ class StreamClient:
                 "cluster_mode=OSS needs a redis.asyncio.RedisCluster or a URL redis+cluster://, "
                 f"got {type(redis).__name__}"
             )
-        if deployment.heals and retry.max_retries:
+        if deployment.has_failover and retry.max_retries:
             # A lost master is replaced, which takes longer than most bounds allow, and is not to
             # be missed once it has happened.
             patience = FAILOVER_TIMEOUT
@@ -199,7 +199,9 @@ class StreamClient:
         guide = self._guide = deployment.guide()
         # One master that hangs must not keep locks of the others waiting until they have expired.
         quick = (
-            deployment.patient(max(self._heartbeat / 2, 0.5)) if deployment.nodes else deployment
+            deployment.with_timeout(max(self._heartbeat / 2, 0.5))
+            if deployment.nodes
+            else deployment
         )
         self._commands = quick.open(f"{self._consumer}:command", guide)
         # A blocked read has its connection to itself.
@@ -223,7 +225,7 @@ class StreamClient:
             if isinstance(guide, SlotTable)
             else events_of(deployment.endpoint)
         )
-        self._keeper = Keeper(
+        self._renewer = LeaseRenewer(
             deployment,
             names,
             self._consumer,
@@ -235,7 +237,7 @@ class StreamClient:
             threaded=renew_in_thread,
         )
         locks = Locks(self._commands, self._consumer, round(self._heartbeat * 1000), self._logger)
-        room = Room(self._notifications, self._owned, max_streams, len(names))
+        room = Capacity(self._notifications, self._owned, max_streams, len(names))
         self._partitions = [
             Partition(
                 its_names,
@@ -245,7 +247,7 @@ class StreamClient:
                 recovering=self._recovering,
                 leading=self._leading,
                 locks=locks,
-                keeper=self._keeper,
+                renewer=self._renewer,
                 notifications=self._notifications,
                 room=room,
                 heartbeat=self._heartbeat,
@@ -261,7 +263,7 @@ class StreamClient:
         self._only = self._partitions[0] if len(names) == 1 else None
         self._pausing = Pausing(room, self._notifications, self._partitions)
         self._unrenewed = UnrenewedLeases(
-            self._keeper,
+            self._renewer,
             self._commands,
             self._partitions,
             room=room,
@@ -272,7 +274,7 @@ class StreamClient:
         first = self._partitions[0]
         self._twins = Twins(first.link, first.names, self._consumer, self._heartbeat, self._logger)
         self._health = HealthMonitor(
-            self._keeper,
+            self._renewer,
             self._partitions,
             room=room,
             twins=self._twins,
@@ -318,20 +320,20 @@ class StreamClient:
                         f"{part.link.endpoint} is a node of a cluster, which has only some of the "
                         "keys: give redis+cluster://host:port, or a RedisCluster"
                     )
-                await check_rights(self._commands, part.names, self._consumer)
+                await probe_permissions(self._commands, part.names, self._consumer)
                 self._keep_together(await keys_together(self._commands, part.names))
                 await part.create_group()
                 await part.clock.refresh()
             await self._set_up_events()
             evict = await evicting(self._commands, config=not self._warned_of_config)
             self._warn_of_eviction(evict)
-            self._start("keeper", self._keeper.run())
+            self._start("renewer", self._renewer.run())
             # A consumer that can't renew must not take anything. Last, so that its end is noticed.
-            await self._keeper.opened()
+            await self._renewer.opened()
             if self._closing is not None:
                 raise ClientClosed(CLOSED_MEANWHILE)
         except BaseException as error:
-            await end_all(self._tasks)
+            await cancel_and_wait(self._tasks)
             await self._close_links()
             if self._closing is not None and isinstance(error, RelstreamError):
                 raise ClientClosed(CLOSED_MEANWHILE) from None
@@ -341,11 +343,11 @@ class StreamClient:
         self._start("unrenewed leases", self._unrenewed.run())
         self._start("twins", self._twins.run())
         self._start("events", self._events.run())
-        if isinstance(self._guide, NamedMaster):
+        if isinstance(self._guide, SentinelMaster):
             self._start("sentinel", self._guide.run())
         for part in self._partitions:
-            self._start("finisher", part.finisher.run(), part)
-            self._start("intake", part.intake.run(), part)
+            self._start("completer", part.completer.run(), part)
+            self._start("fetcher", part.fetcher.run(), part)
             self._start("audit", part.audit_for_ever(), part)
             self._start("recovery", part.recoverer.run(), part)
         return self._notifications
@@ -371,7 +373,7 @@ class StreamClient:
             )
             for topology in (self._commands, self._recovering, self._leading, *self._reads):
                 topology.together = False
-            self._keeper.together = False
+            self._renewer.together = False
 
     async def __aenter__(self) -> Notifications:
         return await self.init()
@@ -409,7 +411,7 @@ class StreamClient:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """No part ends unnoticed: without one of them the whole can't keep its word."""
-        observe(task)
+        consume_exception(task)
         name, _ = self._tasks.pop(task)
         if self._loop.forked or self._closing is not None or self._terminated or not self._ready:
             return
@@ -427,13 +429,13 @@ class StreamClient:
             self._recorder.terminated(reason=reason)
         for other, (name, _) in list(self._tasks.items()):
             # What the application was told of stays owned, and can be finished, until it closes.
-            if name not in ("keeper", "finisher"):
+            if name not in ("renewer", "completer"):
                 other.cancel()
         for part in self._partitions:
             for head in part.leases.all():
                 if not head.delivered and not head.finishing:
                     # What could not be handed over is recovered by others.
-                    part.finisher.release(head).add_done_callback(observe)
+                    part.completer.release(head).add_done_callback(consume_exception)
 
     async def aclose(self) -> None:
         """Hands all owned streams over, without counting a retry, and closes.
@@ -494,7 +496,7 @@ class StreamClient:
             failure = error
         finally:
             tasks = list(self._tasks)
-            await end_all(tasks)
+            await cancel_and_wait(tasks)
             await asyncio.gather(*(part.close() for part in self._partitions))
             for part in self._partitions:  # not handed over
                 part.leases.drop(part.leases.all(), "lost")
@@ -519,13 +521,13 @@ class StreamClient:
                 type(error).__name__, head.data_stream_name,
             )  # fmt: skip
             failure = part.failures.failed(head, error, None)
-            part.finisher.fail(head, failure).add_done_callback(observe)
+            part.completer.fail(head, failure).add_done_callback(consume_exception)
 
     async def _give_up_all(self, finish: bool) -> None:
         outcomes = await asyncio.gather(
             *(self._give_up(part, finish) for part in self._partitions), return_exceptions=True
         )
-        await end_all([task for task, (name, _) in self._tasks.items() if name == "twins"])
+        await cancel_and_wait([task for task, (name, _) in self._tasks.items() if name == "twins"])
         await self._twins.leave()
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
@@ -536,24 +538,24 @@ class StreamClient:
         for task in (recovery, self._running("audit", part), self._running("events")):
             if task is not None:
                 task.cancel()
-        intake = self._running("intake", part)
-        if intake is not None:
-            await part.intake.stop()
-            await asyncio.wait({intake})
-        if self._running("finisher", part) is None:  # cancelled with all else, say by asyncio.run
-            self._start("finisher", part.finisher.run(), part)
+        fetcher = self._running("fetcher", part)
+        if fetcher is not None:
+            await part.fetcher.stop()
+            await asyncio.wait({fetcher})
+        if self._running("completer", part) is None:  # cancelled with all else, say by asyncio.run
+            self._start("completer", part.completer.run(), part)
             await asyncio.sleep(0)  # it is not running yet
         ending = []
         for head in part.leases.all():
             if not head.finishing:
                 worked_on = finish and head.delivered
-                ending.append((part.finisher.done if worked_on else part.finisher.release)(head))
+                ending.append((part.completer.done if worked_on else part.completer.release)(head))
         outcomes = await asyncio.gather(*ending, return_exceptions=True)
-        await part.finisher.idle()  # what the application has asked for before
+        await part.completer.idle()  # what the application has asked for before
         await part.settle()
-        await part.finisher.tidy()
+        await part.completer.tidy()
         # Read by this consumer but not owned: a reply that got lost, a lock that was refused.
-        await part.intake.leave()
+        await part.fetcher.leave()
         with contextlib.suppress(ReplyError):  # the group is gone, say, and nothing is pending
             await part.recoverer.hand_back(await part.audit())
         if self._twins.other is None:
@@ -602,14 +604,14 @@ class StreamClient:
             head = None
         if head is None or head.finishing or not head.delivered or self._closing is not None:
             head = self._told(stream)
-        await part.finisher.done(head)
+        await part.completer.done(head)
 
     async def release(self, stream: str | LBSInfo) -> None:
         """Hands a stream over to another consumer (or to this one again), counting no retry.
 
         Takes what `done_stream` does, and raises as it does.
         """
-        await self._part(stream).finisher.release(self._told(stream))
+        await self._part(stream).completer.release(self._told(stream))
 
     async def fail(
         self,
@@ -633,7 +635,7 @@ class StreamClient:
         check_delay(delay)
         head = self._told(stream)
         part = self._part(stream)
-        await part.finisher.fail(head, part.failures.failed(head, error, delay))
+        await part.completer.fail(head, part.failures.failed(head, error, delay))
 
     async def reject(self, stream: str | LBSInfo, error: BaseException | str | None = None) -> None:
         """A stream shall not be delivered again: it becomes a dead letter (reason `rejected`).
@@ -642,7 +644,7 @@ class StreamClient:
         """
         head = self._told(stream)
         part = self._part(stream)
-        await part.finisher.fail(head, part.failures.rejected(head, error))
+        await part.completer.fail(head, part.failures.rejected(head, error))
 
     def owned(self) -> Iterator[OwnedStream]:
         """The streams that this consumer owns at the moment of the call, of all partitions.

@@ -59,7 +59,7 @@ def _about(kind: NotificationType, payload: LBSInfo, entry: Entry | None) -> Not
     return Notification(kind, payload, entry.info, entry.retry_count)
 
 
-class Signal:
+class Wakeup:
     """Wakes all who wait for something to change, and no later one.
 
     Unlike an `asyncio.Event` it need not be cleared, which one of several would do while another
@@ -96,7 +96,7 @@ class Notifications(Deliveries, AsyncIterator[Notification]):
         self._last: Notification | None = None
         self._ended = False
         self._arrived = asyncio.Event()
-        self.room_made = Signal()
+        self.room_made = Wakeup()
         """Set when there may be room again."""
 
     def __aiter__(self) -> Notifications:

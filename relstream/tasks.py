@@ -17,10 +17,10 @@ __all__ = [
     "CLOSING",
     "HAS_UVLOOP",
     "OneLoop",
-    "end_all",
+    "cancel_and_wait",
     "new_event_loop",
     "run_async",
-    "until_one_ends",
+    "run_until_first_exit",
     "within",
 ]
 
@@ -44,7 +44,7 @@ def run_async(main: Coroutine[Any, Any, _T]) -> _T:
         return runner.run(main)
 
 
-async def end_all(tasks: Iterable[asyncio.Future[Any]]) -> None:
+async def cancel_and_wait(tasks: Iterable[asyncio.Future[Any]]) -> None:
     """Cancels these, and waits until they have ended; what they end with is not raised."""
     tasks = list(tasks)
     for task in tasks:
@@ -52,7 +52,7 @@ async def end_all(tasks: Iterable[asyncio.Future[Any]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def until_one_ends(*parts: Coroutine[Any, Any, object]) -> None:
+async def run_until_first_exit(*parts: Coroutine[Any, Any, object]) -> None:
     """Runs these until one of them ends, and ends the others; raises what that one raised."""
     tasks = [asyncio.ensure_future(part) for part in parts]
     try:
@@ -60,7 +60,7 @@ async def until_one_ends(*parts: Coroutine[Any, Any, object]) -> None:
         for task in done:
             task.result()
     finally:
-        await end_all(tasks)
+        await cancel_and_wait(tasks)
 
 
 async def within(seconds: float, work: Coroutine[Any, Any, object]) -> None:
@@ -72,7 +72,7 @@ async def within(seconds: float, work: Coroutine[Any, Any, object]) -> None:
     try:
         await asyncio.wait({task}, timeout=seconds)
     finally:
-        await end_all([task])
+        await cancel_and_wait([task])
     if not task.cancelled():
         task.result()
 

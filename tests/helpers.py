@@ -186,7 +186,7 @@ class Service:
     def entries(self) -> list[str]:
         return [entry_id.decode() for entry_id, _ in self.redis.xrange(self.lbs)]
 
-    def bury(self, count: int) -> list[str]:
+    def route_to_dlq(self, count: int) -> list[str]:
         """Dead letters of streams `s0`, `s1`, …, as recovery leaves them; their ids."""
         with self.redis.pipeline(transaction=False) as pipe:
             for i in range(count):
@@ -202,7 +202,7 @@ class Service:
                 )
             return [entry_id.decode() for entry_id in pipe.execute()]
 
-    def put_back(self, entry_id: str) -> str:
+    def requeuer(self, entry_id: str) -> str:
         """What another consumer does with an entry whose owner seems dead."""
         ((_, fields),) = self.redis.xrange(self.lbs, entry_id, entry_id)
         assert self.redis.xack(self.lbs, self.group, entry_id) == 1

@@ -21,7 +21,7 @@ import psutil
 
 from relstream import Producer
 from relstream.net.deployment import deployment_of
-from relstream.net.topology import ClusterTopology, KeyLink, Topology
+from relstream.net.topology import ClusterTopology, KeyConnection, Topology
 
 RELSTREAM = "relstream"
 PEER = "redis-py"
@@ -116,7 +116,7 @@ async def topology(url: str) -> AsyncIterator[Topology]:
 
 
 @asynccontextmanager
-async def link(url: str, key: str = "") -> AsyncIterator[KeyLink]:
+async def link(url: str, key: str = "") -> AsyncIterator[KeyConnection]:
     """A connection of the benchmark's own, to the server that has this key."""
     async with topology(url) as servers:
         opened = servers.link(key.encode())
@@ -183,7 +183,7 @@ class Window:
         return seen
 
 
-async def _masters(servers: Topology) -> list[KeyLink]:
+async def _masters(servers: Topology) -> list[KeyConnection]:
     if not isinstance(servers, ClusterTopology):
         return [servers.link(b"")]
     await servers.slots.fresh()

@@ -403,7 +403,7 @@ def discard(dict table not None, list keys not None):
         table.pop(key, None)
 
 
-cdef class Endings:
+cdef class CompletionQueue:
     """Streams whose ownership shall end, in the order asked, and the futures of those who wait.
 
     `wake` is called when there is something to `take` again.
@@ -449,7 +449,7 @@ cdef class Endings:
 
     def take(self, Py_ssize_t most, Py_ssize_t most_bytes=0):
         """Those asked for first, up to so many, and if given of about so many bytes."""
-        cdef Endings batch = Endings()
+        cdef CompletionQueue batch = CompletionQueue()
         cdef Py_ssize_t end = self._taken + min(most, len(self))
         cdef Py_ssize_t i, room = most_bytes
         if most < 0 or most_bytes < 0:

@@ -63,7 +63,7 @@ cdef extern from *:
 
 if RELSTREAM_COUNTED:
     _counted = (
-        Reader, Batch, Ids, PendingPage, Template, Entry, Endings, Deliveries, Next, Audit,
+        Reader, Batch, EntryIds, PendingPage, Template, Entry, CompletionQueue, Deliveries, Next, Audit,
         OwnedStreams, Plan,
     )
     for _place, _kind in enumerate(_counted):

@@ -53,7 +53,7 @@ cdef class Plan:
     cdef bint _busy
 
     def __cinit__(
-        self, Ids ids not None, list batches not None, bytes field not None,
+        self, EntryIds ids not None, list batches not None, bytes field not None,
         bytes separator not None, bytes retry_field not None, loads,
     ):
         cdef Batch batch = None

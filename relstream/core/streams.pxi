@@ -264,7 +264,7 @@ cdef class Batch:
             yield _id_bytes(self._at[i].id), self._fields(&self._at[i])
 
 
-cdef class Ids:
+cdef class EntryIds:
     """Ids of entries, as integers; a sequence of b"<ms>-<seq>"."""
 
     cdef Id* _at
@@ -356,7 +356,7 @@ cdef class PendingPage:
 
     def idle(self, int64_t min_idle_ms):
         """The ids of entries that were delivered at least `min_idle_ms` ago."""
-        cdef Ids ids = Ids()
+        cdef EntryIds ids = EntryIds()
         cdef int64_t i
         ids._reserve(self._n)
         for i in range(self._n):

@@ -15,8 +15,8 @@ from relstream.engine.unrenewed import RENEWAL
 if TYPE_CHECKING:
     from relstream.engine.partition import Partition
     from relstream.engine.twins import Twins
-    from relstream.ownership.capacity import Room
-    from relstream.ownership.renewer import Keeper
+    from relstream.ownership.capacity import Capacity
+    from relstream.ownership.renewer import LeaseRenewer
 
 __all__ = ["Health"]
 
@@ -60,17 +60,17 @@ class HealthMonitor:
 
     def __init__(
         self,
-        keeper: Keeper,
+        renewer: LeaseRenewer,
         partitions: Sequence[Partition],
         *,
-        room: Room,
+        room: Capacity,
         twins: Twins,
         heartbeat: float,
         waiting: Callable[[], int],
     ) -> None:
-        self._keeper = keeper
+        self._renewer = renewer
         self._partitions = partitions
-        self._room = room
+        self._capacity = room
         self._twins = twins
         self._heartbeat = heartbeat
         self._waiting = waiting
@@ -120,9 +120,9 @@ class HealthMonitor:
     def health(self) -> Health:
         """How the consumer is at this moment. Does no I/O and waits for nothing."""
         now = time.monotonic()
-        renewed_at = self._keeper.renewed_at
+        renewed_at = self._renewer.renewed_at
         renewal_age = None if renewed_at is None else max(now - renewed_at, 0.0)
-        reads = [part.intake.read_at for part in self._partitions]
+        reads = [part.fetcher.read_at for part in self._partitions]
         read_at = min((at for at in reads if at is not None), default=None)
         lifeless, unready = self._lifeless(now, renewal_age), self._unready(now)
         owned = sum(len(part.leases) for part in self._partitions)
@@ -167,16 +167,16 @@ class HealthMonitor:
         if not self._open:
             return [self._state]
         reasons = []
-        if self._room.closed_for(PAUSED):
+        if self._capacity.closed_for(PAUSED):
             reasons.append("reading is paused, by pause() or drain()")
-        if self._room.closed_for(RENEWAL):
+        if self._capacity.closed_for(RENEWAL):
             reasons.append("nothing new is read, as leases can't be renewed")
         # Answers that came while the loop was blocked may not have been looked at.
         heard_until = min(now, self._pulsed_at + self._every)
         for part in self._partitions:
-            if (error := part.intake.failing) is not None:
+            if (error := part.fetcher.failing) is not None:
                 reasons.append(f"reading {part.names.lbs.decode()!r} fails: {error}")
-            elif (asked := part.intake.asked) is not None:
+            elif (asked := part.fetcher.asked) is not None:
                 asked_at, may_take = asked
                 if heard_until - asked_at > may_take + self._late:
                     reasons.append(
@@ -188,7 +188,7 @@ class HealthMonitor:
     def _unrenewed(self, now: float) -> list[str]:
         """Why leases are not renewed; of a server that is only slow not yet."""
         reasons = []
-        for server, trouble in self._keeper.troubles(now).items():
+        for server, trouble in self._renewer.troubles(now).items():
             where = "" if server is None else f" on {server}"
             if trouble.error is not None:
                 reasons.append(f"leases can't be renewed{where}: {trouble.error}")

@@ -12,20 +12,20 @@ from relstream.lbs.consumers import Group
 from relstream.lbs.failures import Failures
 from relstream.lbs.locks import Locks
 from relstream.lbs.names import known_fields
-from relstream.lbs.requeue import PutBack
+from relstream.lbs.requeue import Requeuer
 from relstream.lbs.server_clock import ServerClock
-from relstream.ownership.completer import Finisher
-from relstream.ownership.fetcher import Intake
+from relstream.ownership.completer import Completer
+from relstream.ownership.fetcher import Fetcher
 from relstream.ownership.leases import Leases
-from relstream.ownership.renewer import Keeper
+from relstream.ownership.renewer import LeaseRenewer
 from relstream.recovery.coordinator import Recoverer
 
 if TYPE_CHECKING:
     from relstream.config import RecoveryConfig, RetryConfig
     from relstream.lbs.names import Names
-    from relstream.net.topology import KeyLink, Topology
+    from relstream.net.topology import KeyConnection, Topology
     from relstream.notifications import Notifications
-    from relstream.ownership.capacity import Room
+    from relstream.ownership.capacity import Capacity
     from relstream.recorder import SafeRecorder
 
 # Seconds between audits shortly after the start, while a former life's locks live.
@@ -41,13 +41,13 @@ class Partition:
         consumer: str,
         *,
         commands: Topology,
-        reading: KeyLink,
+        reading: KeyConnection,
         recovering: Topology,
         leading: Topology,
         locks: Locks,
-        keeper: Keeper,
+        renewer: LeaseRenewer,
         notifications: Notifications,
-        room: Room,
+        room: Capacity,
         heartbeat: float,
         retry: RetryConfig,
         patience: float,
@@ -66,7 +66,7 @@ class Partition:
         self.group = Group(commands, names, consumer, logger)
         self.clock = ServerClock(self.link, logger)
         self.failures = Failures(consumer, recovery, self.clock)
-        self._put_back = PutBack(commands, names, recorder, logger)
+        self._requeuer = Requeuer(commands, names, recorder, logger)
         self.leases = Leases(
             self.link,
             locks,
@@ -74,18 +74,18 @@ class Partition:
             consumer,
             together=lambda: commands.together,
             recovered_after=recovered_after,
-            keeper=keeper,
+            renewer=renewer,
             on_drop=notifications.room_made.set,
             recorder=recorder,
         )
-        self.finisher = Finisher(
+        self.completer = Completer(
             commands,
             locks,
             names,
             consumer,
             self.leases,
-            keeper,
-            put_back=self._put_back,
+            renewer,
+            requeuer=self._requeuer,
             dlq_max_len=recovery.dlq_max_len,
             retry=retry,
             patience=patience,
@@ -105,7 +105,7 @@ class Partition:
             recorder=recorder,
             logger=logger,
         )
-        self.intake = Intake(
+        self.fetcher = Fetcher(
             reading,
             commands,
             names,
@@ -116,7 +116,7 @@ class Partition:
             audit=self._put_strays_back,
             hand_back=self._return,
             unlock=self.leases.unlock,
-            put_back=self._put_back,
+            requeuer=self._requeuer,
             recovered_after=recovered_after,
             retry=retry,
             patience=patience,
@@ -128,7 +128,7 @@ class Partition:
     async def create_group(self) -> None:
         """Creates stream and group unless they are there; raises with a remedy what prevents it."""
         try:
-            await self.intake.create_group()
+            await self.fetcher.create_group()
         except ReplyError as error:
             if error.code == "NOPERM":
                 raise PermissionDenied(
@@ -174,7 +174,7 @@ class Partition:
         """Streams are lost, each with one of its entries; its others go back."""
         for head, others in lost:
             self._disown(head)
-            self.finisher.abandon(head, others)
+            self.completer.requeue_rest(head, others)
         if lost:
             names = [head.data_stream_name for head, _ in lost]
             shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
@@ -198,12 +198,12 @@ class Partition:
 
     async def settle(self) -> None:
         """Waits until nothing is acknowledged that is not yet added again."""
-        await self._put_back.settle()
+        await self._requeuer.settle()
         await self.recoverer.settle()
 
     async def close(self) -> None:
         """Gives that up; for after all else has ended."""
-        await self._put_back.close()
+        await self._requeuer.close()
         await self.recoverer.close()
 
     async def audit_for_ever(self) -> None:
@@ -227,7 +227,7 @@ class Partition:
         It may be another's who bears our name and was frozen: an id must not be shared with it.
         """
         strays = await self.audit(min_idle)
-        in_hand = self.intake.in_hand()
+        in_hand = self.fetcher.in_hand()
         try:
             await self.recoverer.hand_back([each for each in strays if each not in in_hand])
         except RelstreamError as error:

@@ -6,15 +6,15 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from relstream.tasks import end_all
+from relstream.tasks import cancel_and_wait
 
 if TYPE_CHECKING:
     from relstream.engine.partition import Partition
     from relstream.notifications import Notifications
-    from relstream.ownership.capacity import Room
+    from relstream.ownership.capacity import Capacity
 
 PAUSED = "paused"
-"""The reason for which `Room` is closed meanwhile."""
+"""The reason for which `Capacity` is closed meanwhile."""
 # Seconds between two looks whether all is drained, besides those when a stream ends.
 LOOK_EVERY = 0.05
 
@@ -23,25 +23,25 @@ class Pausing:
     """Closes `room`, so that nothing more is read."""
 
     def __init__(
-        self, room: Room, notifications: Notifications, partitions: Sequence[Partition]
+        self, room: Capacity, notifications: Notifications, partitions: Sequence[Partition]
     ) -> None:
-        self._room = room
+        self._capacity = room
         self._notifications = notifications
         self._partitions = partitions
 
     @property
     def paused(self) -> bool:
         """Whether the application has paused reading."""
-        return self._room.closed_for(PAUSED)
+        return self._capacity.closed_for(PAUSED)
 
     async def pause(self) -> None:
         """When it returns nothing more is read, until `resume`."""
-        self._room.close(PAUSED)
-        await asyncio.gather(*(part.intake.pause() for part in self._partitions))
+        self._capacity.close(PAUSED)
+        await asyncio.gather(*(part.fetcher.pause() for part in self._partitions))
 
     def resume(self) -> None:
         """Reads again."""
-        self._room.reopen(PAUSED)
+        self._capacity.reopen(PAUSED)
 
     async def drain(self, timeout: float | None, closed: Callable[[], bool]) -> bool:
         """Pauses, and waits until nothing is owned, or being read; False after `timeout` seconds.
@@ -65,9 +65,9 @@ class Pausing:
                     ended.cancel()
             return self._drained()
         finally:
-            await end_all([pausing])
+            await cancel_and_wait([pausing])
 
     def _drained(self) -> bool:
-        return not self._room.in_hand and all(
-            not part.leases.table and part.intake.settled for part in self._partitions
+        return not self._capacity.in_hand and all(
+            not part.leases.table and part.fetcher.settled for part in self._partitions
         )

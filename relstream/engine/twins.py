@@ -18,7 +18,7 @@ from relstream.errors import RelstreamError, ReplyError
 
 if TYPE_CHECKING:
     from relstream.lbs.names import Names
-    from relstream.net.topology import KeyLink
+    from relstream.net.topology import KeyConnection
 
 # Rounds without a trace of the twin after which it is gone.
 ROUNDS = 2
@@ -31,7 +31,7 @@ class Twins:
 
     def __init__(
         self,
-        link: KeyLink,
+        link: KeyConnection,
         names: Names,
         consumer: str,
         heartbeat: float,

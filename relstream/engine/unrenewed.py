@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from relstream._core import ending_before, lock_keys, pack
 from relstream.errors import RelstreamError, ReplyError
 from relstream.lbs.names import SEPARATOR
-from relstream.net.connection import explained_by_failover, observe
-from relstream.notifications import Signal
-from relstream.ownership.renewer import Keeper, Trouble, probe
-from relstream.tasks import end_all
+from relstream.net.connection import consume_exception, is_retriable
+from relstream.notifications import Wakeup
+from relstream.ownership.renewer import LeaseRenewer, Trouble, probe
+from relstream.tasks import cancel_and_wait
 
 if TYPE_CHECKING:
     from relstream._core import Entry
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from relstream.net.connection import Endpoint
     from relstream.net.topology import Topology
     from relstream.notifications import Notifications
-    from relstream.ownership.capacity import Room
+    from relstream.ownership.capacity import Capacity
 
 RENEWAL = "renewal"
-"""The reason for which `Room` is closed meanwhile."""
+"""The reason for which `Capacity` is closed meanwhile."""
 
 # Parts of the TTL. Locks are renewed every half: one whose renewal is refused has half a TTL left.
 # How often to look.
@@ -75,24 +75,24 @@ class UnrenewedLeases:
 
     def __init__(
         self,
-        keeper: Keeper,
+        renewer: LeaseRenewer,
         commands: Topology,
         partitions: Sequence[Partition],
         *,
-        room: Room,
+        room: Capacity,
         notifications: Notifications,
         ttl: float,
         logger: logging.Logger,
     ) -> None:
-        self._keeper = keeper
+        self._renewer = renewer
         self._commands = commands
         self._partitions = partitions
-        self._room = room
+        self._capacity = room
         self._notifications = notifications
         self._ttl = ttl
         self._logger = logger
-        self._failed = Signal()
-        keeper.on_failure = self._failed.set
+        self._failed = Wakeup()
+        renewer.on_failure = self._failed.set
         self._answers: dict[Endpoint | None, _Answers] = {}
         self._pausing: asyncio.Task[Any] | None = None
         self._reported = False
@@ -110,11 +110,11 @@ class UnrenewedLeases:
                     failed.cancel()
         finally:
             tasks = [each.asking for each in self._answers.values() if each.asking is not None]
-            await end_all([*tasks, *([self._pausing] if self._pausing is not None else [])])
+            await cancel_and_wait([*tasks, *([self._pausing] if self._pausing is not None else [])])
 
     def _look(self) -> None:
         now = time.monotonic()
-        troubles = self._keeper.troubles(now)
+        troubles = self._renewer.troubles(now)
         for server in self._answers.keys() - troubles.keys():
             task = self._answers.pop(server).asking
             if task is not None:
@@ -127,22 +127,22 @@ class UnrenewedLeases:
             if answers.since is not None and self._in_vain(server, trouble, answers, now):
                 certain[server] = trouble
         if not certain:
-            if self._room.closed_for(RENEWAL) and not troubles:
+            if self._capacity.closed_for(RENEWAL) and not troubles:
                 self._reported = False
-                self._room.reopen(RENEWAL)
+                self._capacity.reopen(RENEWAL)
                 self._logger.info("streams are read again, as leases can be renewed")
             return
-        self._room.close(RENEWAL)
+        self._capacity.close(RENEWAL)
         if self._pausing is None or self._pausing.done():
             self._pausing = asyncio.ensure_future(self._end_reads())
-            self._pausing.add_done_callback(observe)
+            self._pausing.add_done_callback(consume_exception)
         for server, trouble in certain.items():
             since = self._answers[server].since
             if since is not None and now - since >= self._ttl * ANSWERED_FOR:
                 self._hand_over(server, trouble, now)
 
     async def _end_reads(self) -> None:
-        await asyncio.gather(*(part.intake.pause() for part in self._partitions))
+        await asyncio.gather(*(part.fetcher.pause() for part in self._partitions))
 
     # --- whether the server answers ------------------------------------------------------------
 
@@ -188,14 +188,14 @@ class UnrenewedLeases:
                 (reply,) = await self._commands.to(node).pipeline(pack(b"PEXPIRE", key, 1), 1)
         except RelstreamError:
             return False
-        return not (isinstance(reply, ReplyError) and explained_by_failover(reply))
+        return not (isinstance(reply, ReplyError) and is_retriable(reply))
 
     def _key_on(self, server: Endpoint) -> tuple[Endpoint, bytes]:
         """That master as the command connections know it, and a key there that is no lock."""
         for start in range(0, KEYS, KEYS_AT_ONCE):
             # As a lock's, for the user's rights; no entry has this id.
             keys = [b"{%d}%b0-0" % (i, SEPARATOR) for i in range(start, start + KEYS_AT_ONCE)]
-            for node, some in self._commands.apart(keys).items():
+            for node, some in self._commands.group_by_node(keys).items():
                 if node is not None and _same(node, server):
                     return node, some[0]
         raise RelstreamError(f"{server} serves no slots")
@@ -220,7 +220,7 @@ class UnrenewedLeases:
         if answers.reopened_at is None:
             # The connection may have died without a word, as in an outage that is over.
             answers.reopened_at = now
-            self._keeper.reopen(server)
+            self._renewer.reopen(server)
             return False
         return now - answers.reopened_at >= max(
             self._ttl * SILENT_AGAIN_FOR, round_trip * ROUND_TRIPS_TO_OPEN
@@ -234,7 +234,7 @@ class UnrenewedLeases:
         count = 0
         for part in self._partitions:
             for head in self._there(server, ending_before(part.leases.all(), before)):
-                ended = part.finisher.release(head)
+                ended = part.completer.release(head)
                 ended.add_done_callback(functools.partial(self._handed_over, head))
                 count += 1
         if not self._reported:
@@ -255,7 +255,7 @@ class UnrenewedLeases:
             return []
         here: set[bytes] = set()
         entries = [*heads, *(entry for head in heads for entry in head.again or ())]
-        for node, keys in self._commands.apart(lock_keys(entries)).items():
+        for node, keys in self._commands.group_by_node(lock_keys(entries)).items():
             if node is not None and _same(node, server):
                 here.update(keys)
         return [

@@ -16,12 +16,12 @@ from relstream.errors import ReplyError
 from relstream.lbs.names import INPUT_FIELD
 from relstream.lbs.permissions import Denied, refused
 from relstream.lbs.scripts import MOVE_DUE, run
-from relstream.net.connection import explained_by_failover, raise_first
+from relstream.net.connection import is_retriable, raise_first
 
 if TYPE_CHECKING:
     from relstream.lbs.names import Names
     from relstream.lbs.server_clock import ServerClock
-    from relstream.net.topology import KeyLink
+    from relstream.net.topology import KeyConnection
 
 # Seconds between two looks for what is due.
 LOOK_EVERY = 0.18
@@ -40,7 +40,7 @@ CLAIM_MS = 10_000
 class DelayedEntries:
     """The delayed entries of one load balancer stream."""
 
-    def __init__(self, link: KeyLink, names: Names, logger: logging.Logger) -> None:
+    def __init__(self, link: KeyConnection, names: Names, logger: logging.Logger) -> None:
         self._link = link
         self._names = names
         self._logger = logger
@@ -68,7 +68,7 @@ class DelayedEntries:
                     pause = 0.0 if await self.move_due() else SOON
                 self._refused = False
             except ReplyError as error:
-                if explained_by_failover(error):
+                if is_retriable(error):
                     raise
                 pause = REFUSED
                 if error.code == "NOPERM":

@@ -10,7 +10,7 @@ from relstream._core import pack
 from relstream.errors import RelstreamError, ReplyError
 
 if TYPE_CHECKING:
-    from relstream.net.connection import Link
+    from relstream.net.connection import Connection
     from relstream.net.topology import Topology
 
 SETTING = b"maxmemory-policy"
@@ -32,7 +32,7 @@ async def evicting(topology: Topology, *, config: bool) -> list[str]:
     )
 
 
-async def _policy(link: Link, *, config: bool) -> str:
+async def _policy(link: Connection, *, config: bool) -> str:
     """By CONFIG GET, else by INFO, which managed services allow; empty where neither tells."""
     try:
         found = None

@@ -22,13 +22,13 @@ from relstream.errors import (
     ReplyError,
 )
 from relstream.lbs.names import SEPARATOR, split_lock_key
-from relstream.net.connection import Backoff, observe
+from relstream.net.connection import Backoff, consume_exception
 from relstream.notifications import LBSInfo
 from relstream.repeats import Repeats
-from relstream.tasks import end_all
+from relstream.tasks import cancel_and_wait
 
 if TYPE_CHECKING:
-    from relstream.net.connection import Endpoint, Link
+    from relstream.net.connection import Connection, Endpoint
     from relstream.net.protocol import RedisProtocol
     from relstream.net.topology import SlotTable
     from relstream.recorder import SafeRecorder
@@ -59,7 +59,7 @@ class ExpiryEvents:
 
     def __init__(
         self,
-        link: Callable[[Callable[[Any], None]], Link],
+        link: Callable[[Callable[[Any], None]], Connection],
         *,
         force_config_override: bool,
         on_expired: Callable[[LBSInfo], None],
@@ -310,7 +310,7 @@ class ClusterEvents:
                 if noticing in done:
                     await asyncio.sleep(PAUSE)
         finally:
-            await end_all(self._tasks.values())
+            await cancel_and_wait(self._tasks.values())
 
     async def _follow(self) -> None:
         """Leaves servers that are no masters any more, and turns to new ones."""
@@ -342,7 +342,7 @@ class ClusterEvents:
         else:
             # What is under way may have passed by already what this caller knows of.
             resetting = self._next = asyncio.ensure_future(self._reset(self._resetting))
-        resetting.add_done_callback(observe)
+        resetting.add_done_callback(consume_exception)
         await asyncio.wait({resetting})  # whoever stops waiting does not stop the others'
         if resetting.cancelled():
             raise ClientClosed("the client was closed while its subscriptions were made anew")
@@ -360,5 +360,5 @@ class ClusterEvents:
     async def close(self) -> None:
         """Ends all subscriptions and their connections."""
         resets = [task for task in (self._resetting, self._next) if task is not None]
-        await end_all(resets)
+        await cancel_and_wait(resets)
         await asyncio.gather(*(events.close() for events in self._events.values()))

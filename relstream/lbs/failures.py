@@ -16,9 +16,9 @@ from relstream.lbs.names import (
     ERROR_FIELD,
     ERROR_TYPE_FIELD,
     FAILED_AT_FIELD,
-    MAX_RETRIES,
     OWNER_FIELD,
-    REJECTED,
+    REASON_MAX_RETRIES,
+    REASON_REJECTED,
     RETRY_FIELD,
 )
 
@@ -62,7 +62,7 @@ class Failures:
             delay = random.random() * backoff(
                 count - 1, longest.initial_delay, longest.max_delay, 1.0
             )
-        reason = MAX_RETRIES if count > self._recovery.max_retries else None
+        reason = REASON_MAX_RETRIES if count > self._recovery.max_retries else None
         due = now + math.ceil(delay * 1000)
         fields = self._fields(error, now) | {RETRY_FIELD: b"%d" % count}
         return Failure(reason, due, delay == 0, fields)
@@ -71,7 +71,7 @@ class Failures:
         """This stream shall not be delivered again."""
         now = self._clock.now_ms()
         fields = self._fields(error, now) | {RETRY_FIELD: b"%d" % head.retry_count}
-        return Failure(REJECTED, now, False, fields)
+        return Failure(REASON_REJECTED, now, False, fields)
 
     def _retries(self, entry: Entry, now: int) -> int:
         window = self._recovery.retry_window

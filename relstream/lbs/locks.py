@@ -19,7 +19,7 @@ from relstream.lbs.scripts import (
     run,
     run_each,
 )
-from relstream.net.connection import explained_by_failover, raise_first
+from relstream.net.connection import is_retriable, raise_first
 
 if TYPE_CHECKING:
     from relstream._core import Entry
@@ -179,7 +179,7 @@ class Locks:
         for value in values:
             if value == self._value:
                 outcomes.append(next(done))
-            elif isinstance(value, ReplyError) and explained_by_failover(value):
+            elif isinstance(value, ReplyError) and is_retriable(value):
                 outcomes.append(value)
             else:  # one that we may not even read any more (ACL) can't be held either
                 outcomes.append(0 if value is None else -1)

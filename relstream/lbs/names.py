@@ -22,11 +22,11 @@ ERROR_FIELD = b"_error"
 ERROR_TYPE_FIELD = b"_error_type"
 FAILED_AT_FIELD = b"_failed_at"
 OWNER_FIELD = b"_owner"
-UNPARSEABLE = b"unparseable"
-MAX_RETRIES = b"max_retries_exceeded"
-WRONG_PARTITION = b"wrong_partition"
-REJECTED = b"rejected"
-EXHAUSTED = b"ids_exhausted"
+REASON_UNPARSEABLE = b"unparseable"
+REASON_MAX_RETRIES = b"max_retries_exceeded"
+REASON_WRONG_PARTITION = b"wrong_partition"
+REASON_REJECTED = b"rejected"
+REASON_EXHAUSTED = b"ids_exhausted"
 
 LAST_ID = b"18446744073709551615-18446744073709551615"
 """The last possible one: nothing can be added to a stream that had it."""
@@ -170,7 +170,7 @@ def entry_id_of(option: str, value: object) -> bytes:
 
 
 def entry_ids_of(option: str, values: object, what: str) -> list[bytes]:
-    """Ids as Redis has them; raises `InvalidOption` for what is no iterable of ids."""
+    """EntryIds as Redis has them; raises `InvalidOption` for what is no iterable of ids."""
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise InvalidOption(option, values, f"ids of {what}: [<ms>-<seq>, …]")
     return [entry_id_of(option, value) for value in values]

@@ -11,11 +11,11 @@ from relstream._core import pack
 from relstream.errors import ConnectionFailed, PermissionDenied, ReplyError
 from relstream.lbs.names import SEPARATOR
 from relstream.lbs.scripts import RENEW, run
-from relstream.net.connection import explained_by_failover
+from relstream.net.connection import is_retriable
 
 if TYPE_CHECKING:
     from relstream.lbs.names import Names
-    from relstream.net.topology import KeyLink, Topology
+    from relstream.net.topology import KeyConnection, Topology
 
 # Seconds after which what was denied is tried again.
 DENIED_FOR = 60.0
@@ -28,19 +28,19 @@ class Denied:
     changed, and restored, while we live; and each try is a line in the server's ACL log.
     """
 
-    def __init__(self, link: KeyLink) -> None:
+    def __init__(self, link: KeyConnection) -> None:
         self._link = link
         self._until = -math.inf
-        self._openings = 0
+        self._generation = 0
         self._told = False
 
     def __bool__(self) -> bool:
-        return time.monotonic() < self._until and self._openings == self._link.openings
+        return time.monotonic() < self._until and self._generation == self._link.generation
 
     def remember(self) -> bool:
         """It was refused just now; returns whether that is the first time."""
         self._until = time.monotonic() + DENIED_FOR
-        self._openings = self._link.openings
+        self._generation = self._link.generation
         first, self._told = not self._told, True
         return first
 
@@ -49,7 +49,7 @@ def refused(reply: object) -> bool:
     """Whether a script will not be run for us, in whatever words: its commands have to do."""
     return (
         isinstance(reply, ReplyError)
-        and not explained_by_failover(reply)
+        and not is_retriable(reply)
         and reply.code not in ("WRONGTYPE", "NOGROUP")
     )
 
@@ -69,7 +69,7 @@ async def keys_together(topology: Topology, names: Names) -> bool:
     return not any(isinstance(r, ReplyError) and r.code == "CROSSSLOT" for r in (mget, script))
 
 
-async def check_rights(topology: Topology, names: Names, consumer: str) -> None:
+async def probe_permissions(topology: Topology, names: Names, consumer: str) -> None:
     """Raises `PermissionDenied`, naming every command that the user lacks.
 
     Asks by running each in a form that changes nothing: ids that no entry can have, a lock that

@@ -1,4 +1,4 @@
-"""Pending entries: read, added anew under new ids, or buried in the dead-letter stream.
+"""Pending entries: read, added anew under new ids, or routed in the dead-letter stream.
 
 All who give an entry away do it by this: recovery, the owner that hands a stream over, and the
 reader that can't lock what it read.
@@ -19,7 +19,7 @@ from relstream._core import (
     ITEM,
     PENDING,
     Batch,
-    Ids,
+    EntryIds,
     Plan,
     Template,
     key_slot,
@@ -35,8 +35,8 @@ from relstream.errors import (
 )
 from relstream.lbs.names import (
     DLQ_REASON_FIELD,
-    EXHAUSTED,
     INPUT_FIELD,
+    REASON_EXHAUSTED,
     RETRY_FIELD,
     SEPARATOR,
     SOURCE_FIELD,
@@ -46,12 +46,12 @@ from relstream.lbs.names import (
     start_after,
 )
 from relstream.lbs.permissions import Denied, refused
-from relstream.lbs.scripts import PUT_BACK, SCRIPT_KEYS, run_packed
-from relstream.net.connection import Backoff, explained_by_failover, raise_first
-from relstream.tasks import end_all
+from relstream.lbs.scripts import REQUEUE, SCRIPT_KEYS, run_packed
+from relstream.net.connection import Backoff, is_retriable, raise_first
+from relstream.tasks import cancel_and_wait
 
 if TYPE_CHECKING:
-    from relstream.net.topology import KeyLink, Topology
+    from relstream.net.topology import KeyConnection, Topology
     from relstream.recorder import SafeRecorder
     from relstream.recovery.election import Fence
 
@@ -73,14 +73,14 @@ CAP_NEAR = 0.9
 # No entry has this id but one that it was given by hand.
 PROBED_ID = b"0-1"
 
-PUT, LOST, ALIVE, NOT_BY_SCRIPT, REFUSED = 1, 0, 2, -1, -2
+REQUEUED, LOST, ALIVE, NOT_BY_SCRIPT, REFUSED = 1, 0, 2, -1, -2
 
 # On a cluster, whoever recovers an entry sees that its lock is free a moment before it takes it
 # away. One locked in between would have two owners: it goes back instead, by one of the two.
 TOO_LATE = ReplyError("TRYAGAIN it may be recovered as a dead owner's just now")
 
 
-async def read_entries(link: KeyLink, names: Names, ids: Iterable[bytes]) -> list[Batch]:
+async def read_entries(link: KeyConnection, names: Names, ids: Iterable[bytes]) -> list[Batch]:
     """Entries of the LBS by their ids, a batch of one or none each (XRANGE)."""
     ask = Template(b"XRANGE", names.lbs, ITEM, ITEM)
     ids = list(ids)
@@ -96,14 +96,14 @@ def fitting(batches: Sequence[Batch], most_bytes: int) -> int:
 class Entries:
     """Reads entries of the LBS in portions that fit into memory, whatever size they have."""
 
-    def __init__(self, link: KeyLink, names: Names) -> None:
+    def __init__(self, link: KeyConnection, names: Names) -> None:
         self._link = link
         self._names = names
         self._count = 1  # entries a portion, by the size of what came so far
 
     async def read(
-        self, ids: Ids, page_size: int | None = None
-    ) -> AsyncIterator[tuple[Ids, list[Batch]]]:
+        self, ids: EntryIds, page_size: int | None = None
+    ) -> AsyncIterator[tuple[EntryIds, list[Batch]]]:
         """Portions of the ids, with their entries. `page_size`: they all come from one such page.
 
         Then they are mostly nearly one range.
@@ -113,7 +113,7 @@ class Entries:
             count = self._count
             part = ids
             if count < len(ids) - start or start:
-                part = Ids([ids[i] for i in range(start, min(start + count, len(ids)))])
+                part = EntryIds([ids[i] for i in range(start, min(start + count, len(ids)))])
             try:
                 if page_size is None or 4 * len(ids) < page_size:
                     batches = await read_entries(self._link, self._names, part)
@@ -131,7 +131,7 @@ class Entries:
                 )
             yield part, batches
 
-    async def _range(self, ids: Ids) -> list[Batch]:
+    async def _range(self, ids: EntryIds) -> list[Batch]:
         batches: list[Batch] = []
         start: bytes | None = ids[0]
         last, size = ids[-1], len(ids)
@@ -156,20 +156,18 @@ async def holders(topology: Topology, locks: list[bytes]) -> list[bytes | ReplyE
 
 def raise_if_all(replies: list[bytes | ReplyError | None]) -> list[bytes | ReplyError | None]:
     """`replies` about locks; raises if no master could be asked for now, as in an outage."""
-    refusals = [
-        reply for reply in replies if isinstance(reply, ReplyError) and explained_by_failover(reply)
-    ]
+    refusals = [reply for reply in replies if isinstance(reply, ReplyError) and is_retriable(reply)]
     if refusals and len(refusals) == len(replies):
         raise refusals[0]
     return replies
 
 
-def plan_for(ids: Ids, batches: list[Batch]) -> Plan:
+def plan_for(ids: EntryIds, batches: list[Batch]) -> Plan:
     """What there is to do about pending entries, `batches` being where they are."""
     return Plan(ids, batches, INPUT_FIELD, SEPARATOR, RETRY_FIELD, orjson.loads)
 
 
-class PutBack:
+class Requeuer:
     """Adds pending entries anew under new ids.
 
     One atomic step an entry (the script). Where scripts are forbidden XACK comes first, then XADD
@@ -197,8 +195,10 @@ class PutBack:
         self._moving: set[asyncio.Task[list[int]]] = set()
         self._stuck: set[asyncio.Task[Any]] = set()
 
-    async def put(self, entries: Sequence[Returning], *, fence: Fence | None = None) -> list[int]:
-        """For each entry PUT, LOST (it was not pending) or ALIVE (locked).
+    async def requeue(
+        self, entries: Sequence[Returning], *, fence: Fence | None = None
+    ) -> list[int]:
+        """For each entry REQUEUED, LOST (it was not pending) or ALIVE (locked).
 
         One without any fields is only acknowledged and deleted. Raises `ReplyError`, once all
         others are put back, when the server refuses that of some; they stay pending. With a `fence`
@@ -208,12 +208,12 @@ class PutBack:
         if self._topology.together:
             outcomes, refusal = await self._put(self._calls(entries, fence), lambda: entries, fence)
         else:
-            outcomes, refusal = await self._put_apart(entries, fence)
+            outcomes, refusal = await self._requeue_by_node(entries, fence)
         if refusal is not None:
             raise refusal
         return outcomes
 
-    async def bury(
+    async def route_to_dlq(
         self,
         letters: Sequence[Returning],
         max_len: int,
@@ -241,13 +241,13 @@ class PutBack:
         for start in range(0, len(ours), SCRIPT_KEYS):
             entries = [entry for entry, _ in ours[start : start + SCRIPT_KEYS]]
             try:
-                outcomes += await self.put(entries, fence=fence)
+                outcomes += await self.requeue(entries, fence=fence)
             except ReplyError as error:
                 if error.code == "FENCED":  # another leader sees to them
                     await self.delete_dead_letters([copy for _, copy in ours[start:]])
                 raise
         await self.delete_dead_letters(
-            [c for (_, c), outcome in zip(ours, outcomes, strict=True) if outcome != PUT]
+            [c for (_, c), outcome in zip(ours, outcomes, strict=True) if outcome != REQUEUED]
         )
         raise_first(copies)
         return outcomes
@@ -317,7 +317,7 @@ class PutBack:
                 raise
             raise ReplyError(f"MASTERDOWN {error}") from None
 
-    async def put_planned(
+    async def requeue_planned(
         self,
         plan: Plan,
         *,
@@ -341,10 +341,10 @@ class PutBack:
             return [(entry_id, pairs, None) for entry_id, pairs, _ in returning]
 
         if not together and not looked:
-            return await self._put_apart(entries(), fence)
+            return await self._requeue_by_node(entries(), fence)
         here = self._here(fence)
         calls = plan.calls(
-            PUT_BACK.digest, self._names.lbs, self._names.group,
+            REQUEUE.digest, self._names.lbs, self._names.group,
             counting=counting, locks=together, most=SCRIPT_KEYS, size=SCRIPT_BYTES,
             leader=here and here.key, fence=here.value if here else b"",
         )  # fmt: skip
@@ -363,7 +363,7 @@ class PutBack:
             if value != fence.value:
                 raise ReplyError("FENCED another consumer leads by now")
 
-    async def _put_apart(
+    async def _requeue_by_node(
         self, entries: Sequence[Returning], fence: Fence | None
     ) -> tuple[list[int], ReplyError | None]:
         """The locks are on other servers than the script: they are looked at just before it."""
@@ -386,7 +386,7 @@ class PutBack:
             await self._check(fence)
         if not denied:
             for call, reply in zip(
-                calls, await run_packed(self._link, PUT_BACK, calls), strict=True
+                calls, await run_packed(self._link, REQUEUE, calls), strict=True
             ):
                 if not isinstance(reply, ReplyError):
                     for outcome in reply:
@@ -445,7 +445,7 @@ class PutBack:
             args += (entry_id, *pairs)
             held += 1
             size += sum(map(len, pairs))
-        return [pack(b"EVALSHA", PUT_BACK.digest, len(keys), *keys, *args) for keys, args in calls]
+        return [pack(b"EVALSHA", REQUEUE.digest, len(keys), *keys, *args) for keys, args in calls]
 
     async def _taken(self, entries: Sequence[Returning]) -> set[bytes]:
         """The locks among those of the entries that somebody holds, or that we may not read."""
@@ -555,7 +555,7 @@ class PutBack:
     async def _there(self, ids: list[bytes]) -> set[bytes]:
         """Those of the ids whose entries are in the stream."""
         there: set[bytes] = set()
-        async for _, batches in Entries(self._link, self._names).read(Ids(ids)):
+        async for _, batches in Entries(self._link, self._names).read(EntryIds(ids)):
             there.update(entry_id for batch in batches for entry_id in batch.ids())
         return there
 
@@ -578,8 +578,10 @@ class PutBack:
                     if isinstance(reply, ReplyError) and reply.exhausted
                 ]
                 if hopeless:
-                    letters = [(ids[place], left[ids[place]], EXHAUSTED) for place in hopeless]
-                    scatter(replies, hopeless, await self._bury_acknowledged(letters))
+                    letters = [
+                        (ids[place], left[ids[place]], REASON_EXHAUSTED) for place in hopeless
+                    ]
+                    scatter(replies, hopeless, await self._route_acknowledged(letters))
                 refused = {
                     i for i, r in zip(ids, replies, strict=True) if isinstance(r, ReplyError)
                 }
@@ -596,16 +598,16 @@ class PutBack:
                 self._trouble(len(left), error)
                 await asyncio.sleep(backoff.failed())
 
-    async def _bury_acknowledged(
+    async def _route_acknowledged(
         self, letters: list[tuple[bytes, list[bytes], bytes]]
     ) -> list[bytes | ReplyError]:
         """Where the last id went to another entry in between: dead letters, rather than lost."""
         copies = await self.add_dead_letters(letters, 0)
-        buried = sum(not isinstance(copy, ReplyError) for copy in copies)
-        if buried:
+        routed = sum(not isinstance(copy, ReplyError) for copy in copies)
+        if routed:
             self._logger.warning(
                 "%d entries became dead letters: nothing can be added to %r any more, as an entry "
-                "had the last possible id", buried, self._names.lbs.decode(),
+                "had the last possible id", routed, self._names.lbs.decode(),
             )  # fmt: skip
         return copies
 
@@ -626,7 +628,7 @@ class PutBack:
 
     async def close(self) -> None:
         """Gives up what is between its two steps still, and logs what is lost by that."""
-        await end_all(self._moving)
+        await cancel_and_wait(self._moving)
 
 
 def _shown(pairs: list[bytes]) -> str:
@@ -634,7 +636,7 @@ def _shown(pairs: list[bytes]) -> str:
     return repr(dict(zip(pairs[::2], pairs[1::2], strict=True)).get(INPUT_FIELD, b"")[:100])
 
 
-async def discard(link: KeyLink, names: Names, ids: Sequence[bytes]) -> int:
+async def discard(link: KeyConnection, names: Names, ids: Sequence[bytes]) -> int:
     """Acknowledges and deletes LBS entries that nobody needs any more; how many were pending."""
     packed = pack(b"XACK", names.lbs, names.group, *ids) + pack(b"XDEL", names.lbs, *ids)
     acked: int = raise_first(await link.pipeline(packed, 2))[0]

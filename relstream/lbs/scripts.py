@@ -13,7 +13,7 @@ from relstream._core import ITEM, Template, first_error, pack, scatter
 from relstream.errors import ReplyError
 
 if TYPE_CHECKING:
-    from relstream.net.topology import KeyLink, Topology
+    from relstream.net.topology import KeyConnection, Topology
 
 SCRIPT_KEYS = 100
 """At most so many locks or entries a call keep it well under a millisecond of server time."""
@@ -212,7 +212,7 @@ return {moved}
 # without fields is only taken away. Returns for each 1 (put back), 0 (was not pending), 2 (locked),
 # -1 (more fields than Lua can pass on) or the error that adding it met. The first XACK changes
 # nothing: out of memory a script that has written may add, another one not.
-PUT_BACK = Script("""\
+REQUEUE = Script("""\
 local call, unpack, stream, group, size = redis.call, unpack, KEYS[1], ARGV[1], tonumber(ARGV[2])
 local locks = #KEYS > 1 and call('MGET', unpack(KEYS, 2)) or {}
 if ARGV[3] ~= '' and table.remove(locks, 1) ~= ARGV[3] then
@@ -259,7 +259,7 @@ return 1
 
 
 async def run(
-    link: KeyLink,
+    link: KeyConnection,
     script: Script,
     calls: Sequence[tuple[Sequence[bytes], Sequence[bytes | str | int]]],
 ) -> list[Any]:
@@ -274,7 +274,7 @@ async def run(
     )
 
 
-async def run_packed(link: KeyLink, script: Script, commands: Sequence[bytes]) -> list[Any]:
+async def run_packed(link: KeyConnection, script: Script, commands: Sequence[bytes]) -> list[Any]:
     """The same for packed EVALSHA commands."""
     replies = await link.pipeline(b"".join(commands), len(commands))
     missing = _missing(replies)

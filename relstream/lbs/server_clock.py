@@ -10,7 +10,7 @@ from relstream.errors import ProtocolError, ReplyError
 from relstream.lbs.permissions import Denied
 
 if TYPE_CHECKING:
-    from relstream.net.topology import KeyLink
+    from relstream.net.topology import KeyConnection
 
 
 class ServerClock:
@@ -20,7 +20,7 @@ class ServerClock:
     TIME is forbidden this machine's clock has to do.
     """
 
-    def __init__(self, link: KeyLink, logger: logging.Logger) -> None:
+    def __init__(self, link: KeyConnection, logger: logging.Logger) -> None:
         self._link = link
         self._logger = logger
         self._ahead_ms: float | None = None  # of `time.monotonic()`
@@ -33,7 +33,7 @@ class ServerClock:
         return int(time.monotonic() * 1000 + self._ahead_ms) + 1
 
     async def refresh(self) -> None:
-        """Asks the server; raises what `KeyLink.execute` raises."""
+        """Asks the server; raises what `KeyConnection.execute` raises."""
         if self._no_time:
             return
         asked_at = time.monotonic()

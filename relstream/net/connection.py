@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from urllib.parse import urlsplit
 
 import redis.asyncio
-from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection
+from redis.asyncio.connection import AbstractConnection, SSLConnection
+from redis.asyncio.connection import Connection as TCPConnection
 
 from relstream._core import OBJECT, backoff, commands, first_error, pack, scatter
 from relstream.errors import (
@@ -144,8 +145,8 @@ def endpoint_of(source: str | redis.asyncio.Redis, given: str | None = None) -> 
             raise InvalidOption("redis", shown, f"{setting} above 0 seconds, not {seconds!r}")
     provider = parsed.credential_provider
     return Endpoint(
-        host=parsed.host if isinstance(parsed, Connection) else "",
-        port=int(parsed.port) if isinstance(parsed, Connection) else 0,
+        host=parsed.host if isinstance(parsed, TCPConnection) else "",
+        port=int(parsed.port) if isinstance(parsed, TCPConnection) else 0,
         path=getattr(parsed, "path", None),
         db=db,
         tls=tls,
@@ -235,10 +236,10 @@ async def _cancel(task: asyncio.Task[Any]) -> None:
     """Ends a task of ours, and leaves none of its errors unseen."""
     task.cancel()
     await asyncio.wait({task})
-    observe(task)
+    consume_exception(task)
 
 
-def observe(future: asyncio.Future[Any]) -> None:
+def consume_exception(future: asyncio.Future[Any]) -> None:
     """Leaves no error unseen of what nobody waits for any more; a callback for it."""
     if not future.cancelled():
         future.exception()
@@ -408,7 +409,7 @@ def raise_first(replies: list[Any]) -> list[Any]:
     return replies
 
 
-def explained_by_failover(error: RelstreamError) -> bool:
+def is_retriable(error: RelstreamError) -> bool:
     """Whether a master that is being replaced would explain this error."""
     if isinstance(error, ReplyError):
         return error.transient or error.code in ("MOVED", "ASK")
@@ -464,8 +465,8 @@ class _Attempt:
 class MovingMaster(Protocol):
     """Knows where a master is that may be replaced."""
 
-    def join(self, link: Link) -> None: ...
-    async def glance(self) -> None: ...
+    def join(self, link: Connection) -> None: ...
+    async def refresh_if_stale(self) -> None: ...
     async def locate(self) -> tuple[str, int]: ...
     def found(self, address: tuple[str, int], run_id: bytes | None) -> None: ...
 
@@ -477,11 +478,11 @@ class SharedAddress:
     """
 
     def __init__(self) -> None:
-        self._links: weakref.WeakSet[Link] = weakref.WeakSet()
+        self._links: weakref.WeakSet[Connection] = weakref.WeakSet()
         self.replaced = asyncio.Event()
         """Set when the server was no master any more; whoever waits for that clears it."""
 
-    def join(self, link: Link) -> None:
+    def join(self, link: Connection) -> None:
         """This one is to leave a server that is no master any more."""
         self._links.add(link)
 
@@ -492,7 +493,7 @@ class SharedAddress:
             link.reopen(ConnectionLost(f"{link.endpoint} is no master any more"))
 
 
-class Link:
+class Connection:
     """A connection to one server that is opened anew when it was lost.
 
     It is opened by whoever needs it; nothing runs in between. Callers who come while it is being
@@ -523,9 +524,9 @@ class Link:
         self._attempt: _Attempt | None = None
         self._process: int | None = None
         self._closed = False
-        self.tried = False
+        self.attempted = False
         """Whether it was opened before, or could not be."""
-        self._openings = 0
+        self._generation = 0
 
     @property
     def alive(self) -> bool:
@@ -533,9 +534,9 @@ class Link:
         return self._protocol is not None and self._protocol.alive
 
     @property
-    def openings(self) -> int:
+    def generation(self) -> int:
         """How often it was opened: what was learnt before the last time may be true no more."""
-        return self._openings
+        return self._generation
 
     @property
     def waiting(self) -> list[tuple[Endpoint, RedisProtocol]]:
@@ -560,7 +561,7 @@ class Link:
             attempt = self._attempt
             if attempt is None:
                 attempt = self._attempt = _Attempt(asyncio.ensure_future(self._open()))
-                attempt.task.add_done_callback(observe)
+                attempt.task.add_done_callback(consume_exception)
             attempt.callers += 1
             try:
                 if not (await asyncio.wait({attempt.task}, timeout=patience))[0]:
@@ -573,7 +574,7 @@ class Link:
                 raise
             finally:
                 attempt.callers -= 1
-            if not attempt.task.cancelled():  # else by `close`, or by `leave_for`
+            if not attempt.task.cancelled():  # else by `close`, or by `disconnect_unless`
                 return attempt.task.result()
 
     async def _open(self) -> RedisProtocol:
@@ -594,14 +595,14 @@ class Link:
                     raise
                 master.found((host, port), run_id)
             self._protocol = protocol
-            self._openings += 1
+            self._generation += 1
             return protocol
         finally:
-            self.tried = True
+            self.attempted = True
             if self._attempt is not None and self._attempt.task is asyncio.current_task():
                 self._attempt = None
 
-    def leave_for(self, address: tuple[str, int]) -> None:
+    def disconnect_unless(self, address: tuple[str, int]) -> None:
         """The master is there now: a connection to another server is of no use any more."""
         if (self.endpoint.host, self.endpoint.port) == address:
             return
@@ -653,7 +654,7 @@ class Link:
         if not replies:
             return []
         if self._master is not None and self.alive:
-            await self._master.glance()
+            await self._master.refresh_if_stale()
         protocol = self._protocol
         if protocol is None or not protocol.alive:
             protocol = await self.get(patience)

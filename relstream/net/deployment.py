@@ -12,13 +12,13 @@ import redis.asyncio
 from redis.asyncio.sentinel import SentinelConnectionPool
 
 from relstream.errors import InvalidOption
-from relstream.net.connection import Endpoint, Link, SharedAddress, endpoint_of
+from relstream.net.connection import Connection, Endpoint, SharedAddress, endpoint_of
 from relstream.net.credentials import OnLoop
 from relstream.net.secrets import shown_client, without_secrets
-from relstream.net.sentinel import NamedMaster
+from relstream.net.sentinel import SentinelMaster
 from relstream.net.topology import (
     ClusterTopology,
-    Guide,
+    MasterResolver,
     SingleTopology,
     SlotTable,
     Topology,
@@ -40,11 +40,11 @@ class Deployment:
     """Where to connect, for an address that a node or a Sentinel gave (NAT)."""
 
     @property
-    def heals(self) -> bool:
+    def has_failover(self) -> bool:
         """Whether a lost master is replaced: then it is worth waiting for."""
         return bool(self.nodes or self.sentinels)
 
-    def patient(self, timeout: float) -> Deployment:
+    def with_timeout(self, timeout: float) -> Deployment:
         """The same, waiting for so many seconds at most, for a connection as for a reply."""
         bounded = replace(
             self.endpoint,
@@ -62,7 +62,7 @@ class Deployment:
             sentinels=tuple(_asking_on(loop, sentinel) for sentinel in self.sentinels),
         )
 
-    def guide(self, other: Guide = None) -> Guide:
+    def guide(self, other: MasterResolver = None) -> MasterResolver:
         """What knows where masters are, for all that is opened on one event loop.
 
         `other` belongs to another loop: what it has found may be asked, too.
@@ -70,9 +70,9 @@ class Deployment:
         if self.nodes:
             known = other.nodes if isinstance(other, SlotTable) else []
             return SlotTable(replace(self, nodes=(*self.nodes, *known)))
-        return NamedMaster(self) if self.sentinels else SharedAddress()
+        return SentinelMaster(self) if self.sentinels else SharedAddress()
 
-    def open(self, role: str, guide: Guide = None) -> Topology:
+    def open(self, role: str, guide: MasterResolver = None) -> Topology:
         """What carries commands, over connections that CLIENT LIST shows under this role.
 
         Nothing is connected yet. What is opened on one event loop may share a `guide`.
@@ -83,14 +83,16 @@ class Deployment:
         return SingleTopology(self.link(role, guide=guide))
 
     def link(
-        self, role: str, on_push: Callable[[Any], None] | None = None, guide: Guide = None
-    ) -> Link:
+        self, role: str, on_push: Callable[[Any], None] | None = None, guide: MasterResolver = None
+    ) -> Connection:
         """A link to the master, where there is but one."""
-        master = guide if isinstance(guide, NamedMaster) else None
+        master = guide if isinstance(guide, SentinelMaster) else None
         if master is None and self.sentinels:
-            master = NamedMaster(self)
+            master = SentinelMaster(self)
         address = guide if isinstance(guide, SharedAddress) else None
-        return Link(self.endpoint.named(role), on_push=on_push, master=master, address=address)
+        return Connection(
+            self.endpoint.named(role), on_push=on_push, master=master, address=address
+        )
 
 
 def _asking_on(loop: asyncio.AbstractEventLoop, endpoint: Endpoint) -> Endpoint:

@@ -14,8 +14,8 @@ from relstream.errors import (
     PermissionDenied,
     RelstreamError,
 )
-from relstream.net.connection import Endpoint, connect, observe, raise_first
-from relstream.tasks import end_all
+from relstream.net.connection import Endpoint, connect, consume_exception, raise_first
+from relstream.tasks import cancel_and_wait
 
 _T = TypeVar("_T")
 
@@ -39,7 +39,7 @@ async def ask(endpoint: Endpoint, *args: bytes | str) -> Any:
         await asyncio.wait({protocol.closed})
 
 
-async def first_answer(
+async def first_reply(
     nodes: Iterable[Endpoint], ask: Callable[[Endpoint], Awaitable[_T]], vain: str
 ) -> _T:
     """Asks one node after the other, without waiting long for one that keeps silent."""
@@ -56,7 +56,7 @@ async def first_answer(
                 return_when=asyncio.FIRST_COMPLETED,
             )
             for asked in done:
-                observe(asked)  # of those that end together with the one that is returned
+                consume_exception(asked)  # of those that end together with the one that is returned
             for asked in done:
                 error = asked.exception()
                 if error is None:
@@ -65,11 +65,11 @@ async def first_answer(
                     raise error
                 problems.append(error)
     finally:
-        await end_all(asking)
-    raise in_vain(vain, problems)
+        await cancel_and_wait(asking)
+    raise all_failed(vain, problems)
 
 
-def in_vain(what: str, problems: list[RelstreamError]) -> RelstreamError:
+def all_failed(what: str, problems: list[RelstreamError]) -> RelstreamError:
     """What to raise when all of several nodes were asked in vain."""
     # A user who is refused by one is known to none.
     for problem in problems:

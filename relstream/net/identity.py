@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from relstream.net.connection import Link
+    from relstream.net.connection import Connection
 
 
 class Server:
@@ -15,19 +15,19 @@ class Server:
     one whose connections a proxy recycles has not.
     """
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Connection) -> None:
         self._link = link
-        self._openings = 0
+        self._generation = 0
         self._run_id: bytes | None = None
 
     async def same(self) -> bool | None:
         """Whether it is the one that it was when this was asked last; None where it won't tell."""
-        openings = self._link.openings
-        if openings == self._openings:
+        generation = self._link.generation
+        if generation == self._generation:
             return True
-        first, before = not self._openings, self._run_id
+        first, before = not self._generation, self._run_id
         run_id = await self._link.run_id()
-        self._openings, self._run_id = openings, run_id
+        self._generation, self._run_id = generation, run_id
         if first:
             return True
         return None if run_id is None else run_id == before

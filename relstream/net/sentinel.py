@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 
 from relstream._core import jittered
 from relstream.errors import ConnectionFailed, ProtocolError, RelstreamError, ReplyError
-from relstream.net.discovery import ASK_NEXT, LOOK_EVERY, ask, in_vain
-from relstream.tasks import end_all
+from relstream.net.discovery import ASK_NEXT, LOOK_EVERY, all_failed, ask
+from relstream.tasks import cancel_and_wait
 
 if TYPE_CHECKING:
-    from relstream.net.connection import Endpoint, Link
+    from relstream.net.connection import Connection, Endpoint
     from relstream.net.deployment import Deployment
 
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 ALIAS_FOR = 10.0
 
 
-class NamedMaster:
+class SentinelMaster:
     """The master of today, as Sentinels name it. Belongs to one event loop."""
 
     def __init__(self, deployment: Deployment) -> None:
         self._deployment = deployment
-        self._links: weakref.WeakSet[Link] = weakref.WeakSet()
+        self._links: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._address: tuple[str, int] | None = None
         self._run_id: bytes | None = None
         # Other names of the same server, as some Sentinels have it, and when that was seen.
@@ -48,7 +48,7 @@ class NamedMaster:
         """Where the master is, as far as is known."""
         return [self._address] if self._address is not None else []
 
-    def join(self, link: Link) -> None:
+    def join(self, link: Connection) -> None:
         """This one is to leave a master that was replaced."""
         self._links.add(link)
 
@@ -80,14 +80,14 @@ class NamedMaster:
                     else:
                         raise error
         finally:
-            await end_all(asking)
+            await cancel_and_wait(asking)
             self._looked = time.monotonic()  # it may have taken long
         if votes:
             # In a tie it is where it was: going to and fro would be worse than either.
             return max(votes, key=lambda address: (votes[address], address == self._address))
         if self._address is not None:
             return self._address
-        raise in_vain("no Sentinel says where the master is", problems)
+        raise all_failed("no Sentinel says where the master is", problems)
 
     async def _ask(self, sentinel: Endpoint) -> tuple[str, int]:
         name = self._deployment.master_name
@@ -119,7 +119,7 @@ class NamedMaster:
             self._address = address
             self._aliases.clear()
             for link in list(self._links):
-                link.leave_for(address)
+                link.disconnect_unless(address)
         self._run_id = run_id
 
     async def run(self) -> None:
@@ -129,7 +129,7 @@ class NamedMaster:
             await asyncio.sleep(jittered(LOOK_EVERY, 0.2, random.random()))
             await self.look()
 
-    async def glance(self) -> None:
+    async def refresh_if_stale(self) -> None:
         """Before something is sent: asks for the master of today, unless somebody else does."""
         if not self._watched and time.monotonic() - self._looked > LOOK_EVERY:
             await self.look()

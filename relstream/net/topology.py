@@ -30,16 +30,16 @@ from relstream.errors import (
     ReplyError,
 )
 from relstream.net.connection import (
+    Connection,
     Endpoint,
-    Link,
     SharedAddress,
-    observe,
+    consume_exception,
     raise_first,
     useless,
 )
-from relstream.net.discovery import ASK_NEXT, LOOK_EVERY, ask, first_answer
-from relstream.net.sentinel import NamedMaster
-from relstream.tasks import end_all, within
+from relstream.net.discovery import ASK_NEXT, LOOK_EVERY, ask, first_reply
+from relstream.net.sentinel import SentinelMaster
+from relstream.tasks import cancel_and_wait, within
 
 if TYPE_CHECKING:
     from relstream.net.deployment import Deployment
@@ -56,15 +56,15 @@ LEAVE_TIMEOUT = 0.5
 IMPORTING = 60.0
 
 
-class KeyLink(Protocol):
-    """A `Link`, or what goes to whichever master serves a key, as a `Link` does to its server."""
+class KeyConnection(Protocol):
+    """A `Connection` to one server, or to whichever master serves a key."""
 
     @property
     def endpoint(self) -> Endpoint: ...
     @property
     def alive(self) -> bool: ...
     @property
-    def openings(self) -> int: ...
+    def generation(self) -> int: ...
     @property
     def waiting(self) -> list[tuple[Endpoint, RedisProtocol]]: ...
     async def get(self) -> RedisProtocol: ...
@@ -88,10 +88,10 @@ class Topology(Protocol):
     def servers(self) -> set[Endpoint | None]:
         """Those that have keys, as `apart` names them."""
 
-    def link(self, key: bytes) -> KeyLink:
+    def link(self, key: bytes) -> KeyConnection:
         """For commands on this key."""
 
-    def to(self, node: Endpoint | None) -> Link:
+    def to(self, node: Endpoint | None) -> Connection:
         """For commands to a server, one of `servers` or another, whatever keys it has."""
 
     async def each(
@@ -102,7 +102,7 @@ class Topology(Protocol):
         Errors are values among them: of keys whose master can't be reached, a transient one.
         """
 
-    def apart(self, keys: list[bytes]) -> dict[Endpoint | None, list[bytes]]:
+    def group_by_node(self, keys: list[bytes]) -> dict[Endpoint | None, list[bytes]]:
         """Keys by the servers that have them, as far as is known."""
 
     async def close(self) -> None:
@@ -116,14 +116,14 @@ class SingleTopology:
     together = True
     servers: set[Endpoint | None] = {None}  # noqa: RUF012 - nobody adds any
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Connection) -> None:
         self._link = link
         self.close = link.close
 
-    def link(self, key: bytes) -> Link:
+    def link(self, key: bytes) -> Connection:
         return self._link
 
-    def to(self, node: Endpoint | None) -> Link:
+    def to(self, node: Endpoint | None) -> Connection:
         return self._link
 
     async def each(
@@ -131,7 +131,7 @@ class SingleTopology:
     ) -> list[Any]:
         return await self._link.pipeline(packed(keys), len(keys), decode=decode)
 
-    def apart(self, keys: list[bytes]) -> dict[Endpoint | None, list[bytes]]:
+    def group_by_node(self, keys: list[bytes]) -> dict[Endpoint | None, list[bytes]]:
         return {None: keys} if keys else {}
 
 
@@ -231,7 +231,7 @@ class SlotTable:
             raise ConnectionLost("the connection was closed")
         if self._refreshing is None or self._refreshing.done():
             self._refreshing = asyncio.ensure_future(self._refresh(first))
-            self._refreshing.add_done_callback(observe)
+            self._refreshing.add_done_callback(consume_exception)
         refreshing = self._refreshing
         await asyncio.wait({refreshing})  # whoever stops waiting does not stop the others'
         if refreshing.cancelled():
@@ -256,11 +256,11 @@ class SlotTable:
         """Ends what is under way; whoever waits for it gets `ConnectionLost`."""
         self._closed = True
         if self._refreshing is not None:
-            await end_all([self._refreshing])
+            await cancel_and_wait([self._refreshing])
 
     async def _refresh(self, first: Endpoint | None) -> None:
         self._see(
-            await first_answer(
+            await first_reply(
                 self._candidates(first), self._ask, "no node of the cluster tells its slots"
             )
         )
@@ -386,10 +386,12 @@ def _hosts(metadata: Any) -> list[str]:
 
 
 # What knows where masters are.
-Guide = SlotTable | NamedMaster | SharedAddress | None
+MasterResolver = SlotTable | SentinelMaster | SharedAddress | None
 
 
-async def unless_replaced(sending: Coroutine[Any, Any, list[Any]], guide: Guide) -> list[Any]:
+async def unless_replaced(
+    sending: Coroutine[Any, Any, list[Any]], guide: MasterResolver
+) -> list[Any]:
     """The replies; raises `ConnectionLost` where another master took over meanwhile.
 
     A hung one that wakes up acknowledges what is lost as soon as it is told of that. Of one that
@@ -409,11 +411,11 @@ async def unless_replaced(sending: Coroutine[Any, Any, list[Any]], guide: Guide)
             if not before <= set(guide.masters):
                 raise ConnectionLost("another master took over before this one answered")
     finally:
-        await end_all(tasks)
+        await cancel_and_wait(tasks)
     return task.result()
 
 
-async def _look_for_ever(guide: SlotTable | NamedMaster) -> None:
+async def _look_for_ever(guide: SlotTable | SentinelMaster) -> None:
     while True:
         await guide.look()
         await asyncio.sleep(LOOK_EVERY)
@@ -429,8 +431,8 @@ class ClusterTopology:
         self.endpoint = endpoint
         self.slots = slots
         slots.join(self)
-        self._links: dict[Endpoint, Link] = {}
-        self._keys: dict[bytes, _ClusterLink] = {}
+        self._links: dict[Endpoint, Connection] = {}
+        self._keys: dict[bytes, _ClusterConnection] = {}
         self._leaving: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -438,26 +440,26 @@ class ClusterTopology:
     def servers(self) -> set[Endpoint | None]:
         return {*self.slots.owners} - {None}
 
-    def link(self, key: bytes) -> KeyLink:
+    def link(self, key: bytes) -> KeyConnection:
         found = self._keys.get(key)
         if found is None:
-            found = self._keys[key] = _ClusterLink(self, key)
+            found = self._keys[key] = _ClusterConnection(self, key)
         return found
 
-    def to(self, node: Endpoint | None) -> Link:
+    def to(self, node: Endpoint | None) -> Connection:
         assert node is not None  # only of a single server
         link = self._links.get(node)
         if link is None:
             if self._closed:
                 raise ConnectionLost("the connection was closed")
             named = replace(self.endpoint, host=node.host, port=node.port, path=None)
-            link = self._links[node] = Link(named)
+            link = self._links[node] = Connection(named)
         return link
 
     @property
-    def openings(self) -> int:
+    def generation(self) -> int:
         """Another number whenever a connection was opened."""
-        return sum(link.openings for link in self._links.values())
+        return sum(link.generation for link in self._links.values())
 
     def waiting(self) -> list[tuple[Endpoint, RedisProtocol]]:
         """Connections on which replies are outstanding, and to which nodes."""
@@ -484,7 +486,7 @@ class ClusterTopology:
             apart=True,
         )
 
-    def apart(self, keys: list[bytes]) -> dict[Endpoint | None, list[bytes]]:
+    def group_by_node(self, keys: list[bytes]) -> dict[Endpoint | None, list[bytes]]:
         places = by_owner(keys, list(range(len(keys))), self.slots.owners)
         return {owner: [keys[place] for place in some] for owner, some in places}
 
@@ -606,7 +608,7 @@ class ClusterTopology:
         sent = link.send(packed, replies, decode=decode, timeout=timeout)
         if sent is not None:
             return sent
-        patience = ASK_NEXT if apart and link.tried else None
+        patience = ASK_NEXT if apart and link.attempted else None
         return asyncio.ensure_future(
             link.pipeline(packed, replies, decode=decode, timeout=timeout, patience=patience)
         )
@@ -693,7 +695,7 @@ class ClusterTopology:
         link = self.to(node)
         if timeout is None:
             timeout = link.endpoint.timeout
-        protocol = await link.get(ASK_NEXT if apart and link.tried else None)
+        protocol = await link.get(ASK_NEXT if apart and link.attempted else None)
         # Two requests each, as what decodes the one reply can't read the other; nothing in between.
         sent: list[asyncio.Future[list[Any]]] = []
         for command in commands:
@@ -723,7 +725,7 @@ class ClusterTopology:
         await asyncio.gather(*(link.close() for link in links), *self._leaving, self.slots.close())
 
 
-async def _leave(link: Link) -> None:
+async def _leave(link: Connection) -> None:
     """Closes it, once what was sent is answered; a server that hangs is not waited for long."""
     for _, protocol in link.waiting:
         if protocol.last is not None:
@@ -731,7 +733,7 @@ async def _leave(link: Link) -> None:
     await link.close()
 
 
-class _ClusterLink:
+class _ClusterConnection:
     """To whichever master serves a key."""
 
     def __init__(self, cluster: ClusterTopology, key: bytes) -> None:
@@ -745,8 +747,8 @@ class _ClusterLink:
         return owner is not None and self._cluster.to(owner).alive
 
     @property
-    def openings(self) -> int:
-        return self._cluster.openings
+    def generation(self) -> int:
+        return self._cluster.generation
 
     @property
     def waiting(self) -> list[tuple[Endpoint, RedisProtocol]]:

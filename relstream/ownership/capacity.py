@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from relstream.notifications import Notifications
 
 
-class Room:
+class Capacity:
     """How many more streams this consumer can take; shared by those that read for it.
 
     What is asked for is set aside, so that together they never take too many; and who found none is
@@ -55,7 +55,7 @@ class Room:
             self._closed.discard(reason)
             self._notifications.room_made.set()
 
-    def share(self, reader: object) -> int:
+    def available_for(self, reader: object) -> int:
         """How many this reader may ask for now."""
         room = self._left()
         for ahead in self._waiting:
@@ -76,7 +76,7 @@ class Room:
         """Whether another reader would find none."""
         return self._readers > 1 and self._left() <= 0
 
-    def await_turn(self, reader: object) -> None:
+    def wait_turn(self, reader: object) -> None:
         """This reader found none, and waits until `room_made` is set."""
         self._waiting.setdefault(reader)
 
@@ -86,11 +86,11 @@ class Room:
             del self._waiting[reader]
             self._notifications.room_made.set()
 
-    def set_aside(self, count: int) -> None:
+    def reserve(self, count: int) -> None:
         """So many are asked for, or taken."""
         self._in_hand += count
 
-    def give_back(self, count: int) -> None:
+    def release(self, count: int) -> None:
         """So many did not come, or have got to where they count by themselves."""
         self._in_hand -= count
         if self._readers > 1:

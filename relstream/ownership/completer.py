@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from relstream._core import (
     ITEM,
-    Endings,
+    CompletionQueue,
     Entry,
-    Ids,
+    EntryIds,
     Template,
     entry_ids,
     first_error,
@@ -28,27 +28,27 @@ from relstream.errors import ClientClosed, RelstreamError, ReplyError, StreamNot
 from relstream.lbs.delayed import DelayedEntries, packed
 from relstream.lbs.names import known_fields, replace_fields
 from relstream.lbs.permissions import Denied, refused
-from relstream.lbs.requeue import PUT, Entries
+from relstream.lbs.requeue import REQUEUED, Entries
 from relstream.lbs.scripts import FAIL, FINISH, run
 from relstream.net.connection import (
     Backoff,
     Forbidden,
-    explained_by_failover,
-    observe,
+    consume_exception,
+    is_retriable,
     raise_first,
 )
 from relstream.ownership.leases import pending_for
-from relstream.tasks import end_all
+from relstream.tasks import cancel_and_wait
 
 if TYPE_CHECKING:
     from relstream.config import RetryConfig
     from relstream.lbs.failures import Failure
     from relstream.lbs.locks import Locks
     from relstream.lbs.names import Names
-    from relstream.lbs.requeue import PutBack
+    from relstream.lbs.requeue import Requeuer
     from relstream.net.topology import Topology
     from relstream.ownership.leases import Leases
-    from relstream.ownership.renewer import Keeper
+    from relstream.ownership.renewer import LeaseRenewer
     from relstream.recorder import Outcome, SafeRecorder
 
     Future = asyncio.Future[None]
@@ -63,7 +63,7 @@ BATCH_BYTES = 1 << 20
 RECEIPT_MS = 600_000
 
 
-class _Call:
+class _Attempt:
     """What tries to end the same batch share."""
 
     def __init__(self, receipt: bytes) -> None:
@@ -77,7 +77,7 @@ class _Call:
         self.dead_letters: list[bytes] | None = None
 
 
-class Finisher:
+class Completer:
     """Ends ownership. Calls made in the same turn of the event loop share their commands."""
 
     def __init__(
@@ -87,9 +87,9 @@ class Finisher:
         names: Names,
         consumer: str,
         leases: Leases,
-        keeper: Keeper,
+        renewer: LeaseRenewer,
         *,
-        put_back: PutBack,
+        requeuer: Requeuer,
         dlq_max_len: int,
         retry: RetryConfig,
         patience: float,
@@ -103,13 +103,13 @@ class Finisher:
         self._names = names
         self._consumer = consumer
         self._leases = leases
-        self._keeper = keeper
+        self._renewer = renewer
         self._retry = retry
         self._patience = patience
         self._on_lost = on_lost
-        self._dead_letters = put_back
+        self._dead_letters = requeuer
         self._dlq_max_len = dlq_max_len
-        self._put = put_back.put
+        self._put = requeuer.requeue
         self._delayed_entries = DelayedEntries(self._link, names, logger)
         # One for each batch under way, and those that are on the server.
         self._receipts = [names.receipt(consumer, number) for number in range(BATCHES)]
@@ -125,16 +125,16 @@ class Finisher:
         self._ack = Template(b"XACK", names.lbs, names.group, ITEM)
         self._delete = Template(b"XDEL", names.lbs, ITEM)
         self._asked = asyncio.Event()
-        self._done = Endings(self._asked.set)
-        self._released = Endings(self._asked.set)
-        self._abandoned = Endings(self._asked.set)
-        self._delayed = Endings(self._asked.set)
-        self._dead = Endings(self._asked.set)
+        self._done = CompletionQueue(self._asked.set)
+        self._released = CompletionQueue(self._asked.set)
+        self._rest = CompletionQueue(self._asked.set)
+        self._delayed = CompletionQueue(self._asked.set)
+        self._dead = CompletionQueue(self._asked.set)
         # What becomes of those in each, and how many of them one batch takes, of how many bytes.
         self._queues = (
             (self._done, self._finish, 0),
             (self._released, self._hand_over, 0),
-            (self._abandoned, self._hand_back_others, 0),
+            (self._rest, self._hand_back_others, 0),
             (self._delayed, self._delay, BATCH_BYTES),
             (self._dead, self._dead_letter, BATCH_BYTES),
         )
@@ -150,13 +150,13 @@ class Finisher:
         self._running = False
         self._failure: BaseException | None = None
 
-    def abandon(self, head: Entry, others: list[Entry]) -> None:
+    def requeue_rest(self, head: Entry, others: list[Entry]) -> None:
         """A stream was lost by one of its entries: puts the others back, and releases its locks.
 
         There is nobody to wait for it: what fails here is recovered by others.
         """
         self._others[head] = others
-        self._abandoned.ask(head).add_done_callback(observe)
+        self._rest.ask(head).add_done_callback(consume_exception)
 
     def fail(self, head: Entry, failure: Failure) -> Future:
         """Ends ownership of a stream that failed: it waits until it is due, or is a dead letter."""
@@ -182,7 +182,7 @@ class Finisher:
                 await self._link.execute(b"DEL", *self._written)
 
     async def run(self) -> None:
-        """Serves `done`, `release`, `fail` and `abandon` until cancelled."""
+        """Serves `done`, `release`, `fail` and `requeue_rest` until cancelled."""
         for queue, _, _ in self._queues:
             queue.open(asyncio.get_running_loop().create_future)
         self._running = True
@@ -197,7 +197,7 @@ class Finisher:
                         while len(self._under_way) >= BATCHES:
                             await asyncio.wait(self._under_way, return_when=asyncio.FIRST_COMPLETED)
                         task = asyncio.ensure_future(
-                            self._persist(end, queue.take(BATCH, most_bytes))
+                            self._run_batch(end, queue.take(BATCH, most_bytes))
                         )
                         self._under_way.add(task)
                         if queue is self._dead:
@@ -205,7 +205,7 @@ class Finisher:
                         task.add_done_callback(self._batch_ended)
         finally:
             self._running = False
-            await end_all(self._under_way)
+            await cancel_and_wait(self._under_way)
             for queue, _, _ in self._queues:
                 _fail(queue.close(_closed), _closed())
 
@@ -218,10 +218,10 @@ class Finisher:
             self._failure = task.exception()
             self._asked.set()
 
-    async def _persist(
+    async def _run_batch(
         self,
-        end: Callable[[Endings, list[Entry], _Call], Awaitable[None]],
-        endings: Endings,
+        end: Callable[[CompletionQueue, list[Entry], _Attempt], Awaitable[None]],
+        endings: CompletionQueue,
     ) -> None:
         """Tries until it works, as often as `retry` allows. Trying again is safe."""
         backoff = Backoff(self._retry.initial_delay, self._retry.max_delay)
@@ -230,11 +230,11 @@ class Finisher:
         owned = end != self._hand_back_others
         handed_over = end in (self._hand_over, self._hand_back_others)
         failed = list(endings.heads) if self._failures else []
-        call = _Call(self._receipts.pop())
+        call = _Attempt(self._receipts.pop())
         try:
             while True:
                 # Not renewed meanwhile, so that a lock just released does not look lost.
-                self._keeper.drop(entries)
+                self._renewer.discard(entries)
                 try:
                     if not handed_over and not call.again and len(entries) > len(endings):
                         await self._keep_whole(endings)
@@ -245,8 +245,8 @@ class Finisher:
                     return
                 except RelstreamError as error:
                     if owned:
-                        self._keeper.add(entries)
-                    passing = explained_by_failover(error)
+                        self._renewer.add(entries)
+                    passing = is_retriable(error)
                     hopeless = isinstance(error, ReplyError) and not passing
                     patience = self._patience if passing else 0.0
                     if (
@@ -267,7 +267,7 @@ class Finisher:
             raise
         except Exception as error:
             if owned:
-                self._keeper.add(entries)
+                self._renewer.add(entries)
             self._give_up(endings, RelstreamError(f"a mistake of ours: {error!r}"), owned)
             raise
         finally:
@@ -275,7 +275,7 @@ class Finisher:
             for head in failed:
                 self._failures.pop(head, None)
 
-    def _give_up(self, endings: Endings, error: RelstreamError, owned: bool) -> None:
+    def _give_up(self, endings: CompletionQueue, error: RelstreamError, owned: bool) -> None:
         """What could not be ended is owned as before; what was lost stays lost."""
         for head in endings.heads:
             if owned:
@@ -285,7 +285,7 @@ class Finisher:
                 self._others.pop(head, None)
         _fail(endings.futures, error)
 
-    async def _keep_whole(self, endings: Endings) -> None:
+    async def _keep_whole(self, endings: CompletionQueue) -> None:
         """Takes out streams that were lost by one of several entries; the others go back.
 
         The lost one may have come to us again, under another id: finished by that and lost by the
@@ -294,16 +294,16 @@ class Finisher:
         entries = [entry for head in endings.heads if head.again for entry in _all(head)]
         lost = set(entries) - await self._pending(entries)
         for head in self._refuse(endings, lost):
-            self.abandon(head, _all(head))
+            self.requeue_rest(head, _all(head))
 
-    async def _finish(self, endings: Endings, entries: list[Entry], call: _Call) -> None:
+    async def _finish(self, endings: CompletionQueue, entries: list[Entry], call: _Attempt) -> None:
         self._settle(endings, await self._finish_all(endings, entries, call), "done")
 
     async def _finish_all(
         self,
-        endings: Endings,
+        endings: CompletionQueue,
         entries: list[Entry],
-        call: _Call,
+        call: _Attempt,
         delayed: Sequence[tuple[int, bytes]] = (),
     ) -> set[Entry]:
         """Finishes these, and delays what is given, one for each stream; returns entries lost."""
@@ -328,7 +328,7 @@ class Finisher:
             await self._delayed_entries.remove(surplus)
         return lost
 
-    async def _delay(self, endings: Endings, entries: list[Entry], call: _Call) -> None:
+    async def _delay(self, endings: CompletionQueue, entries: list[Entry], call: _Attempt) -> None:
         """Failed streams wait until they are due, each by its first entry; others are finished."""
         if call.delayed is None:
             fields = await self._fields(endings.heads)
@@ -343,7 +343,9 @@ class Finisher:
             with contextlib.suppress(RelstreamError):  # the leader does it
                 await self._delayed_entries.move_due()
 
-    async def _dead_letter(self, endings: Endings, entries: list[Entry], call: _Call) -> None:
+    async def _dead_letter(
+        self, endings: CompletionQueue, entries: list[Entry], call: _Attempt
+    ) -> None:
         """Failed streams become dead letters, each by its first entry; others are finished.
 
         They are added there first: a crash may leave one twice, and can't lose it.
@@ -388,7 +390,7 @@ class Finisher:
         """
         stored: dict[bytes, list[bytes]] = {}
         unknown = [head for head in heads if head.announcement is None]
-        async for part, batches in self._stored.read(Ids(entry_ids(unknown))):
+        async for part, batches in self._stored.read(EntryIds(entry_ids(unknown))):
             for entry_id, batch in zip(part, batches, strict=True):
                 if len(batch):
                     stored[entry_id] = batch.pairs(0) or []
@@ -399,7 +401,7 @@ class Finisher:
         return fields
 
     async def _finish_at_once(
-        self, entries: list[Entry], call: _Call, delayed: Sequence[tuple[int, bytes]]
+        self, entries: list[Entry], call: _Attempt, delayed: Sequence[tuple[int, bytes]]
     ) -> set[Entry] | None:
         """Finishes by the script; returns entries that were lost, None where it can't be.
 
@@ -443,7 +445,7 @@ class Finisher:
         return lost
 
     async def _lost_with_group(
-        self, entries: list[Entry], call: _Call, delayed: Sequence[tuple[int, bytes]]
+        self, entries: list[Entry], call: _Attempt, delayed: Sequence[tuple[int, bytes]]
     ) -> set[Entry]:
         """Deletes those that are there and locked by us, and returns them; first they are delayed.
 
@@ -534,21 +536,25 @@ class Finisher:
         lost = {entry for entry, ours in pairs if not (again and ours)}
         return lost - await self._deleted([entry for entry, ours in pairs if again != ours])
 
-    async def _hand_over(self, endings: Endings, entries: list[Entry], call: _Call) -> None:
+    async def _hand_over(
+        self, endings: CompletionQueue, entries: list[Entry], call: _Attempt
+    ) -> None:
         held = await self._locks.held(lock_keys(entries), known=True)
         doubtful = [entry for entry, locked in zip(entries, held, strict=True) if not locked]
         theirs = set(doubtful) - await self._pending(doubtful)
-        ours = await self._put_back([entry for entry in entries if entry not in theirs])
+        ours = await self._requeuer([entry for entry in entries if entry not in theirs])
         # What an earlier try has put back is not pending any more.
         lost = set() if call.again else {entry for entry in entries if entry not in ours}
         await self._unlock([entry for entry in entries if entry not in lost])
         self._settle(endings, lost, "released")
 
-    async def _hand_back_others(self, endings: Endings, entries: list[Entry], call: _Call) -> None:
+    async def _hand_back_others(
+        self, endings: CompletionQueue, entries: list[Entry], call: _Attempt
+    ) -> None:
         others = [entry for head in endings.heads for entry in self._others[head]]
         if others:
             ours = await self._pending(others)
-            await self._put_back([entry for entry in others if entry in ours])
+            await self._requeuer([entry for entry in others if entry in ours])
         await self._unlock(entries)
         for head in endings.heads:
             del self._others[head]
@@ -560,11 +566,11 @@ class Finisher:
         mine = await pending_for(self._link, self._names, self._consumer, keys, ids)
         return {entry for entry in entries if entry.lock_key in mine}
 
-    async def _put_back(self, entries: list[Entry]) -> set[Entry]:
+    async def _requeuer(self, entries: list[Entry]) -> set[Entry]:
         """Puts entries back as they are; returns those that were still pending."""
         returned: set[Entry] = set()
         by_id = {entry.id: entry for entry in entries}
-        async for part, batches in self._stored.read(Ids(entry_ids(entries))):
+        async for part, batches in self._stored.read(EntryIds(entry_ids(entries))):
             there = []
             for entry_id, batch in zip(part, batches, strict=True):
                 entry = by_id[entry_id]
@@ -573,7 +579,7 @@ class Finisher:
             # Without their locks: these are ours.
             outcomes = await self._put([(entry.id, pairs, None) for entry, pairs in there])
             returned.update(
-                entry for (entry, _), how in zip(there, outcomes, strict=True) if how == PUT
+                entry for (entry, _), how in zip(there, outcomes, strict=True) if how == REQUEUED
             )
         return returned
 
@@ -589,7 +595,7 @@ class Finisher:
             took = time.perf_counter() - start
             self._recorder.lock_release(succeeded=count - failed, failed=failed, duration=took)
 
-    def _refuse(self, endings: Endings, lost: set[Entry]) -> list[Entry]:
+    def _refuse(self, endings: CompletionQueue, lost: set[Entry]) -> list[Entry]:
         """Takes out what is lost, and tells those who wait for it; returns the first entries."""
         refused = []
         for i in reversed(range(len(endings.heads))):
@@ -609,7 +615,7 @@ class Finisher:
                 )
         return refused
 
-    def _settle(self, endings: Endings, lost: set[Entry], outcome: Outcome) -> None:
+    def _settle(self, endings: CompletionQueue, lost: set[Entry], outcome: Outcome) -> None:
         if lost:
             self._refuse(endings, lost)
         self._leases.drop(endings.heads, outcome)

@@ -19,26 +19,26 @@ from relstream.errors import DeadlineExceeded, ProtocolError, RelstreamError, Re
 from relstream.lbs.failures import with_detail
 from relstream.lbs.names import (
     INPUT_FIELD,
+    REASON_UNPARSEABLE,
+    REASON_WRONG_PARTITION,
     RETRY_FIELD,
     SEPARATOR,
-    UNPARSEABLE,
-    WRONG_PARTITION,
     Names,
     partition_of,
 )
-from relstream.lbs.requeue import PUT, TOO_LATE, fitting
-from relstream.net.connection import Backoff, Forbidden, explained_by_failover
+from relstream.lbs.requeue import REQUEUED, TOO_LATE, fitting
+from relstream.net.connection import Backoff, Forbidden, is_retriable
 from relstream.notifications import MAX_WAITING_BYTES
 from relstream.repeats import Repeats
-from relstream.tasks import end_all
+from relstream.tasks import cancel_and_wait
 
 if TYPE_CHECKING:
     from relstream.config import RecoveryConfig, RetryConfig
-    from relstream.lbs.requeue import PutBack
+    from relstream.lbs.requeue import Requeuer
     from relstream.net.connection import Endpoint
-    from relstream.net.topology import KeyLink, Topology
+    from relstream.net.topology import KeyConnection, Topology
     from relstream.notifications import Notifications
-    from relstream.ownership.capacity import Room
+    from relstream.ownership.capacity import Capacity
     from relstream.recorder import SafeRecorder
 
 # A read waits on the server for this long, in seconds: so long may closing take where the server
@@ -55,7 +55,7 @@ MOST_REFUSED = 10_000
 TOLD = 5
 
 
-class Intake:
+class Fetcher:
     """Reads, locks and tells, in batches, as long as there is room.
 
     While batches are being locked the next one is being read.
@@ -63,18 +63,18 @@ class Intake:
 
     def __init__(
         self,
-        reading: KeyLink,
+        reading: KeyConnection,
         topology: Topology,
         names: Names,
         consumer: str,
         *,
         notifications: Notifications,
-        room: Room,
+        room: Capacity,
         take: Callable[..., Awaitable[tuple[list[Entry], list[tuple[Entry, ReplyError]]]]],
         audit: Callable[[], Awaitable[None]],
         hand_back: Callable[[list[Entry]], Awaitable[list[bytes]]],
         unlock: Callable[[list[bytes]], Awaitable[list[bytes]]],
-        put_back: PutBack,
+        requeuer: Requeuer,
         recovered_after: float,
         retry: RetryConfig,
         patience: float,
@@ -88,7 +88,7 @@ class Intake:
         self._names = names
         self._consumer = consumer
         self._notifications = notifications
-        self._room = room
+        self._capacity = room
         self._take_leases = take
         self._audit = audit
         self._hand_back = hand_back
@@ -96,7 +96,7 @@ class Intake:
         self._retry = retry
         self._patience = patience
         self._recovery = recovery
-        self._put_back = put_back
+        self._requeuer = requeuer
         self._recorder = recorder
         self._logger = logger
         # Small enough that two batches fit: one is read while the other is locked or told.
@@ -145,8 +145,8 @@ class Intake:
         await self._end_read(lambda: True)
 
     async def pause(self) -> None:
-        """Ends the read under way, for when there is no room any more (`Room.close`)."""
-        await self._end_read(lambda: self._room.closed)
+        """Ends the read under way, for when there is no room any more (`Capacity.close`)."""
+        await self._end_read(lambda: self._capacity.closed)
 
     @property
     def settled(self) -> bool:
@@ -192,14 +192,14 @@ class Intake:
                 try:
                     await self._step()
                 except RelstreamError as error:
-                    self._room.end_turn(self)
+                    self._capacity.end_turn(self)
                     await asyncio.gather(*self._taking, return_exceptions=True)
                     self._taking.clear()
                     await self._repair(error)
             await self._settle()
         finally:
-            self._room.end_turn(self)
-            await end_all(self._taking)
+            self._capacity.end_turn(self)
+            await cancel_and_wait(self._taking)
             self._ended = True
 
     async def _repair(self, error: RelstreamError) -> None:
@@ -226,7 +226,7 @@ class Intake:
             error = ReplyError(f"{error} ({self._names.lbs.decode()!r})")
             if error.code == "WRONGTYPE":
                 raise error
-        patience = self._patience if explained_by_failover(error) else 0.0
+        patience = self._patience if is_retriable(error) else 0.0
         if self._forbidden.exhausted(error) or self._backoff.exhausted(
             self._retry.max_retries, patience
         ):
@@ -285,7 +285,7 @@ class Intake:
             return
         if self._stopping:
             return
-        room = self._room.share(self)
+        room = self._capacity.available_for(self)
         wanted = 1 if self._probing else self._count
         if room < wanted and self._taking:
             await self._taking.popleft()  # rather than reading in small portions
@@ -298,7 +298,7 @@ class Intake:
         if room <= 0:
             self.failing = None
             self._worked()
-            self._room.await_turn(self)
+            self._capacity.wait_turn(self)
             made = self._notifications.room_made.wait()
             try:
                 await asyncio.wait({made}, timeout=block if self._refused else None)
@@ -308,14 +308,14 @@ class Intake:
         count = min(room, wanted)
         asked_at = loop.time()
         batches: list[Batch] = []
-        self._room.set_aside(count)
-        self._room.end_turn(self)
-        if self._room.all_taken():
+        self._capacity.reserve(count)
+        self._capacity.end_turn(self)
+        if self._capacity.all_taken():
             block = min(block, BLOCK_OTHERS)
         try:
             batches = await self._read(count, block)
         finally:
-            self._room.give_back(count - sum(map(len, batches)))
+            self._capacity.release(count - sum(map(len, batches)))
         if not batches:
             await self._settle()
             self._worked()
@@ -402,12 +402,12 @@ class Intake:
                     await asyncio.wait({before})
                 self._notifications.added(new)
             for batch, bad in unreadable:
-                await self._bury(batch, bad)
+                await self._route_to_dlq(batch, bad)
             for batch, elsewhere in misplaced:
-                await self._bury_misplaced(batch, elsewhere)
+                await self._route_misplaced(batch, elsewhere)
             self._worked()
         finally:
-            self._room.give_back(sum(map(len, batches)))
+            self._capacity.release(sum(map(len, batches)))
 
     async def _lock(
         self, entries: list[Entry], asked_at: float, *, again: bool = False
@@ -430,12 +430,12 @@ class Intake:
             raise
         finally:
             self._locking.remove(entries)
-        hopeless = next((error for _, error in refusals if not explained_by_failover(error)), None)
+        hopeless = next((error for _, error in refusals if not is_retriable(error)), None)
         if hopeless is not None:
             self._locking_fails.failed(
                 "locks were refused, their entries stay pending: %s", hopeless
             )
-        waiting = [entry for entry, error in refusals if explained_by_failover(error)]
+        waiting = [entry for entry, error in refusals if is_retriable(error)]
         if waiting:
             if not self._refusals.failures:
                 self._logger.warning("locks are refused for now, trying again: %s", refusals[-1][1])
@@ -446,7 +446,7 @@ class Intake:
         if len(waiting) < len(entries):
             self._refusing.clear()
         else:
-            self._refusing.update(self._topology.apart(lock_keys(waiting)))
+            self._refusing.update(self._topology.group_by_node(lock_keys(waiting)))
         self._probing = (
             (bool(self._refusing) and self._refusing >= self._topology.servers)
             or len(self._refused) > MOST_REFUSED
@@ -468,18 +468,18 @@ class Intake:
 
     async def _take_refused(self) -> None:
         """Tries once more to lock what was refused."""
-        room = max(self._room.share(self), 0)
+        room = max(self._capacity.available_for(self), 0)
         since, asked_at = self._refused_since, self._refused_asked_at
         failure: RelstreamError | None = None
         fitting, self._refused = self._refused[:room], self._refused[room:]
         if fitting:
-            self._room.set_aside(len(fitting))
+            self._capacity.reserve(len(fitting))
             try:
                 self._notifications.added(await self._lock(fitting, asked_at, again=True))
             except RelstreamError as error:
                 failure = error
             finally:
-                self._room.give_back(len(fitting))
+                self._capacity.release(len(fitting))
                 self._refused_since = since
         await self._return_refused()
         if failure is not None:
@@ -506,7 +506,7 @@ class Intake:
         ours, of = self._names.partition, self._names.partitions
         return [entry for entry in entries if partition_of(entry.data_stream_name, of) != ours]
 
-    async def _bury_misplaced(self, batch: Batch, entries: list[Entry]) -> None:
+    async def _route_misplaced(self, batch: Batch, entries: list[Entry]) -> None:
         places = {batch.id(index): index for index in range(len(batch))}
         names = {places[entry.id]: entry.data_stream_name for entry in entries}
         of = self._names.partitions
@@ -514,20 +514,20 @@ class Intake:
             (i, f"{name!r} is of partition {partition_of(name, of)}: give partitions={of}")
             for i, name in names.items()
         ]
-        await self._bury(batch, bad, WRONG_PARTITION, names)
+        await self._route_to_dlq(batch, bad, REASON_WRONG_PARTITION, names)
 
-    async def _bury(
+    async def _route_to_dlq(
         self,
         batch: Batch,
         bad: list[tuple[int, str]],
-        reason: bytes = UNPARSEABLE,
+        reason: bytes = REASON_UNPARSEABLE,
         names: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
         """Moves what can't be served to the dead-letter stream; tells of it once a batch.
 
         `names` of data streams, by the same places in the batch as in `bad`.
         """
-        what = "announce no stream" if reason == UNPARSEABLE else "are not of this partition"
+        what = "announce no stream" if reason == REASON_UNPARSEABLE else "are not of this partition"
         letters = [
             (batch.id(index), with_detail(batch.pairs(index) or [], why), None)
             for index, why in bad
@@ -536,7 +536,9 @@ class Intake:
         which = ", ".join(told) + (f" and {len(bad) - TOLD} more" if len(bad) > TOLD else "")
         dlq = self._names.dlq.decode()
         try:
-            outcomes = await self._put_back.bury(letters, self._recovery.dlq_max_len, reason)
+            outcomes = await self._requeuer.route_to_dlq(
+                letters, self._recovery.dlq_max_len, reason
+            )
         except ReplyError as error:
             if not self._dlq_failed:  # it is tried again as long as they are pending
                 self._dlq_failed = True
@@ -551,6 +553,8 @@ class Intake:
             "LBS entries that %s went to the dead-letter stream %r: %s", what, dlq, which
         )
         if self._recorder is not None:
-            routed = [names.get(i) for (i, _), how in zip(bad, outcomes, strict=True) if how == PUT]
+            routed = [
+                names.get(i) for (i, _), how in zip(bad, outcomes, strict=True) if how == REQUEUED
+            ]
             if routed:
                 self._recorder.dlq_routing(streams=routed, reason=reason.decode())

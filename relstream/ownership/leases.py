@@ -1,6 +1,6 @@
 """The table of owned streams.
 
-A lease is the lock of one LBS entry, held by this consumer and renewed by its `Keeper`.
+A lease is the lock of one LBS entry, held by this consumer and renewed by its `LeaseRenewer`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from relstream._core import (
     PENDING,
     Audit,
     Entry,
-    Ids,
+    EntryIds,
     Template,
     entry_ids,
     forget,
@@ -31,8 +31,8 @@ from relstream.net.connection import raise_first
 
 if TYPE_CHECKING:
     from relstream.lbs.locks import Locks
-    from relstream.net.topology import KeyLink
-    from relstream.ownership.renewer import Keeper
+    from relstream.net.topology import KeyConnection
+    from relstream.ownership.renewer import LeaseRenewer
     from relstream.recorder import Outcome, SafeRecorder
 
 # Pending entries compared between two looks at what else there is to do.
@@ -65,7 +65,7 @@ class OwnedStream(NamedTuple):
 
 
 async def pending_for(
-    link: KeyLink, names: Names, consumer: str, keys: list[bytes], ids: list[bytes]
+    link: KeyConnection, names: Names, consumer: str, keys: list[bytes], ids: list[bytes]
 ) -> dict[bytes, int]:
     """Those of `keys` whose ids are pending for the consumer, and for how many ms they were.
 
@@ -93,14 +93,14 @@ class Leases:
 
     def __init__(
         self,
-        link: KeyLink,
+        link: KeyConnection,
         locks: Locks,
         names: Names,
         consumer: str,
         *,
         together: Callable[[], bool],
         recovered_after: float,
-        keeper: Keeper,
+        renewer: LeaseRenewer,
         on_drop: Callable[[], None],
         recorder: SafeRecorder | None,
     ) -> None:
@@ -108,7 +108,7 @@ class Leases:
         self._locks = locks
         self._names = names
         self._consumer = consumer
-        self._keeper = keeper
+        self._renewer = renewer
         self._together = together
         self._recovered_after_ms = max(recovered_after, SOONEST) * 1000
         self._doubtful_after = recovered_after * DOUBTFUL_AFTER
@@ -154,7 +154,7 @@ class Leases:
             entries, replies, self._owned, time.monotonic(), sent_at + self._locks.ttl
         )
         if locked:
-            self._keeper.add(locked)
+            self._renewer.add(locked)
         if None in replies and not late and not again:
             pairs = zip(entries, replies, strict=True)
             await self._locks.warn_of_holder([entry for entry, reply in pairs if reply is None])
@@ -179,7 +179,7 @@ class Leases:
         """
         held = [key for key, reply in zip(keys, replies, strict=True) if reply is None]
         mine = list(compress(held, await self._locks.held(held, known=True) if held else ()))
-        # Not just to be found: the keeper's next turn may come after their end.
+        # Not just to be found: the renewer's next turn may come after their end.
         gone, taken, refusals = await self._locks.renew(mine) if mine else ([], [], [])
         raise_first(refusals)
         ours = set(mine).difference(gone, taken)
@@ -305,7 +305,7 @@ class Leases:
             if not len(page) or page[0][3] == 1
         }
         ours: set[bytes] = set()
-        async for _, batches in Entries(self._link, self._names).read(Ids(list(kept))):
+        async for _, batches in Entries(self._link, self._names).read(EntryIds(list(kept))):
             ours.update(kept[entry_id] for batch in batches for entry_id in batch.ids())
         return ours
 

@@ -16,17 +16,17 @@ from relstream._core import Entry, discard, enter, extend, lock_keys, pack
 from relstream.errors import ConnectionFailed, ConnectionLost, RelstreamError, ReplyError
 from relstream.lbs.locks import Locks, chunks
 from relstream.lbs.names import SEPARATOR, Names, partition_of
-from relstream.net.connection import Backoff, explained_by_failover, raise_first
+from relstream.net.connection import Backoff, is_retriable, raise_first
 from relstream.net.discovery import LOOK_EVERY
-from relstream.net.sentinel import NamedMaster
+from relstream.net.sentinel import SentinelMaster
 from relstream.net.topology import SlotTable
 from relstream.ownership.leases import pending_for
-from relstream.tasks import end_all, new_event_loop, until_one_ends, within
+from relstream.tasks import cancel_and_wait, new_event_loop, run_until_first_exit, within
 
 if TYPE_CHECKING:
     from relstream.net.connection import Endpoint
     from relstream.net.deployment import Deployment
-    from relstream.net.topology import Guide, Topology
+    from relstream.net.topology import MasterResolver, Topology
     from relstream.recorder import SafeRecorder
 
 # Locks renewed between two looks at what else there is to do.
@@ -67,7 +67,7 @@ def refusal(reply: object) -> ReplyError | None:
     return None
 
 
-class Keeper:
+class LeaseRenewer:
     """Renews leases every half TTL, over connections of its own.
 
     By default it runs in a thread with an event loop of its own, so that leases outlive an
@@ -88,14 +88,14 @@ class Keeper:
         consumer: str,
         ttl: float,
         *,
-        guide: Guide,
+        guide: MasterResolver,
         on_lost: Callable[[list[bytes]], None],
         logger: logging.Logger,
         recorder: SafeRecorder | None,
         threaded: bool,
     ) -> None:
         # A server that keeps us waiting for longer than that has let the leases expire.
-        self._deployment = deployment.patient(ttl)
+        self._deployment = deployment.with_timeout(ttl)
         self._connect_timeout = deployment.endpoint.connect_timeout
         self._patience = self._deployment.endpoint.connect_timeout
         self._guide = guide
@@ -107,7 +107,7 @@ class Keeper:
         self._recorder = recorder
         self._threaded = threaded
         # Both threads change it: waking the other one for each batch would cost far more.
-        self._kept: dict[Entry, None] = {}
+        self._renewed: dict[Entry, None] = {}
         self._guard = threading.Lock()
         self._app_loop: asyncio.AbstractEventLoop | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -131,12 +131,12 @@ class Keeper:
     def add(self, entries: list[Entry]) -> None:
         """Renews the locks of these, too."""
         with self._guard:
-            enter(self._kept, entries)
+            enter(self._renewed, entries)
 
-    def drop(self, entries: list[Entry]) -> None:
+    def discard(self, entries: list[Entry]) -> None:
         """Renews the locks of these no more."""
         with self._guard:
-            discard(self._kept, entries)
+            discard(self._renewed, entries)
 
     async def opened(self) -> None:
         """Waits for the first connection of `run`; raises what keeps it from being opened."""
@@ -256,12 +256,12 @@ class Keeper:
             self._stopping.wait(),
             self._renew_for_ever(topology, replaced),
         ]
-        if isinstance(guide, NamedMaster):  # a master that was replaced may go on for long
+        if isinstance(guide, SentinelMaster):  # a master that was replaced may go on for long
             parts.append(guide.run())
         elif isinstance(guide, SlotTable):
             parts.append(guide.run(max(self._ttl / 8, LOOK_EVERY)))
         try:
-            await until_one_ends(*parts)
+            await run_until_first_exit(*parts)
         finally:
             await self._end_rounds()
             await topology.close()
@@ -288,13 +288,13 @@ class Keeper:
                 due = loop.time()
                 continue
             if backoff.failures and not self._failures:
-                again = "are renewed" if self._kept else "can be renewed"
+                again = "are renewed" if self._renewed else "can be renewed"
                 self._logger.warning("leases %s again", again)
                 backoff.reset()
             if loop.time() - start > period:
                 self._logger.warning(
                     "renewing %d leases took %.2f s, and should take %.2f s at most",
-                    len(self._kept), loop.time() - start, period,
+                    len(self._renewed), loop.time() - start, period,
                 )  # fmt: skip
             due = max(due + period, loop.time())
             # What a former master has renewed since it was replaced was renewed in vain.
@@ -326,7 +326,7 @@ class Keeper:
     async def _renew_all(self, topology: Topology, locks: Locks, spread: float) -> None:
         """Renews all; of several servers one that is silent keeps none of the others' waiting."""
         with self._guard:
-            held = list(self._kept)
+            held = list(self._renewed)
         parts = _apart(topology, held)
         for server, entries in parts:
             # One that owes us replies is not done with what it was sent before; where it does not,
@@ -393,7 +393,7 @@ class Keeper:
 
     async def _end_rounds(self) -> None:
         rounds, self._rounds = self._rounds, {}
-        await end_all(rounds)
+        await cancel_and_wait(rounds)
 
     async def _renew_some(
         self,
@@ -423,7 +423,7 @@ class Keeper:
             if under_way:
                 ended |= (await asyncio.wait(under_way))[0]
         except asyncio.CancelledError:
-            await end_all(under_way)
+            await cancel_and_wait(under_way)
             raise
         failures = [error for error in [task.exception() for task in ended] if error is not None]
         if failures:  # all others are renewed all the same
@@ -432,7 +432,7 @@ class Keeper:
     async def _renew(
         self, topology: Topology, locks: Locks, server: Endpoint | None, window: Sequence[Entry]
     ) -> None:
-        entries = [entry for entry in window if entry in self._kept]
+        entries = [entry for entry in window if entry in self._renewed]
         if not entries:
             return
         keys = lock_keys(entries)
@@ -452,7 +452,7 @@ class Keeper:
             lost += await self._revive(topology, locks, gone)
         if lost:
             unowned = set(lost)
-            self.drop([entry for entry in entries if entry.lock_key in unowned])
+            self.discard([entry for entry in entries if entry.lock_key in unowned])
         if lost or self._recorder is not None:
             failed = len(lost) + len(refusals)
             self._tell(lost, len(keys) - failed, failed, took)
@@ -513,7 +513,7 @@ def _passing(error: BaseException) -> bool:
     # MASTERDOWN stands for a connection to one of several masters that can't be opened.
     if not isinstance(error, ReplyError) or error.code == "MASTERDOWN":
         return False
-    return explained_by_failover(error)
+    return is_retriable(error)
 
 
 def _nothing() -> None:
@@ -525,5 +525,5 @@ def _apart(topology: Topology, entries: list[Entry]) -> list[tuple[Endpoint | No
     if topology.single:
         return [(None, entries)] if entries else []
     by_key = dict(zip(lock_keys(entries), entries, strict=True))
-    parts = topology.apart(list(by_key)).items()
+    parts = topology.group_by_node(list(by_key)).items()
     return [(server, [by_key[key] for key in keys]) for server, keys in parts]

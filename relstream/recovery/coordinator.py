@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from relstream._core import PENDING, Batch, Ids, PendingPage, Plan, jittered, pack, parse_id
+from relstream._core import PENDING, Batch, EntryIds, PendingPage, Plan, jittered, pack, parse_id
 from relstream.config import check_name
 from relstream.errors import (
     AlreadyClaimed,
@@ -31,8 +31,8 @@ from relstream.lbs.delayed import DelayedEntries
 from relstream.lbs.failures import with_detail
 from relstream.lbs.go_json import name_for_go
 from relstream.lbs.names import (
-    MAX_RETRIES,
-    UNPARSEABLE,
+    REASON_MAX_RETRIES,
+    REASON_UNPARSEABLE,
     Names,
     entry_id_of,
     lock_key,
@@ -42,24 +42,24 @@ from relstream.lbs.permissions import Denied, refused
 from relstream.lbs.requeue import (
     ALIVE,
     LOST,
-    PUT,
     REFUSED,
+    REQUEUED,
     Entries,
-    PutBack,
+    Requeuer,
     holders,
     plan_for,
     raise_if_all,
 )
-from relstream.net.connection import Backoff, explained_by_failover, raise_first
+from relstream.net.connection import Backoff, is_retriable, raise_first
 from relstream.net.identity import Server
 from relstream.net.topology import ClusterTopology
 from relstream.notifications import LBSInfo
 from relstream.recovery.election import Leadership
-from relstream.recovery.grace import Outages
+from relstream.recovery.grace import GracePeriods
 from relstream.recovery.lasting import LastingLocks
 from relstream.recovery.vanished import Vanished
 from relstream.repeats import Repeats
-from relstream.tasks import end_all, until_one_ends
+from relstream.tasks import cancel_and_wait, run_until_first_exit
 
 if TYPE_CHECKING:
     from relstream.config import RecoveryConfig
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from relstream.recovery.election import Fence
 
     # A stream's name, if one can be read, and its entry.
-    Letter = tuple[str | None, Returning]
+    DeadLetterEntry = tuple[str | None, Returning]
 
 # Pages that are recovered while the next one is read.
 PAGES_AHEAD = 4
@@ -90,7 +90,7 @@ HELD = 3.0
 MAX_EXPIRED = 100_000
 
 
-class Tally:
+class ScanResult:
     """What became of the entries that were looked at."""
 
     __slots__ = ("alive", "dead_letters", "refusals", "requeued", "vanished")
@@ -100,7 +100,7 @@ class Tally:
         self.refusals: list[ReplyError] = []
         """Why entries stay pending whose turn it was, one a batch."""
 
-    def __iadd__(self, other: Tally) -> Tally:
+    def __iadd__(self, other: ScanResult) -> ScanResult:
         for name in self.__slots__:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         return self
@@ -139,7 +139,7 @@ class Recoverer:
     ) -> None:
         self._topology = topology
         self._link = topology.link(names.lbs)
-        # A cluster's masters are looked after by `Outages`.
+        # A cluster's masters are looked after by `GracePeriods`.
         self._server = Server(topology.to(self._link.endpoint)) if topology.single else None
         # It is not kept waiting by what is being recovered.
         self._leadership = Leadership(
@@ -161,16 +161,16 @@ class Recoverer:
         self._auto_claim = auto_claim
         self._recorder = recorder
         self._logger = logger
-        self._put_back = PutBack(topology, names, recorder, logger)
+        self._requeuer = Requeuer(topology, names, recorder, logger)
         self._entries = Entries(self._link, names)
         self._group = Group(topology, names, consumer, logger)
         self._vanished = Vanished(self._link, names, self._group, recorder, logger)
         self._delayed = DelayedEntries(self._link, names, logger)
-        self._outages: Outages | None = None
+        self._grace_periods: GracePeriods | None = None
         if isinstance(topology, ClusterTopology):
-            self._outages = Outages(topology, names.lbs, heartbeat)
-        self.settle = self._put_back.settle
-        self.close = self._put_back.close
+            self._grace_periods = GracePeriods(topology, names.lbs, heartbeat)
+        self.settle = self._requeuer.settle
+        self.close = self._requeuer.close
         self._expired: dict[bytes, bytes] = {}  # locks, and the ids of their entries
         self._pages = asyncio.Semaphore(PAGES)
         self._passes: set[_Pass] = set()
@@ -204,7 +204,7 @@ class Recoverer:
         self._choosing_fails = Repeats("choosing a leader", logger)
         self._scanning_fails = Repeats("scanning", logger)
         self._complained: set[str] = set()
-        self._burying: set[bytes] = set()  # entries on their way to the dead-letter stream
+        self._routing: set[bytes] = set()  # entries on their way to the dead-letter stream
         self._no_mget = Denied(self._link)
 
     # --- from outside -------------------------------------------------------------------------
@@ -229,7 +229,9 @@ class Recoverer:
         check_name("lbs_info.data_stream_name", lbs_info.data_stream_name)
         entry_id = entry_id_of("lbs_info.id_in_lbs", lbs_info.id_in_lbs)
         lock = lock_key(lbs_info.data_stream_name, entry_id.decode())
-        tally = await self._recover_page(Ids([entry_id]), locks={lock}, claimed=True, fenced=False)
+        tally = await self._recover_page(
+            EntryIds([entry_id]), locks={lock}, claimed=True, fenced=False
+        )
         if tally.refusals:
             raise tally.refusals[0]
         if not tally.requeued and not tally.dead_letters:
@@ -240,7 +242,7 @@ class Recoverer:
 
     async def recover(self, ids: list[bytes]) -> None:
         """Takes the steps of recovery for these entries of our own, however long they were idle."""
-        await self._recover_page(Ids(sorted(ids, key=_id_order)), fenced=False)
+        await self._recover_page(EntryIds(sorted(ids, key=_id_order)), fenced=False)
 
     async def hand_back(
         self, ids: list[bytes], *, never_owned: Mapping[bytes, list[bytes]] | None = None
@@ -254,21 +256,21 @@ class Recoverer:
         """
         stay: list[bytes] = []
         ids = sorted(ids, key=_id_order)
-        async for part, batches in self._entries.read(Ids(ids)):
+        async for part, batches in self._entries.read(EntryIds(ids)):
             plan = plan_for(part, batches)
             try:
                 if never_owned is None:
                     await self._vanished.acknowledge(plan.gone, own=True)
                 else:
-                    await self._put_back.put([(i, never_owned[i], None) for i in plan.gone])
-                outcomes, _ = await self._put_back.put_planned(
+                    await self._requeuer.requeue([(i, never_owned[i], None) for i in plan.gone])
+                outcomes, _ = await self._requeuer.requeue_planned(
                     plan,
                     counting=False,
                     looked=never_owned is not None,
                     locked=never_owned is None,
                 )
             except ReplyError as error:  # about all of this part
-                if not explained_by_failover(error):
+                if not is_retriable(error):
                     raise
                 stay += part
                 continue
@@ -284,7 +286,7 @@ class Recoverer:
         lasts = self._leadership.lasts
         backoff = Backoff(lasts / 16, lasts)
         failing_since = math.inf
-        if self._outages is None:
+        if self._grace_periods is None:
             # There may have been one just before we came. Who lives renews within half a lease.
             self._be_patient(0.5)
         while True:
@@ -365,10 +367,10 @@ class Recoverer:
             self._group.tidy_for_ever(),
             self._delayed.run(self._clock),
         ]
-        if self._outages is not None:
+        if self._grace_periods is not None:
             # First: what it leaves in the dark is not looked at before that is over.
-            parts.insert(0, self._outages.watch(succeeding=self._succeeding))
-        await until_one_ends(*parts)
+            parts.insert(0, self._grace_periods.watch(succeeding=self._succeeding))
+        await run_until_first_exit(*parts)
 
     async def _keep_leading(self) -> None:
         loop = asyncio.get_running_loop()
@@ -389,13 +391,13 @@ class Recoverer:
             await asyncio.sleep(self._leadership.lasts / 4)
 
     async def _recover_for_ever(self) -> None:
-        if self._outages is not None and self._succeeding:
+        if self._grace_periods is not None and self._succeeding:
             self._be_patient(0.5)
         await asyncio.sleep(self._patient_until - asyncio.get_running_loop().time())
         parts = [self._scan_for_ever()]
         if self._auto_claim:
             parts += [self._heed_events_for_ever(), self._look_for_ever()]
-        await until_one_ends(*parts)
+        await run_until_first_exit(*parts)
 
     async def _heed_events_for_ever(self) -> None:
         size = self._recovery.batch_size
@@ -408,7 +410,7 @@ class Recoverer:
                     await self._recover_ids(ids[start : start + size], expired)
                     self._complained.discard("recovered")
                 except ReplyError as error:  # looks and scans find them
-                    if explained_by_failover(error):
+                    if is_retriable(error):
                         raise
                     self._complain(len(ids), "recovered", error)
             await asyncio.sleep(LOOK_EVERY)
@@ -425,7 +427,7 @@ class Recoverer:
                 await asyncio.sleep(LOOK_EVERY)
         finally:
             walks, self._walks = self._walks, {}
-            await end_all(walks.values())
+            await cancel_and_wait(walks.values())
 
     async def _scan_for_ever(self) -> None:
         loop = asyncio.get_running_loop()
@@ -449,7 +451,7 @@ class Recoverer:
     async def _scan(self) -> None:
         start = time.perf_counter()
         success = False
-        tally = Tally()
+        tally = ScanResult()
         try:
             await self._walk(round(self._recovery.min_idle_time * 1000), tally)
             success = True
@@ -469,7 +471,9 @@ class Recoverer:
                 )
             self._scanned = self._scanned or success
 
-    async def _walk(self, min_idle_ms: int, tally: Tally, consumer: bytes | None = None) -> None:
+    async def _walk(
+        self, min_idle_ms: int, tally: ScanResult, consumer: bytes | None = None
+    ) -> None:
         """Looks at all pending entries, or those of one consumer, page by page.
 
         Several pages are under way at a time, so that the server has always something to do. What
@@ -477,7 +481,7 @@ class Recoverer:
         """
         refusal: ReplyError | None = None
         size = self._recovery.batch_size
-        pages: deque[asyncio.Task[Tally]] = deque()
+        pages: deque[asyncio.Task[ScanResult]] = deque()
         start: bytes | None = b"-"
         try:
             while start is not None:
@@ -492,26 +496,26 @@ class Recoverer:
                     try:
                         tally += await pages[0]
                     except ReplyError as error:
-                        if error.code == "NOGROUP" or explained_by_failover(error):
+                        if error.code == "NOGROUP" or is_retriable(error):
                             raise
                         refusal = error
                     pages.popleft()
         finally:
-            await end_all(pages)
+            await cancel_and_wait(pages)
         if refusal is not None:
             raise refusal
 
     async def _recover_page(
         self,
-        ids: Ids,
+        ids: EntryIds,
         page_size: int | None = None,
         locks: Container[bytes] | None = None,
         *,
         claimed: bool = False,
         fenced: bool = True,
-    ) -> Tally:
+    ) -> ScanResult:
         """The steps for these; `fenced`: only as long as this consumer leads."""
-        tally = Tally()
+        tally = ScanResult()
         if not len(ids):  # nor is it to wait for others' pages
             return tally
         async with self._pages:
@@ -564,7 +568,7 @@ class Recoverer:
         known = self._known
         sampled = [entry_id for ids in samples.values() for entry_id in ids]
         unknown = sorted((i for i in sampled if i not in known), key=_id_order)
-        async for part, batches in self._entries.read(Ids(unknown)):
+        async for part, batches in self._entries.read(EntryIds(unknown)):
             plan = plan_for(part, batches)
             known.update(zip(plan.ids(), plan.lock_keys(), strict=True))
         known = self._known = {i: known[i] for i in sampled if i in known}
@@ -600,12 +604,12 @@ class Recoverer:
 
     async def _walk_through(self, name: bytes, free: int) -> None:
         """Recovers what is pending for a consumer of which so many locks were seen to be free."""
-        tally = Tally()
+        tally = ScanResult()
         try:
             await self._walk(self._ttl_ms, tally, name)
             self._complained.discard("recovered")
         except ReplyError as error:
-            if error.code == "NOGROUP" or explained_by_failover(error):
+            if error.code == "NOGROUP" or is_retriable(error):
                 raise
             self._complain(free, "recovered", error)
         if tally.requeued + tally.dead_letters + tally.vanished:
@@ -617,12 +621,14 @@ class Recoverer:
 
     # --- the steps ----------------------------------------------------------------------------
 
-    async def _recover_ids(self, ids: list[bytes], locks: Container[bytes] | None = None) -> Tally:
+    async def _recover_ids(
+        self, ids: list[bytes], locks: Container[bytes] | None = None
+    ) -> ScanResult:
         """Looks at these entries, in the order of ids, however long they were idle.
 
         With `locks` only at those that have one of them.
         """
-        return await self._recover_page(Ids(ids), locks=locks)
+        return await self._recover_page(EntryIds(ids), locks=locks)
 
     async def _values(self, mget: bytes, keys: Callable[[], list[bytes]]) -> list[bytes | None]:
         """Who holds these locks: asked by one MGET, packed, or by one GET for each key."""
@@ -637,21 +643,21 @@ class Recoverer:
                 self._no_mget.remember()
         locks = keys()
         replies = await holders(self._topology, locks)
-        if self._outages is None:
+        if self._grace_periods is None:
             await self._check_connection()
             raise_if_all(replies)
         # Something that can't be read holds the lock: leave it alone, and go on with the others.
         values = [str(r).encode() if isinstance(r, ReplyError) else r for r in replies]
-        if self._outages is not None:
+        if self._grace_periods is not None:
             failed = zip(locks, replies, strict=True)
-            self._outages.refused(
+            self._grace_periods.unreachable(
                 [key for key, r in failed if isinstance(r, ReplyError) and r.code == "MASTERDOWN"]
             )
             free = [key for key, value in zip(locks, values, strict=True) if value is None]
             if free:
-                await self._outages.look_again(free)
-            shadowed = self._outages.shadowed(locks)
-            for place in (i for i, key in enumerate(locks) if key in shadowed):
+                await self._grace_periods.look_again(free)
+            unverifiable = self._grace_periods.unverifiable(locks)
+            for place in (i for i, key in enumerate(locks) if key in unverifiable):
                 values[place] = values[place] or b"its master was silent"
         return values
 
@@ -673,19 +679,19 @@ class Recoverer:
 
     async def _recover(
         self,
-        ids: Ids,
+        ids: EntryIds,
         batches: list[Batch],
         locks: Container[bytes] | None,
         *,
         claimed: bool,
         fenced: bool,
         under_way: _Pass,
-    ) -> Tally:
+    ) -> ScanResult:
         """The steps of recovery, for these entries; `claimed`: of which the application wants it.
 
         It has heard of an expired lock, and is told where one can't be read.
         """
-        tally = Tally()
+        tally = ScanResult()
         # Whoever judges has to lead before, and until its judgement is carried out.
         leading = fenced and self._leading
         fence = self._leadership.fence if leading else None
@@ -695,7 +701,9 @@ class Recoverer:
             tally.vanished = await self._vanished.acknowledge(
                 plan.gone, own=not fenced and not claimed, holding=self._holding
             )
-        await self._bury(await self._unreadable(plan, tally), UNPARSEABLE, tally, fence)
+        await self._route_to_dlq(
+            await self._unreadable(plan, tally), REASON_UNPARSEABLE, tally, fence
+        )
         if not len(plan):
             return tally
         if claimed:
@@ -716,13 +724,13 @@ class Recoverer:
         tally.alive += alive
         self._check_leadership(leading)
         with self._attempt(plan.ids() if self._recorder is not None else []):
-            outcomes, refusal = await self._put_back.put_planned(
+            outcomes, refusal = await self._requeuer.requeue_planned(
                 plan, counting=True, looked=True, fence=fence
             )
         if refusal is not None:
             tally.refusals.append(refusal)
             self._complain(len(plan), "put back", refusal)
-        tally.requeued = outcomes.count(PUT)
+        tally.requeued = outcomes.count(REQUEUED)
         if tally.requeued:
             self._complained.discard("put back")
         tally.alive += outcomes.count(ALIVE)
@@ -730,12 +738,12 @@ class Recoverer:
             told = list(zip(plan.ids(), plan.names(), outcomes, strict=True))
             self._record(self._recorder, told, under_way)
         detail = f"its owners died, or lost it, more than {self._recovery.max_retries} times"
-        await self._bury(
+        await self._route_to_dlq(
             [
                 (name, (entry_id, with_detail(pairs, detail), lock))
                 for name, (entry_id, pairs, lock) in letters
             ],
-            MAX_RETRIES,
+            REASON_MAX_RETRIES,
             tally,
             fence,
         )
@@ -746,7 +754,7 @@ class Recoverer:
         if leading and not self._leadership.confirmed:
             raise ReplyError("FENCED leadership was not confirmed in time")
 
-    async def _unreadable(self, plan: Plan, tally: Tally) -> list[Letter]:
+    async def _unreadable(self, plan: Plan, tally: ScanResult) -> list[DeadLetterEntry]:
         """Entries that can't be read, but for those that a consumer of the reference works on."""
         bad = [
             (entry_id, with_detail(pairs, why), name_for_go(pairs))
@@ -757,7 +765,7 @@ class Recoverer:
             return [(None, (entry_id, pairs, None)) for entry_id, pairs, _ in bad]
         values = await self._values(pack(b"MGET", *locks), lambda: locks)
         held = {lock for lock, value in zip(locks, values, strict=True) if value is not None}
-        letters: list[Letter] = []
+        letters: list[DeadLetterEntry] = []
         for entry_id, pairs, name in bad:
             lock = lock_key(name, entry_id.decode()) if name else None
             if lock in held:
@@ -784,7 +792,7 @@ class Recoverer:
         self, recorder: SafeRecorder, told: list[tuple[bytes, str, int]], under_way: _Pass
     ) -> None:
         """Tells the recorder what became of these entries: ids, names, outcomes."""
-        requeued = [(entry_id, name) for entry_id, name, how in told if how == PUT]
+        requeued = [(entry_id, name) for entry_id, name, how in told if how == REQUEUED]
         # Where another pass of ours still tries, it is the one that may have been first.
         lost = [
             (entry_id, name)
@@ -805,18 +813,22 @@ class Recoverer:
                 "some of %d entries stay pending, as they can't be %s: %s", count, what, error
             )
 
-    async def _bury(
-        self, letters: Sequence[Letter], reason: bytes, tally: Tally, fence: Fence | None
+    async def _route_to_dlq(
+        self,
+        letters: Sequence[DeadLetterEntry],
+        reason: bytes,
+        tally: ScanResult,
+        fence: Fence | None,
     ) -> None:
         # A scan and a look come upon the same ones: each would leave a copy if this ended now.
-        letters = [each for each in letters if each[1][0] not in self._burying]
+        letters = [each for each in letters if each[1][0] not in self._routing]
         if not letters:
             return
         where = f"moved to the dead-letter stream {self._names.dlq.decode()}"
         ids = {entry_id for _, (entry_id, _, _) in letters}
-        self._burying |= ids
+        self._routing |= ids
         try:
-            outcomes = await self._put_back.bury(
+            outcomes = await self._requeuer.route_to_dlq(
                 [letter for _, letter in letters],
                 self._recovery.dlq_max_len,
                 reason,
@@ -829,23 +841,25 @@ class Recoverer:
             self._complain(len(letters), where, error)
             return
         finally:
-            self._burying -= ids
+            self._routing -= ids
         self._complained.discard(where)
         tally.alive += outcomes.count(ALIVE)
-        buried = [stream for (stream, _), how in zip(letters, outcomes, strict=True) if how == PUT]
-        if not buried:
+        routed = [
+            stream for (stream, _), how in zip(letters, outcomes, strict=True) if how == REQUEUED
+        ]
+        if not routed:
             return
-        tally.dead_letters += len(buried)
-        self._logger.warning("%d entries became dead letters: %s", len(buried), reason.decode())
+        tally.dead_letters += len(routed)
+        self._logger.warning("%d entries became dead letters: %s", len(routed), reason.decode())
         if self._recorder is not None:
-            self._recorder.dlq_routing(streams=buried, reason=reason.decode())
+            self._recorder.dlq_routing(streams=routed, reason=reason.decode())
 
 
 def _tells_of_an_outage(error: RelstreamError) -> bool:
     """Whether locks of the living may be gone, or about to: a write was refused, or stood still."""
     if isinstance(error, ReplyError):
         # Out of memory locks are renewed all the same.
-        return explained_by_failover(error) and error.code not in ("OOM", "FENCED", "NOSCRIPT")
+        return is_retriable(error) and error.code not in ("OOM", "FENCED", "NOSCRIPT")
     return isinstance(error, DeadlineExceeded)
 
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from relstream._core import pack
 from relstream.errors import ConnectionLost, RelstreamError, ReplyError
 from relstream.lbs.names import SEPARATOR
-from relstream.tasks import end_all
+from relstream.tasks import cancel_and_wait
 
 if TYPE_CHECKING:
-    from relstream.net.connection import Endpoint, Link
+    from relstream.net.connection import Connection, Endpoint
     from relstream.net.topology import ClusterTopology
 
 # Seconds between two questions to each master, at most.
@@ -23,7 +23,7 @@ KEYS = 100_000
 KEYS_AT_ONCE = 1000
 
 
-class Outages:
+class GracePeriods:
     """Asks every master several times a second, over the connections that ask for locks.
 
     So whoever asks for locks of one that hung hears of that first. Asked is for what renews a lock,
@@ -51,7 +51,7 @@ class Outages:
         # When those were first asked that have not answered since; long ago if they hung up on us.
         self._asked_at: dict[Endpoint, float] = {}
         # How often the connections had been opened on which they answered last, and who answered.
-        self._openings: dict[Endpoint, int] = {}
+        self._generation: dict[Endpoint, int] = {}
         self._run_ids: dict[Endpoint, bytes | None] = {}
         # A key on each that is no lock; None where none was found. Until when those live that we
         # have written (loop time).
@@ -94,12 +94,12 @@ class Outages:
                 self._woke_at = now()
         finally:
             self._watching = False
-            await end_all(asking.values())
+            await cancel_and_wait(asking.values())
 
     def _forget(self) -> None:
         self._until.clear()
         self._first_sign.clear()
-        self._openings.clear()
+        self._generation.clear()
         self._run_ids.clear()
         self._living.clear()
         self._forbidden = False
@@ -122,8 +122,8 @@ class Outages:
         return silence > self._bearable
 
     def _opened_anew(self, master: Endpoint) -> bool:
-        openings = self._topology.to(master).openings
-        return openings != self._openings.get(master, openings)
+        generation = self._topology.to(master).generation
+        return generation != self._generation.get(master, generation)
 
     def _compare(self) -> None:
         """One that came as another went replaces it; else slots have moved, with their locks."""
@@ -133,7 +133,7 @@ class Outages:
             del self._until[master]
             self._first_sign.pop(master, None)
             self._asked_at.pop(master, None)
-            self._openings.pop(master, None)
+            self._generation.pop(master, None)
             self._run_ids.pop(master, None)
             self._living.pop(master, None)
         for master in masters:
@@ -158,7 +158,7 @@ class Outages:
             link = self._topology.to(master)
             (reply,) = await link.pipeline(self._question(master), 1)
             known = master in self._run_ids and not self._opened_anew(master)
-            openings = link.openings
+            generation = link.generation
             run_id = self._run_ids[master] if known else await link.run_id()
         except RelstreamError as error:
             # One that ends connections, as proxies do, or hangs, tells next time who it is.
@@ -179,7 +179,7 @@ class Outages:
         same = run_id == self._run_ids.get(master, run_id)
         same = living and reply == 1 if run_id is None else same
         if same:
-            self._openings[master] = openings
+            self._generation[master] = generation
         if self._silent(master):
             lost = not same or self._asked_at.get(master) == -math.inf
             self._wait_for_owners(master, lost=lost)
@@ -187,21 +187,21 @@ class Outages:
             self._living[master] = sent_at + self._lease
         elif reply == 0 and not self._forbidden:
             await self._write(master, link)
-        self._openings[master] = openings
+        self._generation[master] = generation
         self._run_ids[master] = run_id
         self._asked_at.pop(master, None)
 
     def _question(self, master: Endpoint) -> bytes:
         """What changes nothing, and is answered as the renewal of a lock would be."""
         key = self._keys.get(master)
-        moved = key is not None and master not in self._topology.apart([key])
+        moved = key is not None and master not in self._topology.group_by_node([key])
         if moved or master not in self._keys:
             self._find_keys()
             self._living.pop(master, None)
             key = self._keys.get(master)
         return pack(b"PING") if key is None else pack(b"PEXPIRE", key, self._lease_ms)
 
-    async def _write(self, master: Endpoint, link: Link) -> None:
+    async def _write(self, master: Endpoint, link: Connection) -> None:
         """Writes the key of ours, which is not there, or not any more."""
         key = self._keys.get(master)
         self._living.pop(master, None)
@@ -218,7 +218,9 @@ class Outages:
         if not self._watching:
             return
         self._compare()
-        masters = [master for master in self._topology.apart(locks) if master in self._until]
+        masters = [
+            master for master in self._topology.group_by_node(locks) if master in self._until
+        ]
         await asyncio.gather(*map(self._ask, masters))
 
     def _find_keys(self) -> None:
@@ -229,28 +231,28 @@ class Outages:
             # named as a lock, which is never written: no entry has this id.
             end = SEPARATOR + b"0-0" if self._forbidden else self._lbs + b"-alive"
             keys = [b"{%d}%b" % (i, end) for i in range(start, start + KEYS_AT_ONCE)]
-            for master, some in self._topology.apart(keys).items():
+            for master, some in self._topology.group_by_node(keys).items():
                 if master in missing:
                     missing.remove(master)
                     self._keys[master] = some[0]
             if not missing:
                 return
 
-    def refused(self, locks: list[bytes]) -> None:
+    def unreachable(self, locks: list[bytes]) -> None:
         """Masters of these could not be asked who holds them."""
         self._compare()
-        for master in self._topology.apart(locks):
+        for master in self._topology.group_by_node(locks):
             if master in self._until:
                 self._wait_for_owners(master, lost=True)
 
-    def shadowed(self, locks: list[bytes]) -> set[bytes]:
+    def unverifiable(self, locks: list[bytes]) -> set[bytes]:
         """Those of the locks that may be missing though their owners live, as far as is watched."""
         if not self._watching:
             return set()
         self._compare()
         now = asyncio.get_running_loop().time()
         dark = {m for m, until in self._until.items() if now < until or self._silent(m)}
-        apart = self._topology.apart(locks).items() if dark or self._first_sign else ()
+        apart = self._topology.group_by_node(locks).items() if dark or self._first_sign else ()
         for master, _ in apart:
             if master in self._first_sign and master not in dark:
                 del self._first_sign[master]

@@ -12,7 +12,7 @@ from relstream.errors import ReplyError
 from relstream.lbs.permissions import Denied
 
 if TYPE_CHECKING:
-    from relstream.net.topology import KeyLink, Topology
+    from relstream.net.topology import KeyConnection, Topology
 
 LOOK_EVERY = 60.0
 # A lock that lives for longer than so many of our heartbeats was not set by a consumer's renewal.
@@ -28,7 +28,7 @@ class LastingLocks:
     """
 
     def __init__(
-        self, topology: Topology, link: KeyLink, heartbeat: float, logger: logging.Logger
+        self, topology: Topology, link: KeyConnection, heartbeat: float, logger: logging.Logger
     ) -> None:
         self._topology = topology
         self._heartbeat = heartbeat

@@ -17,7 +17,7 @@ from relstream.net.connection import raise_first
 if TYPE_CHECKING:
     from relstream.lbs.consumers import Group
     from relstream.lbs.names import Names
-    from relstream.net.topology import KeyLink
+    from relstream.net.topology import KeyConnection
     from relstream.recorder import SafeRecorder
 
 # A consumer that reads is heard of once a second; so many seconds later it need not live any more.
@@ -31,7 +31,7 @@ class Vanished:
 
     def __init__(
         self,
-        link: KeyLink,
+        link: KeyConnection,
         names: Names,
         group: Group,
         recorder: SafeRecorder | None,

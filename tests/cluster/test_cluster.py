@@ -422,9 +422,9 @@ async def test_nobody_waits_for_a_master_that_was_replaced(cluster, service, wor
     victim = cluster.master_of(service.lbs)
     (replica,) = cluster.replicas(of=victim)
     async with work(f"{url_of(cluster)}?socket_timeout=60", "svc") as client:
-        service.bury(1)
+        service.route_to_dlq(1)
         await announces(client)
-        service.bury(1)
+        service.route_to_dlq(1)
         victim.pause()
         announcing = asyncio.ensure_future(announces(client))
         await eventually(lambda: "master" in replica.client.role())

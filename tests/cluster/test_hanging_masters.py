@@ -35,7 +35,7 @@ def lasting(make: Callable[..., Cluster]) -> Cluster:
 
 
 @pytest.fixture
-def apart(lasting: Cluster) -> Iterator[ClusterService]:
+def group_by_node(lasting: Cluster) -> Iterator[ClusterService]:
     """A service in it whose keys, but for locks, are all on one master."""
 
     def together(name: str) -> bool:
@@ -262,7 +262,9 @@ async def test_a_claim_tells_what_is_not_known_from_what_is_held(lasting, apart,
         await client.claim(stray)
     await asyncio.to_thread(victim.start)
     # What a leader holds back for a while is for who asks for it.
-    await eventually(lambda: client._partitions[0].recoverer._outages.shadowed([lock.encode()]), 10)
+    await eventually(
+        lambda: client._partitions[0].recoverer._grace_periods.unverifiable([lock.encode()]), 10
+    )
 
     while True:
         try:

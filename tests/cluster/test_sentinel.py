@@ -39,7 +39,7 @@ from relstream import (
     RelstreamError,
     StreamClient,
 )
-from relstream.ownership.renewer import Keeper
+from relstream.ownership.renewer import LeaseRenewer
 from relstream.testing import Node, Sentinels
 from relstream.testing.server import Server, TLSFiles
 
@@ -199,9 +199,9 @@ async def test_a_new_master_is_followed(service, consumer, sentinels, how):
 async def test_nobody_waits_for_a_master_that_was_replaced(service, sentinels, work):
     """It would acknowledge, once it wakes up, what is lost by then."""
     async with work(f"{sentinels.url}?socket_timeout=60", "svc") as client:
-        service.bury(1)
+        service.route_to_dlq(1)
         await announces(client)
-        service.bury(1)
+        service.route_to_dlq(1)
         assert service.redis.wait(2, 4000) == 2
         sentinels.master().pause()
         announcing = asyncio.ensure_future(announces(client))
@@ -426,14 +426,14 @@ async def test_who_follows_to_another_master_gives_owners_the_time_to(
     entries = service.entries()
     locks = [lock for lock in service.locks() if not lock.startswith("first")]
     assert service.redis.wait(2, 4000) == 2
-    renew_all = Keeper._renew_all
+    renew_all = LeaseRenewer._renew_all
     late = True
 
-    async def renew_late(keeper: Keeper, *args: Any) -> None:
+    async def renew_late(renewer: LeaseRenewer, *args: Any) -> None:
         if not late:
-            await renew_all(keeper, *args)
+            await renew_all(renewer, *args)
 
-    monkeypatch.setattr(Keeper, "_renew_all", renew_late)
+    monkeypatch.setattr(LeaseRenewer, "_renew_all", renew_late)
     promoted = await asyncio.to_thread(sentinels.failover)
     if leads == "anew":
         promoted.client.delete(key)

@@ -50,9 +50,9 @@ from relstream._core import (
     STREAMS,
     Audit,
     Batch,
-    Endings,
+    CompletionQueue,
     Entry,
-    Ids,
+    EntryIds,
     OwnedStreams,
     PendingPage,
     Plan,
@@ -273,7 +273,7 @@ def fuzz_json(rng: Random) -> None:
         assert one.announcement is not None
         assert understood(one.announcement) == expected
         assert one.lock_key == one.data_stream_name.encode() + SEPARATOR + b"5-1"
-    plan = Plan(Ids([b"5-1"]), [batch], FIELD, SEPARATOR, RETRY_FIELD, orjson.loads)
+    plan = Plan(EntryIds([b"5-1"]), [batch], FIELD, SEPARATOR, RETRY_FIELD, orjson.loads)
     assert plan.lock_keys() == [one.lock_key for one in entries]
     assert plan.names() == [one.data_stream_name for one in entries]
 
@@ -332,7 +332,7 @@ def fuzz_plan(rng: Random) -> None:
     ]
     [batch] = read_batch(entries)
     ids = [id_ for id_ in batch.ids() if rng.random() < 0.9] + [b"50-1"] * rng.randrange(2)
-    plan = Plan(Ids(ids), [batch], FIELD, SEPARATOR, RETRY_FIELD, orjson.loads)
+    plan = Plan(EntryIds(ids), [batch], FIELD, SEPARATOR, RETRY_FIELD, orjson.loads)
     assert len(plan) + len(plan.gone) + len(plan.unparseable) == len(ids)
     assert plan.mget() == pack(b"MGET", *plan.lock_keys())
     values = [rng.choice((None, b"held")) for _ in range(len(plan))]
@@ -388,7 +388,7 @@ def fuzz_owned(rng: Random) -> None:
     assert locked == [one for one, reply in zip(entries, replies, strict=True) if reply == b"OK"]
     assert new == locked == list(owned.values())
     assert (refusal is None) == (first_error(replies) is None)
-    endings = Endings(lambda: None)
+    endings = CompletionQueue(lambda: None)
     endings.open(Future)  # type: ignore[arg-type]
     for one in locked:
         endings.ask(one)
@@ -484,11 +484,11 @@ def print_nothing(*args: object) -> None: ...
 
 def fuzz_calls(rng: Random) -> None:
     plan = plan_of(3)
-    endings = Endings(print_nothing)
+    endings = CompletionQueue(print_nothing)
     endings.open(Future)  # type: ignore[arg-type]
     queue = Queue(Told, 0, Info, None)
     known: list[Any] = [
-        *entries_of(3), batch_of(3), page_of(3), plan, endings, queue, Reader(), Ids([b"1-1"]),
+        *entries_of(3), batch_of(3), page_of(3), plan, endings, queue, Reader(), EntryIds([b"1-1"]),
         Audit(entries_of(2)), Template("GET", ITEM), queue.__anext__(), None, 0, 1, b"x",
         OwnedStreams(Told, [{"s0": entries_of(1)[0]}]),  # type: ignore[list-item]
     ]  # fmt: skip

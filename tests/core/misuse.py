@@ -26,10 +26,10 @@ from relstream._core import (
     STREAMS,
     Audit,
     Batch,
+    CompletionQueue,
     Deliveries,
-    Endings,
     Entry,
-    Ids,
+    EntryIds,
     OwnedStreams,
     PendingPage,
     Plan,
@@ -113,7 +113,7 @@ def entries_of(count: int) -> list[Entry]:
 
 def plan_of(count: int, **options: Any) -> Plan:
     batch = batch_of(count, **options)
-    return Plan(Ids(batch.ids()), [batch], FIELD, SEPARATOR, RETRY_FIELD, orjson.loads)
+    return Plan(EntryIds(batch.ids()), [batch], FIELD, SEPARATOR, RETRY_FIELD, orjson.loads)
 
 
 def calls(plan: Plan, *, most: int = 3, size: int = 1000) -> list[bytes]:
@@ -190,8 +190,8 @@ def survived(work: Callable[[], object]) -> Callable[[], object]:
 # --- another type where an object is expected -----------------------------------------------------
 
 
-def endings_with(head: Any) -> Endings:
-    endings = Endings(lambda: None)
+def endings_with(head: Any) -> CompletionQueue:
+    endings = CompletionQueue(lambda: None)
     endings.heads.append(head)
     endings.futures.append(None)  # type: ignore[arg-type]
     return endings
@@ -215,14 +215,14 @@ IN_A_LIST: dict[str, Callable[[Any], object]] = {
     "extend": lambda it: extend([it], [1], 9.0),
     "ending_before": lambda it: ending_before([it], 9.0),
     "Deliveries._enqueue": lambda it: Queue(Told, 0, Info, None)._enqueue([it]),
-    "Endings.take": lambda it: endings_with(it).take(1, 1),
-    "Endings.entries": lambda it: endings_with(it).entries(),
+    "CompletionQueue.take": lambda it: endings_with(it).take(1, 1),
+    "CompletionQueue.entries": lambda it: endings_with(it).entries(),
     "OwnedStreams": lambda it: OwnedStreams(Told, [{"s": it}]),
     "grant owned": lambda it: grant(entries_of(1), [b"OK"], {"s0": it}),
     "holds again": lambda it: holds(entry_with(it), "other", 0.0),
     "ending_before again": lambda it: ending_before([entry_with(it)], -1.0),
-    "Plan": lambda it: Plan(Ids([b"1-1"]), [it], FIELD, SEPARATOR, RETRY_FIELD, orjson.loads),
-    "Ids": lambda it: Ids([it]),
+    "Plan": lambda it: Plan(EntryIds([b"1-1"]), [it], FIELD, SEPARATOR, RETRY_FIELD, orjson.loads),
+    "EntryIds": lambda it: EntryIds([it]),
 }
 for number, stranger in enumerate(STRANGERS):
     for name, work in IN_A_LIST.items():
@@ -273,24 +273,26 @@ for number, stranger in enumerate([None, 5, "text", (), {}, object()]):
         "Deliveries kind": lambda it: Queue(it, 0, Info, None),
         "Deliveries info": lambda it: Queue(Told, 0, it, None),
         "Deliveries._enqueue": lambda it: Queue(Told, 0, Info, None)._enqueue(it),
-        "Endings.ask": lambda it: Endings(lambda: None).ask(it),
-        "Endings.open": lambda it: (lambda endings: (endings.open(it), endings.ask(an_entry)))(
-            Endings(lambda: None)
-        ),
-        "Endings wake": lambda it: (
+        "CompletionQueue.ask": lambda it: CompletionQueue(lambda: None).ask(it),
+        "CompletionQueue.open": lambda it: (
+            lambda endings: (endings.open(it), endings.ask(an_entry))
+        )(CompletionQueue(lambda: None)),
+        "CompletionQueue wake": lambda it: (
             lambda endings: (endings.open(lambda: None), endings.ask(an_entry))
-        )(Endings(it)),
+        )(CompletionQueue(it)),
         "Template.pack": lambda it: Template(ITEM).pack(it),
         "commands": lambda it: commands(it),
         "parse_id": lambda it: parse_id(it),
         "key_slot": lambda it: key_slot(it),
-        "Ids": lambda it: Ids(it) if it is not None else Ids(5),
+        "EntryIds": lambda it: EntryIds(it) if it is not None else EntryIds(5),
         "Batch.values": lambda it: a_batch.values(it),
         "Plan ids": lambda it: Plan(it, [], FIELD, SEPARATOR, RETRY_FIELD, orjson.loads),
-        "Plan batches": lambda it: Plan(Ids([]), it, FIELD, SEPARATOR, RETRY_FIELD, orjson.loads),
-        "Plan field": lambda it: Plan(Ids([]), [], it, SEPARATOR, RETRY_FIELD, orjson.loads),
-        "Plan separator": lambda it: Plan(Ids([]), [], FIELD, it, RETRY_FIELD, orjson.loads),
-        "Plan retry": lambda it: Plan(Ids([]), [], FIELD, SEPARATOR, it, orjson.loads),
+        "Plan batches": lambda it: Plan(
+            EntryIds([]), it, FIELD, SEPARATOR, RETRY_FIELD, orjson.loads
+        ),
+        "Plan field": lambda it: Plan(EntryIds([]), [], it, SEPARATOR, RETRY_FIELD, orjson.loads),
+        "Plan separator": lambda it: Plan(EntryIds([]), [], FIELD, it, RETRY_FIELD, orjson.loads),
+        "Plan retry": lambda it: Plan(EntryIds([]), [], FIELD, SEPARATOR, it, orjson.loads),
         "Plan.judge": lambda it: plan_of(1).judge(it, 3),
         "Plan.judge retries": lambda it: plan_of(1).judge([None], it if it != 5 else ""),
         "Plan.calls": lambda it: plan_of(1).calls(
@@ -396,10 +398,10 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
 for a_class in (
     Reader,
     Batch,
-    Ids,
+    EntryIds,
     PendingPage,
     Template,
-    Endings,
+    CompletionQueue,
     Deliveries,
     OwnedStreams,
     Plan,
@@ -630,7 +632,7 @@ def garbage_that_clears_the_values() -> None:
 def decoding_that_clears_the_batches() -> None:
     batch = batch_of(50, announced=b'{"DataStreamName":"\\u0061%d"}')
     batches = [batch]
-    ids = Ids(batch.ids())
+    ids = EntryIds(batch.ids())
 
     def loads(raw: bytes) -> object:
         batches.clear()
@@ -661,7 +663,7 @@ def heads_that_somebody_took_away() -> None:
 
         def set_result(self, value: None) -> None: ...
 
-    endings = Endings(lambda: None)
+    endings = CompletionQueue(lambda: None)
     endings.open(Future)  # type: ignore[arg-type]
     for entry in entries:
         endings.ask(entry)
@@ -675,7 +677,7 @@ def heads_that_somebody_took_away() -> None:
 
 @survived
 def a_take_of_all_there_can_be() -> None:
-    endings = Endings(lambda: None)
+    endings = CompletionQueue(lambda: None)
     endings.heads.extend(entries_of(9))
     endings.futures.extend([None] * 9)  # type: ignore[list-item]
     assert len(endings.take(2)) == 2

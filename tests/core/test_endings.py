@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from core.test_lbs import announced
 
-from relstream._core import Endings, Entry, discard, enter
+from relstream._core import CompletionQueue, Entry, discard, enter
 
 
 def head(number: int) -> Entry:
@@ -23,7 +23,7 @@ def woken() -> list[bool]:
 
 @pytest.fixture
 def endings(woken: list[bool]) -> Any:
-    opened: Any = Endings(lambda: woken.append(True))
+    opened: Any = CompletionQueue(lambda: woken.append(True))
     opened.open(Future)
     return opened
 
@@ -69,7 +69,7 @@ def test_a_long_queue_is_taken_from_its_start(endings: Any) -> None:
 
 
 def test_all_entries_of_a_stream_end_together() -> None:
-    batch: Any = Endings(lambda: None)
+    batch: Any = CompletionQueue(lambda: None)
     batch.open(Future)
     one, other, more = head(1), head(2), head(1)
     one.again = [more]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from relstream import _core
-from relstream._core import ENTRIES, Ids, Reader
+from relstream._core import ENTRIES, EntryIds, Reader
 
 pytestmark = pytest.mark.skipif(
     not hasattr(_core, "live_objects"), reason="only debug builds count objects"
@@ -24,10 +24,10 @@ def test_objects_are_counted_while_they_live() -> None:
     out: list[Any] = []
     reader.feed(2 * b"*1\r\n*2\r\n$3\r\n1-1\r\n*0\r\n")
     reader.fill(out, 2, ENTRIES)  # made in the core, past `Batch.__new__`
-    ids = [Ids(batch.ids()) for batch in out]
-    assert grown() == {"Reader": 1, "Batch": 2, "Ids": 2}
+    ids = [EntryIds(batch.ids()) for batch in out]
+    assert grown() == {"Reader": 1, "Batch": 2, "EntryIds": 2}
     del out[0], ids[0]
-    assert grown() == {"Reader": 1, "Batch": 1, "Ids": 1}
+    assert grown() == {"Reader": 1, "Batch": 1, "EntryIds": 1}
     del reader, out, ids
     assert grown() == {}
 

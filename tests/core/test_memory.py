@@ -19,7 +19,7 @@ from relstream._core import (
     PENDING,
     STREAMS,
     Audit,
-    Ids,
+    EntryIds,
     Plan,
     Reader,
     Template,
@@ -68,14 +68,14 @@ def announcing() -> None:
 def recovering() -> None:
     escaped = entry(b"2-1", b"lbs-input", b'{"DataStreamName":"\\n"}', b"_retry_count", b"2")
     [batch] = reading(array(*ANNOUNCED, *REFUSED[:1], escaped), ENTRIES)()
-    ids = Ids([*batch.ids(), b"4-0"])
+    ids = EntryIds([*batch.ids(), b"4-0"])
     plan = Plan(ids, [batch], b"lbs-input", b"<SEP>", b"_retry_count", orjson.loads)
     plan.lock_keys(), plan.names(), plan.ids(), plan.mget()
     plan.judge([None] * len(plan), 2)
     plan.calls(b"sha", b"lbs", b"group", counting=True, locks=True, most=20, size=1000)
     plan.returning(True)
     with suppress(ValueError):
-        Ids([b"1-0", b"x"])
+        EntryIds([b"1-0", b"x"])
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,14 @@ from core.resp import array, batch_of, bulk, decoded, entry
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relstream._core import OBJECT, PENDING, Batch, Ids, Plan, announcements
+from relstream._core import OBJECT, PENDING, Batch, EntryIds, Plan, announcements
 from relstream.lbs.names import INPUT_FIELD, RETRY_FIELD, SEPARATOR, replace_fields, retry_count
 
 GOOD = b'{"DataStreamName":"a","Info":null}'
 
 
 def plan(ids: list[bytes], *batches: Batch, loads: Any = orjson.loads) -> Plan:
-    return Plan(Ids(ids), list(batches), INPUT_FIELD, SEPARATOR, RETRY_FIELD, loads)
+    return Plan(EntryIds(ids), list(batches), INPUT_FIELD, SEPARATOR, RETRY_FIELD, loads)
 
 
 def calls(one: Plan, *, counting: bool, most: int = 100, size: int = 1 << 20) -> list[list[bytes]]:
@@ -67,18 +67,18 @@ def put(call: list[bytes]) -> list[tuple[bytes, list[bytes], bytes]]:
 
 def test_ids() -> None:
     texts = [b"0-0", b"1-2", b"%d-%d" % (2**64 - 1, 2**64 - 1)]
-    ids = Ids(texts)
+    ids = EntryIds(texts)
     assert (len(ids), list(ids), ids[-1]) == (3, texts, texts[-1])
     for index in (3, -4):
         with pytest.raises(IndexError):
             ids[index]
-    assert list(Ids()) == list(Ids([])) == []
+    assert list(EntryIds()) == list(EntryIds([])) == []
 
 
 @pytest.mark.parametrize("wrong", [b"", b"1", b"1-", b"1-x", b"-1-0", b"%d-0" % 2**64, None])
 def test_what_is_no_id(wrong: Any) -> None:
     with pytest.raises(ValueError, match="expected the id of an entry"):
-        Ids([b"1-0", wrong])
+        EntryIds([b"1-0", wrong])
 
 
 def test_those_idle_for_long_enough() -> None:
@@ -126,7 +126,7 @@ def test_an_entry_without_fields_is_gone() -> None:
 @pytest.mark.parametrize("batches", [[None], ["a"]])
 def test_batches_only(batches: list[Any]) -> None:
     with pytest.raises(TypeError):
-        Plan(Ids([b"1-0"]), batches, INPUT_FIELD, SEPARATOR, RETRY_FIELD, orjson.loads)
+        Plan(EntryIds([b"1-0"]), batches, INPUT_FIELD, SEPARATOR, RETRY_FIELD, orjson.loads)
 
 
 def test_a_decoder_that_fails_otherwise_is_not_the_entrys_fault() -> None:

@@ -66,7 +66,7 @@ async def work(url: str, how: str) -> None:
         await own("before")
         await letters.purge()
         await delayed.drop()
-        opened = openings(client)
+        opened = generation(client)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # there are threads
             child = os.fork()
@@ -94,19 +94,19 @@ async def work(url: str, how: str) -> None:
         await asyncio.sleep(2 * HEARTBEAT)
         assert client.is_owned("before")
         assert client.is_owned("after")
-        assert openings(client) == opened
+        assert generation(client) == opened
         await client.done_stream("before")
         await client.done_stream("after")
 
 
-def openings(client: StreamClient) -> list[int]:
+def generation(client: StreamClient) -> list[int]:
     """How often its connections to the service's entries were opened."""
     key = b"svc-input"
-    topologies = client._commands, client._recovering, client._keeper._topology
+    topologies = client._commands, client._recovering, client._renewer._topology
     return [
-        topology.to(topology.slots.owners[key_slot(key)]).openings
+        topology.to(topology.slots.owners[key_slot(key)]).generation
         if isinstance(topology, ClusterTopology)
-        else topology.link(key).openings
+        else topology.link(key).generation
         for topology in topologies
     ]
 

@@ -119,11 +119,11 @@ async def interrupted(start, url, service, step):
         assert added == Counter(GOOD), what
         assert lost == Counter(), what
         # What was acknowledged and not yet deleted stays behind: nobody is given that any more.
-        buried = {ids["poison"], ids["worn out"]}
+        routed = {ids["poison"], ids["worn out"]}
         announced = [
             json.loads(fields[b"lbs-input"])
             for entry_id, fields in service.redis.xrange(service.lbs)
-            if entry_id.decode() not in buried
+            if entry_id.decode() not in routed
         ]
         names = Counter(own(value["DataStreamName"]) for value in announced)
         assert names == Counter([*GOOD, "living"]), what

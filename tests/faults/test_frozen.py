@@ -12,7 +12,7 @@ from faults.processes import Tap, Watch
 from helpers import SEPARATOR, eventually, names, nothing_comes, take
 
 from relstream import StreamNotOwned
-from relstream.ownership.renewer import Keeper
+from relstream.ownership.renewer import LeaseRenewer
 
 TTL = 1.0
 COUNT = 10
@@ -124,7 +124,7 @@ async def test_what_was_put_back_before_it_was_locked_is_not_told(consumer, serv
         await asyncio.wait_for(gate.held.wait(), 10)
         other = await consumer("other", auto_claim=False).init()
         await asyncio.sleep(0.5)  # longer than the lock would have lived
-        service.put_back(entry_id)
+        service.requeuer(entry_id)
         assert names(await take(other, 1)) == ["s1"]
         gate.go.set()
         await nothing_comes(notes, 1.0)
@@ -137,13 +137,13 @@ async def test_a_late_done_leaves_what_was_put_back_and_read_again(consumer, ser
     async def nothing(*args: object) -> None:
         pass
 
-    monkeypatch.setattr(Keeper, "_renew_all", nothing)  # or it may find out first
+    monkeypatch.setattr(LeaseRenewer, "_renew_all", nothing)  # or it may find out first
     client = consumer("c1", heartbeat_interval=5.0, auto_claim=False)
     notes = await client.init()
     entry_id = service.announce("s1")
     await take(notes, 1)
     service.redis.delete(f"s1{SEPARATOR}{entry_id}")
-    new_id = service.put_back(entry_id)
+    new_id = service.requeuer(entry_id)
     await eventually(lambda: service.pending("c1") == [new_id])
     await eventually(lambda: f"s1{SEPARATOR}{new_id}" in service.locks())
     try:

@@ -18,7 +18,7 @@ def announce(service, count, size):
 async def test_a_backlog_of_large_entries_is_read_a_few_at_a_time(consumer, service):
     announce(service, 60, MB)
     client = consumer()
-    sizes = weigh(client._partitions[0].intake._reading)
+    sizes = weigh(client._partitions[0].fetcher._reading)
     notes = await client.init()
     assert len(await take(notes, 60)) == 60
     assert 0 < max(sizes) < 5 * MB

@@ -171,7 +171,7 @@ async def test_what_a_former_leader_judged_is_void(consumer, service, monkeypatc
     )
     await client.init()
     recoverer = client._partitions[0].recoverer
-    put, judged, go = recoverer._put_back.put_planned, asyncio.Event(), asyncio.Event()
+    put, judged, go = recoverer._requeuer.requeue_planned, asyncio.Event(), asyncio.Event()
     refused: list[BaseException] = []
 
     async def late(*args, **options):
@@ -183,7 +183,7 @@ async def test_what_a_former_leader_judged_is_void(consumer, service, monkeypatc
             refused.append(error)
             raise
 
-    recoverer._put_back.put_planned = late
+    recoverer._requeuer.requeue_planned = late
     ids = service.orphan(10)
     await judged.wait()
     service.redis.set(LEADER, "another", px=60_000)

@@ -27,12 +27,12 @@ from hypothesis import strategies as st
 
 from relstream import LBSInfo, NotificationType, RecoveryConfig, RelstreamError, StreamClient
 from relstream.lbs.locks import Locks
-from relstream.lbs.requeue import PutBack
-from relstream.net.connection import Link
+from relstream.lbs.requeue import Requeuer
+from relstream.net.connection import Connection
 from relstream.net.protocol import RedisProtocol
 from relstream.net.topology import SingleTopology
 from relstream.ownership import fetcher as intake_module
-from relstream.recovery.coordinator import Tally
+from relstream.recovery.coordinator import ScanResult
 from relstream.testing.server import Server
 
 NAMES = ["c0", "c1", "c2"]
@@ -55,14 +55,14 @@ class Steps:
         self.under_way = 0
         # Ids of entries between two steps, by who puts them back; of all that ever were; and of
         # those whose locks really were free when that was looked at.
-        self.moving: list[tuple[PutBack, set[str]]] = []
+        self.moving: list[tuple[Requeuer, set[str]]] = []
         self.moved: set[str] = set()
         self.seen_free: set[str] = set()
 
     @contextlib.contextmanager
     def installed(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        pipeline, send = Link.pipeline, RedisProtocol.send
-        look, move = PutBack._taken, PutBack._move
+        pipeline, send = Connection.pipeline, RedisProtocol.send
+        look, move = Requeuer._taken, Requeuer._move
 
         async def stopping(link, *args, **options):
             if stepwise.get():
@@ -77,8 +77,8 @@ class Steps:
             future.add_done_callback(self._answered)
             return future
 
-        async def looked(put_back, entries):
-            taken = await look(put_back, entries)
+        async def looked(requeuer, entries):
+            taken = await look(requeuer, entries)
             held = self.service.locks()
             self.seen_free |= {
                 entry_id.decode()
@@ -87,19 +87,19 @@ class Steps:
             }
             return taken
 
-        async def noted(put_back, entries):
+        async def noted(requeuer, entries):
             ids = {entry_id.decode() for entry_id, _, _ in entries}
             self.moved |= ids
-            self.moving.append((put_back, ids))
+            self.moving.append((requeuer, ids))
             try:
-                return await move(put_back, entries)
+                return await move(requeuer, entries)
             finally:
-                self.moving.remove((put_back, ids))
+                self.moving.remove((requeuer, ids))
 
         with monkeypatch.context() as patch:
-            patch.setattr(PutBack, "_taken", looked)
-            patch.setattr(PutBack, "_move", noted)
-            patch.setattr(Link, "pipeline", stopping)
+            patch.setattr(Requeuer, "_taken", looked)
+            patch.setattr(Requeuer, "_move", noted)
+            patch.setattr(Connection, "pipeline", stopping)
             patch.setattr(RedisProtocol, "send", counted)
             patch.setattr(intake_module, "BLOCK", 0.001)
             yield
@@ -139,21 +139,21 @@ class Life:
         self.notifications = client._notifications
         self.leases = client._partitions[0].leases
         part = client._partitions[0]
-        self.put_back = [part._put_back, part.recoverer._put_back]
+        self.requeuer = [part._requeuer, part.recoverer._requeuer]
         loop = asyncio.get_running_loop()
         client._opened = client._ready = True
-        client._keeper._app_loop = loop
-        self.keeping = SingleTopology(Link(client._partitions[0].link.endpoint))
+        client._renewer._app_loop = loop
+        self.keeping = SingleTopology(Connection(client._partitions[0].link.endpoint))
         locks = Locks(self.keeping, name, round(TTL * 1000), client._logger)
         self.work = {
-            "renew": lambda: client._keeper._renew_all(self.keeping, locks, 0.0),
+            "renew": lambda: client._renewer._renew_all(self.keeping, locks, 0.0),
             "audit": lambda: client._partitions[0].audit(TTL),
-            "recover": lambda: client._partitions[0].recoverer._walk(0, Tally()),
+            "recover": lambda: client._partitions[0].recoverer._walk(0, ScanResult()),
         }
         self.tasks: dict[str, asyncio.Task] = {}
         self.told: list[tuple[NotificationType, str]] = []
         self.fences: dict[str, tuple[int, ...]] = {}
-        self.start("finisher", client._partitions[0].finisher.run())
+        self.start("completer", client._partitions[0].completer.run())
         self.start("ear", self._hear())
 
     async def _hear(self) -> None:
@@ -178,8 +178,8 @@ class Life:
         return self.tasks[what]
 
     async def read(self) -> None:
-        await self.client._partitions[0].intake._step()
-        await self.client._partitions[0].intake._settle()
+        await self.client._partitions[0].fetcher._step()
+        await self.client._partitions[0].fetcher._settle()
 
     def owned(self) -> dict[str, object]:
         return {head.data_stream_name: head for head in self.leases.all()}
@@ -189,8 +189,8 @@ class Life:
         for task in self.tasks.values():
             task.cancel()
         outcomes = await asyncio.gather(*self.tasks.values(), return_exceptions=True)
-        for put_back in self.put_back:
-            await put_back.close()
+        for requeuer in self.requeuer:
+            await requeuer.close()
         self.notifications.end("crashed")
         await self.client._close_links()
         await self.keeping.close()
@@ -281,7 +281,7 @@ class Model:
         name = NAMES[which % len(NAMES)]
         if name in self.lives:
             life = self.lives.pop(name)
-            moving = [ids for put_back, ids in self.steps.moving if put_back in life.put_back]
+            moving = [ids for requeuer, ids in self.steps.moving if requeuer in life.requeuer]
             entries, _, live = self.in_lbs()
             self.lost |= {entries[i] for i in set().union(*moving) & entries.keys()} - {
                 entries[i] for i in live

@@ -267,11 +267,11 @@ async def test_dead_letters_come_once_where_nothing_crashes(consumer, service):
 
 
 class Undertaker:
-    """A recoverer that does something else just before it acknowledges what it has buried."""
+    """A recoverer that does something else just before it acknowledges what it has routed."""
 
     def __init__(self, client, before):
         self.recoverer = client._partitions[0].recoverer
-        put = self.recoverer._put_back.put
+        put = self.recoverer._requeuer.requeue
         self.came = False
 
         async def put_late(entries, **options):
@@ -280,10 +280,10 @@ class Undertaker:
                 await before()
             return await put(entries, **options)
 
-        self.recoverer._put_back.put = put_late
+        self.recoverer._requeuer.requeue = put_late
 
     async def walk(self):
-        tally = coordinator.Tally()
+        tally = coordinator.ScanResult()
         await self.recoverer._walk(0, tally)
         assert self.came
         await self.recoverer._topology.close()
@@ -299,7 +299,7 @@ async def test_what_its_owner_finishes_while_it_is_buried_is_no_dead_letter(
     await take(await owner.init(), 1)
     scanning = consumer("scanning")
     undertaker = Undertaker(scanning, lambda: owner.done_stream("s1"))
-    scanning._partitions[0].recoverer._put_back._no_scripts = not scripts
+    scanning._partitions[0].recoverer._requeuer._no_scripts = not scripts
 
     async def free(mget, keys):
         """It is late with its lock just then, and early enough to finish."""
@@ -324,7 +324,7 @@ async def test_whose_owner_comes_back_while_it_is_buried_is_no_dead_letter(
         service.redis.set(f"s0{SEPARATOR}{entry_id}", "owner")
 
     undertaker = Undertaker(scanning, come_back)
-    scanning._partitions[0].recoverer._put_back._no_scripts = not scripts
+    scanning._partitions[0].recoverer._requeuer._no_scripts = not scripts
     tally = await undertaker.walk()
     assert (tally.dead_letters, tally.alive) == (0, 1)
     assert service.redis.xlen(service.dlq) == 0
@@ -336,7 +336,7 @@ async def test_what_another_buried_first_is_buried_once(consumer, service):
     first, second = consumer("first"), consumer("second")
 
     async def be_late():
-        tally = coordinator.Tally()
+        tally = coordinator.ScanResult()
         await first._partitions[0].recoverer._walk(0, tally)
         assert tally.dead_letters == 3
         await first._recovering.close()
@@ -353,7 +353,7 @@ async def test_what_one_pass_is_burying_another_one_leaves(consumer, service):
     client = consumer("c1")
 
     async def pass_by():
-        await client._partitions[0].recoverer._walk(0, coordinator.Tally())
+        await client._partitions[0].recoverer._walk(0, coordinator.ScanResult())
         assert service.redis.xlen(service.dlq) == 1
 
     tally = await Undertaker(client, pass_by).walk()

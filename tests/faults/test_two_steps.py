@@ -11,7 +11,7 @@ from helpers import SEPARATOR, Heard, eventually, names, nothing_comes, take
 from wire import Proxy
 
 from relstream import ConnectionLost, RecoveryConfig, RetryConfig, client
-from relstream.lbs.requeue import PutBack
+from relstream.lbs.requeue import Requeuer
 
 SCAN_ONLY = RecoveryConfig(reconciliation_interval=0.3, min_idle_time=0.2)
 LEAVE_ALONE = RecoveryConfig(min_idle_time=3600)
@@ -51,7 +51,7 @@ def room(service):
 def full_in_between(service, monkeypatch):
     """Memory runs out just when it was found that there is some; tells how often it was asked."""
     asked = []
-    check = PutBack._check_adding
+    check = Requeuer._check_adding
 
     async def check_and_fill(self):
         await check(self)
@@ -59,7 +59,7 @@ def full_in_between(service, monkeypatch):
             full(service)
         asked.append(self)
 
-    monkeypatch.setattr(PutBack, "_check_adding", check_and_fill)
+    monkeypatch.setattr(Requeuer, "_check_adding", check_and_fill)
     return asked
 
 
@@ -145,7 +145,7 @@ async def test_a_connection_cut_between_the_steps(consumer, service, url, ghosts
         leader = consumer(
             url=proxy.url.replace("://", "://app:x@"), recovery=SCAN_ONLY, recorder=heard
         )
-        leader._partitions[0].recoverer._put_back._no_scripts = True
+        leader._partitions[0].recoverer._requeuer._no_scripts = True
         proxy.cut_at = b'{"DataStreamName"'  # XADD
         notes = await leader.init()
         assert Counter(names(await take(notes, 10))) == ALL
@@ -186,10 +186,10 @@ async def test_the_answer_to_the_first_step_gets_lost(consumer, service, url, by
         service.redis.xgroup_create(service.lbs, service.group, "0")
         service.redis.xreadgroup(service.group, "ghost", {service.lbs: ">"}, count=100)
         owner = consumer("owner", url=url, recovery=SCAN_ONLY)
-        put_back = owner._partitions[0].recoverer._put_back
+        requeuer = owner._partitions[0].recoverer._requeuer
     else:
-        put_back = owner._partitions[0]._put_back
-    losing = put_back._link = Losing(put_back._link, carried_out)
+        requeuer = owner._partitions[0]._requeuer
+    losing = requeuer._link = Losing(requeuer._link, carried_out)
     notes = await owner.init()
     if by == "release":
         await take(notes, 10)
@@ -212,8 +212,8 @@ async def test_finishing_is_tried_again_when_the_answer_gets_lost(
     notes = await owner.init()
     service.announce("s0")
     await take(notes, 1)
-    finisher = owner._partitions[0].finisher
-    losing = finisher._link = Losing(finisher._link, carried_out)
+    completer = owner._partitions[0].completer
+    losing = completer._link = Losing(completer._link, carried_out)
     if by == "application":
         with pytest.raises(ConnectionLost):
             await owner.done_stream("s0")
@@ -245,10 +245,10 @@ async def test_closing_gives_up_what_is_being_buried(consumer, service, url, mon
     before = asyncio.all_tasks()
     service.redis.xadd(service.lbs, {"lbs-input": "announces nothing"})
     reader = consumer(url=url, recovery=LEAVE_ALONE)
-    put_back = reader._partitions[0]._put_back
-    put_back._link = Dead(put_back._link)
+    requeuer = reader._partitions[0]._requeuer
+    requeuer._link = Dead(requeuer._link)
     await reader.init()
-    await eventually(lambda: put_back._moving)
+    await eventually(lambda: requeuer._moving)
     await reader.aclose()
     assert asyncio.all_tasks() == before
     assert "given up: 1 entries" in caplog.text
@@ -265,12 +265,12 @@ async def test_one_lock_that_is_forbidden_is_no_reason_to_forbid_scripts(
     service.redis.xgroup_create(service.lbs, service.group, "0")
     service.redis.xreadgroup(service.group, "ghost", {service.lbs: ">"}, count=100)
     narrow = consumer(url=redis_url.replace("://", "://narrow:x@"))
-    put_back = narrow._partitions[0].recoverer._put_back
+    requeuer = narrow._partitions[0].recoverer._requeuer
     entries = [
         (i.encode(), [b"lbs-input", b"x"], f"{name}{SEPARATOR}{i}".encode())
         for i, name in zip(ids, ("mine0", "other", "mine1"), strict=True)
     ]
-    assert await put_back.put(entries) == [1, 2, 1]  # nobody can say whether it is locked
-    assert not put_back._no_scripts
+    assert await requeuer.requeue(entries) == [1, 2, 1]  # nobody can say whether it is locked
+    assert not requeuer._no_scripts
     assert service.pending() == [ids[1]]
     await narrow._recovering.close()

@@ -33,7 +33,14 @@ from relstream.errors import (
     ReplyError,
     ServerTooOld,
 )
-from relstream.net.connection import Backoff, Endpoint, Link, connect, endpoint_of, raise_first
+from relstream.net.connection import (
+    Backoff,
+    Connection,
+    Endpoint,
+    connect,
+    endpoint_of,
+    raise_first,
+)
 from relstream.testing.server import Server, ServerStartFailed, TLSFiles
 
 pytestmark = pytest.mark.only("single", reason="about connections to one server")
@@ -43,9 +50,9 @@ NO_HELLO = {"rename-command": 'HELLO ""'}
 
 
 @contextlib.asynccontextmanager
-async def linked(source: Any, **options: Any) -> AsyncIterator[Link]:
+async def linked(source: Any, **options: Any) -> AsyncIterator[Connection]:
     endpoint = source if isinstance(source, Endpoint) else endpoint_of(source)
-    link = Link(replace(endpoint, **options))
+    link = Connection(replace(endpoint, **options))
     try:
         yield link
     finally:
@@ -58,13 +65,13 @@ async def proxy(redis_url: str) -> AsyncIterator[Proxy]:
         yield proxy
 
 
-async def whoami(link: Link) -> dict[str, str]:
+async def whoami(link: Connection) -> dict[str, str]:
     """The connection, as the server lists it."""
     line = (await link.execute("CLIENT", "LIST", "ID", (await link.get()).client_id)).decode()
     return dict(pair.split("=", 1) for pair in line.split())
 
 
-async def speaks_resp3(link: Link) -> bool:
+async def speaks_resp3(link: Connection) -> bool:
     return isinstance(await link.execute("CONFIG", "GET", "port"), dict)
 
 
@@ -690,7 +697,7 @@ async def test_credential_provider_that_gives_no_password(redis_url):
 
 
 async def test_each_caller_gets_its_own_reply(redis_url):
-    async def caller(link: Link, name: int) -> None:
+    async def caller(link: Connection, name: int) -> None:
         for turn in range(20):
             if (name + turn) % 3:
                 assert await link.execute("ECHO", f"{name}-{turn}") == f"{name}-{turn}".encode()
@@ -728,7 +735,7 @@ async def test_errors_are_values_in_a_pipeline(redis_url):
 
 async def test_push_frames_come_in_between(redis_url, redis_sync):
     heard: list[Any] = []
-    link = Link(endpoint_of(redis_url), on_push=heard.append)
+    link = Connection(endpoint_of(redis_url), on_push=heard.append)
     try:
         await link.execute("CLIENT", "TRACKING", "ON", "BCAST")
         for n in range(50):
@@ -965,7 +972,7 @@ async def test_cancelled_at_any_moment(redis_url, complaints, turns):
 
 
 async def test_closing_with_commands_in_flight(redis_url, redis_sync, complaints):
-    link = Link(endpoint_of(redis_url))
+    link = Connection(endpoint_of(redis_url))
     protocol = await link.get()
     blocked = asyncio.ensure_future(link.execute("BLPOP", "nothing", 0, timeout=60))
     behind = asyncio.ensure_future(link.execute("PING"))
@@ -986,7 +993,7 @@ async def test_closing_with_commands_in_flight(redis_url, redis_sync, complaints
 
 
 async def test_closing_sends_what_was_given_to_it(redis_url, redis_sync):
-    link = Link(endpoint_of(redis_url))
+    link = Connection(endpoint_of(redis_url))
     protocol = await link.get()
     for _ in range(100):
         protocol.post(pack("INCR", "counter"))
@@ -1004,7 +1011,7 @@ async def test_closing_while_opening(complaints):
         gone.set()
 
     async with listening(serve) as port:
-        link = Link(endpoint_of(f"redis://127.0.0.1:{port}"))
+        link = Connection(endpoint_of(f"redis://127.0.0.1:{port}"))
         callers = [asyncio.ensure_future(link.execute("PING")) for _ in range(3)]
         await asyncio.wait_for(came.wait(), 5)
         await asyncio.wait_for(link.close(), 5)
@@ -1016,7 +1023,7 @@ async def test_closing_while_opening(complaints):
 
 
 async def test_closing_before_anything_was_opened(redis_url):
-    link = Link(endpoint_of(redis_url))
+    link = Connection(endpoint_of(redis_url))
     await link.close()
     with pytest.raises(ConnectionLost):
         await link.execute("PING")
@@ -1029,7 +1036,7 @@ async def test_closing_does_not_wait_for_a_server_that_does_not_read():
         await asyncio.Event().wait()
 
     async with listening(serve) as port:
-        link = Link(endpoint_of(f"redis://127.0.0.1:{port}"))
+        link = Connection(endpoint_of(f"redis://127.0.0.1:{port}"))
         protocol = await link.get()
         stuck = asyncio.ensure_future(link.execute("SET", "k", bytes(32 << 20)))
         await asyncio.sleep(0.05)

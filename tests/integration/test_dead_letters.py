@@ -17,11 +17,11 @@ from relstream import (
     UsageError,
 )
 from relstream._core import Batch
-from relstream.net.connection import Link
+from relstream.net.connection import Connection
 
 
 async def test_letters_are_listed_with_all_that_is_known(service, redis_url):
-    ids = service.bury(250)
+    ids = service.route_to_dlq(250)
     odd = service.redis.xadd(service.dlq, {"x": b"\xff", "_dlq_reason": "unparseable"}).decode()
     async with DeadLetters(redis_url, "svc") as letters:
         listed = [letter async for letter in letters]
@@ -45,7 +45,7 @@ async def test_letters_tell_of_their_failure_and_keep_it_when_replayed(service, 
     service.redis.xadd(
         service.dlq, {"_error": b"\xff", "_failed_at": "-1", "_dlq_reason": "unparseable"}
     )
-    service.bury(1)
+    service.route_to_dlq(1)
     async with DeadLetters(redis_url, "svc") as letters:
         failed, odd, never = [letter async for letter in letters]
         assert failed[7:] == ("boom \u20ac", "KeyError", 1700000000123, "c1")
@@ -63,14 +63,14 @@ async def test_large_letters_are_read_a_few_at_a_time(service, redis_url, monkey
     value = json.dumps({"DataStreamName": "s", "Info": {"a": "x" * 1_000_000}})
     for _ in range(20):
         service.redis.xadd(service.dlq, {"lbs-input": value})
-    pipeline, sizes = Link.pipeline, []
+    pipeline, sizes = Connection.pipeline, []
 
     async def weighed(self, packed, replies, **options):
         received = await pipeline(self, packed, replies, **options)
         sizes.append(len(packed) + sum(part.nbytes for part in received if isinstance(part, Batch)))
         return received
 
-    monkeypatch.setattr(Link, "pipeline", weighed)
+    monkeypatch.setattr(Connection, "pipeline", weighed)
     async with DeadLetters(redis_url, "svc") as letters:
         assert len([letter async for letter in letters]) == 20
         assert await letters.replay() == 20
@@ -79,7 +79,7 @@ async def test_large_letters_are_read_a_few_at_a_time(service, redis_url, monkey
 
 
 async def test_replay_announces_anew_with_no_retries(consumer, service, redis_url):
-    service.bury(250)
+    service.route_to_dlq(250)
     async with DeadLetters(redis_url, "svc") as letters:
         assert await letters.replay() == 250
         assert await letters.replay() == 0
@@ -95,7 +95,7 @@ async def test_replay_announces_anew_with_no_retries(consumer, service, redis_ur
 
 
 async def test_some_are_replayed_and_some_purged(service, redis_url):
-    ids = service.bury(4)
+    ids = service.route_to_dlq(4)
     async with DeadLetters(redis_url, "svc") as letters:
         assert await letters.replay([ids[1], "9-9"]) == 1
         assert await letters.purge([ids[0]]) == 1
@@ -110,7 +110,7 @@ async def test_some_are_replayed_and_some_purged(service, redis_url):
 
 
 def test_they_belong_to_one_event_loop(service, redis_url):
-    service.bury(1)
+    service.route_to_dlq(1)
     letters = DeadLetters(redis_url, "svc")
     loop = asyncio.new_event_loop()
     assert loop.run_until_complete(letters.purge(["9-9"])) == 0
@@ -123,7 +123,7 @@ def test_they_belong_to_one_event_loop(service, redis_url):
 
 
 async def test_a_replay_that_is_refused_loses_nothing(service, redis_url):
-    service.bury(3)
+    service.route_to_dlq(3)
     service.redis.set(service.lbs, "in the way")
     async with DeadLetters(redis_url, "svc") as letters:
         with pytest.raises(Exception, match="WRONGTYPE"):
@@ -132,7 +132,7 @@ async def test_a_replay_that_is_refused_loses_nothing(service, redis_url):
 
 
 async def test_a_replay_that_is_partly_refused_keeps_the_rest(service, redis_url):
-    service.bury(3)
+    service.route_to_dlq(3)
     service.redis.xadd(service.lbs, {"x": "y"}, f"{2**64 - 1}-{2**64 - 2}")  # one more can be added
     async with DeadLetters(redis_url, "svc") as letters:
         with pytest.raises(ReplyError, match="ID"):
@@ -142,12 +142,12 @@ async def test_a_replay_that_is_partly_refused_keeps_the_rest(service, redis_url
 
 
 async def test_what_comes_in_meanwhile_is_left_for_the_next_time(service, redis_url):
-    service.bury(3)
+    service.route_to_dlq(3)
     seen = []
     async with DeadLetters(redis_url, "svc") as letters:
         async for letter in letters:
             seen.append(letter.id)
-            service.redis.xadd(service.dlq, {"lbs-input": "buried again"})
+            service.redis.xadd(service.dlq, {"lbs-input": "routed again"})
             assert len(seen) <= 3
     assert service.redis.xlen(service.dlq) == 6
 
@@ -164,10 +164,10 @@ async def test_interrupted_at_any_command_it_loses_none(
     service, redis_url, monkeypatch, what, command
 ):
     """And is finished by another go."""
-    service.bury(250)
+    service.route_to_dlq(250)
     wanted = {f"s{i}" for i in range(250)}
     sent = 0
-    pipeline = Link.pipeline
+    pipeline = Connection.pipeline
 
     async def interrupted(link, *args, **options):
         nonlocal sent
@@ -180,7 +180,7 @@ async def test_interrupted_at_any_command_it_loses_none(
         rows = [*service.redis.xrange(service.dlq), *service.redis.xrange(service.lbs)]
         return {json.loads(fields[b"lbs-input"])["DataStreamName"] for _, fields in rows}
 
-    monkeypatch.setattr(Link, "pipeline", interrupted)
+    monkeypatch.setattr(Connection, "pipeline", interrupted)
     async with DeadLetters(redis_url, "svc") as letters:
         going = asyncio.create_task(getattr(letters, what)())
         await asyncio.wait({going})
@@ -225,7 +225,7 @@ async def test_what_a_consumer_in_go_works_on_is_left_to_it(consumer, service, v
 
 
 async def test_a_cap_that_is_near_is_said(consumer, service, caplog):
-    service.bury(85)
+    service.route_to_dlq(85)
     heard = Heard()
     recovery = RecoveryConfig(min_idle_time=0.1, reconciliation_interval=0.2, dlq_max_len=100)
     client = consumer("c1", heartbeat_interval=0.5, recovery=recovery, recorder=heard)
@@ -242,7 +242,7 @@ async def test_a_cap_that_is_near_is_said(consumer, service, caplog):
 
 
 async def test_what_can_not_be_read_is_not_replayed(redis_url, service, caplog):
-    service.bury(2)
+    service.route_to_dlq(2)
     bad = service.redis.xadd(service.dlq, {"lbs-input": "no JSON", "_dlq_reason": "unparseable"})
     async with DeadLetters(redis_url, "svc") as letters:
         assert await letters.replay() == 2

@@ -100,7 +100,7 @@ async def test_an_entry_recovered_while_the_application_blocked_is_not_told(
     await eventually(lambda: service.reads("c1"))
     entry_id = service.announce("s1")  # goes into the read that waits, and into the socket
     time.sleep(0.1)  # noqa: ASYNC251
-    lock = f"s1{SEPARATOR}{service.put_back(entry_id)}"
+    lock = f"s1{SEPARATOR}{service.requeuer(entry_id)}"
     service.redis.xreadgroup(service.group, "c2", {service.lbs: ">"})
     service.redis.set(lock, "c2", px=60_000)
     time.sleep(0.6)  # noqa: ASYNC251
@@ -214,7 +214,7 @@ async def test_a_lost_stream_stays_lost_though_its_rest_can_not_be_returned(cons
         client._partitions[0].lose([(head, list(head.again))])
         await asyncio.to_thread(server.kill)
         await take(notes, 1, DISOWNED)
-        await eventually(lambda: not client._partitions[0].finisher._others)
+        await eventually(lambda: not client._partitions[0].completer._others)
         assert len(client._partitions[0].leases) == 0
         admin.close()
 

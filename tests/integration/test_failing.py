@@ -231,7 +231,7 @@ async def test_a_stream_that_was_lost_is_its_new_owners(
     async with client as notifications:
         (got,) = await take(notifications, 1)
         service.redis.delete(*service.locks())
-        new_id = service.put_back(entry_id)
+        new_id = service.requeuer(entry_id)
         with pytest.raises(StreamNotOwned, match="was lost"):
             await getattr(client, ending)(got.payload)
         assert service.entries() == [new_id]
@@ -433,7 +433,7 @@ async def test_disowned_carries_what_was_announced(consumer: Consumer, service: 
     async with consumer() as notifications:
         await take(notifications, 1)
         service.redis.delete(*service.locks())
-        service.put_back(entry_id)
+        service.requeuer(entry_id)
         (lost,) = await take(notifications, 1, NotificationType.STREAM_DISOWNED)
         assert (lost.additional_info, lost.retry_count) == ({"k": 1}, 2)
 

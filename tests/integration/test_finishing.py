@@ -9,7 +9,7 @@ from helpers import DISOWNED, SEPARATOR, names, take
 
 from relstream import ConnectionLost, StreamNotOwned
 from relstream.lbs.scripts import FINISH
-from relstream.ownership.renewer import Keeper
+from relstream.ownership.renewer import LeaseRenewer
 
 pytestmark = pytest.mark.only("single", "sentinel", reason="a cluster's locks are elsewhere")
 
@@ -41,7 +41,7 @@ async def _owning(consumer, service, monkeypatch, count):
     async def nothing(*args: object) -> None:
         pass
 
-    monkeypatch.setattr(Keeper, "_renew_all", nothing)
+    monkeypatch.setattr(LeaseRenewer, "_renew_all", nothing)
     ids = [service.announce(f"s{i}") for i in range(count)]
     client = consumer(heartbeat_interval=60, max_streams=count)
     notes = await client.init()
@@ -53,9 +53,9 @@ async def test_an_answer_that_gets_lost_is_given_again(consumer, service, monkey
     """Of what was finished nothing is left that tells it from what was lost, but the receipt."""
     client, notes, ids = await _owning(consumer, service, monkeypatch, 4)
     service.redis.delete(f"s1{SEPARATOR}{ids[1]}", f"s2{SEPARATOR}{ids[2]}")
-    new_id = service.put_back(ids[1])  # s2 has only lost its lock
-    finisher = client._partitions[0].finisher
-    losing = finisher._link = Losing(finisher._link)
+    new_id = service.requeuer(ids[1])  # s2 has only lost its lock
+    completer = client._partitions[0].completer
+    losing = completer._link = Losing(completer._link)
     ended = [client.done_stream(f"s{i}") for i in range(4)]
     outcomes = await asyncio.gather(*ended, return_exceptions=True)
     assert losing.calls == 2
@@ -82,7 +82,7 @@ async def test_what_was_lost_can_be_told_out_of_memory(consumer, service, monkey
     """There is no room for a receipt then, and none is needed: nothing was changed."""
     client, notes, ids = await _owning(consumer, service, monkeypatch, 2)
     service.redis.delete(f"s0{SEPARATOR}{ids[0]}")
-    new_id = service.put_back(ids[0])
+    new_id = service.requeuer(ids[0])
     service.redis.config_set("maxmemory", 1)
     with pytest.raises(StreamNotOwned):
         await client.done_stream("s0")
@@ -138,7 +138,7 @@ async def test_where_one_step_is_forbidden_three_do(
     async def nothing(*args: object) -> None:
         pass
 
-    monkeypatch.setattr(Keeper, "_renew_all", nothing)
+    monkeypatch.setattr(LeaseRenewer, "_renew_all", nothing)
     service.redis.execute_command(
         *("ACL", "SETUSER", "joe", "reset", "on", ">pw", "~*", "&*", "+@all")
     )
@@ -150,7 +150,7 @@ async def test_where_one_step_is_forbidden_three_do(
     await client.done_stream("s0")
     await client.done_stream("s1")
     service.redis.delete(f"s2{SEPARATOR}{ids[2]}")
-    service.put_back(ids[2])
+    service.requeuer(ids[2])
     with pytest.raises(StreamNotOwned):
         await client.done_stream("s2")
     said = [text for text in caplog.messages if " steps" in text or "a script is forbidden" in text]
@@ -169,7 +169,7 @@ async def test_a_lock_taken_anew_too_late_finishes_nothing_in_steps(
     async def nothing(*args: object) -> None:
         pass
 
-    monkeypatch.setattr(Keeper, "_renew_all", nothing)
+    monkeypatch.setattr(LeaseRenewer, "_renew_all", nothing)
     service.redis.acl_setuser(
         "joe", enabled=True, nopass=True, keys=["*"], channels=["*"],
         commands=["+@all", "-evalsha"],
@@ -179,7 +179,7 @@ async def test_a_lock_taken_anew_too_late_finishes_nothing_in_steps(
     entry_id = service.announce("s0")
     await take(notes, 1)
     assert service.locks() == {f"s0{SEPARATOR}{entry_id}": "c1"}
-    new_id = service.put_back(entry_id)
+    new_id = service.requeuer(entry_id)
     service.redis.xreadgroup(service.group, "c2", {service.lbs: ">"})
     with pytest.raises(StreamNotOwned, match="lost"):
         await client.done_stream("s0")

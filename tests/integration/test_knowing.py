@@ -470,7 +470,7 @@ async def test_drain_ends_after_the_client_was_terminated(consumer, service):
     client = consumer()
     notes = await client.init()
     await take(notes, 1)
-    next(task for task, (name, _) in client._tasks.items() if name == "intake").cancel()
+    next(task for task, (name, _) in client._tasks.items() if name == "fetcher").cancel()
     await take(notes, 1, TERMINATED)
     assert await client.drain(0.2) is False
     await client.done_stream("s0")

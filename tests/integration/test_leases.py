@@ -29,7 +29,7 @@ from relstream import LBSInfo, RecoveryConfig, StreamNotOwned
 from relstream._core import announcements
 from relstream.lbs.locks import Locks
 from relstream.ownership.leases import locks_of
-from relstream.ownership.renewer import Keeper
+from relstream.ownership.renewer import LeaseRenewer
 
 
 def lock(name: str, entry_id: str) -> str:
@@ -85,7 +85,7 @@ async def test_who_lost_a_stream_is_told_once_and_takes_no_lock_again(consumer, 
     await take(notes, 1)
     service.redis.xgroup_createconsumer(service.lbs, service.group, "c2")
     service.redis.delete(lock("s1", entry_id))
-    new_id = service.put_back(entry_id)
+    new_id = service.requeuer(entry_id)
     ((_, ((got, _),)),) = service.redis.xreadgroup(service.group, "c2", {service.lbs: ">"})
     assert got.decode() == new_id
     service.redis.set(lock("s1", new_id), "c2", px=60_000)
@@ -102,13 +102,13 @@ async def test_a_late_done_harms_nothing_of_the_new_owner(consumer, service, mon
     async def nothing(*args: object) -> None:
         """It does not find out by itself."""
 
-    monkeypatch.setattr(Keeper, "_renew_all", nothing)
+    monkeypatch.setattr(LeaseRenewer, "_renew_all", nothing)
     entry_id = service.announce("s1")
     client = consumer(heartbeat_interval=60, max_streams=1)
     notes = await client.init()
     await take(notes, 1)
     service.redis.delete(lock("s1", entry_id))
-    new_id = service.put_back(entry_id)
+    new_id = service.requeuer(entry_id)
     service.redis.xreadgroup(service.group, "c2", {service.lbs: ">"})
     service.redis.set(lock("s1", new_id), "c2", px=60_000)
     with pytest.raises(StreamNotOwned, match="lost"):
@@ -223,11 +223,11 @@ async def test_streams_that_could_not_be_locked_for_lack_of_memory_come_later(co
     await eventually(
         lambda: announced.isdisjoint(service.entries()) and len(service.pending()) <= 1
     )
-    put_back = set(service.entries())
+    requeuer = set(service.entries())
     await nothing_comes(notes, 0.5)
     # From then on one is read, and put back, now and then.
     assert len(service.entries()) == 10
-    assert len(put_back - set(service.entries())) < 5
+    assert len(requeuer - set(service.entries())) < 5
     service.redis.config_set("maxmemory", 0)
     assert sorted(names(await take(notes, 10))) == sorted(f"s{i}" for i in range(10))
     await eventually(lambda: len(service.locks()) == 10)
@@ -257,11 +257,11 @@ async def test_the_end_of_renewal_ends_the_client(consumer, service, monkeypatch
     async def broken(*args: object) -> None:
         raise ZeroDivisionError("a mistake of ours")
 
-    monkeypatch.setattr(Keeper, "_renew_all", broken)
+    monkeypatch.setattr(LeaseRenewer, "_renew_all", broken)
     client = consumer()
     notes = await client.init()
     last = [n async for n in notes][-1]
-    assert "keeper failed: a mistake of ours" in last.additional_info["info"]
+    assert "renewer failed: a mistake of ours" in last.additional_info["info"]
 
 
 async def test_what_is_locked_late_may_be_anothers_already(
@@ -295,16 +295,16 @@ async def test_what_is_locked_late_may_be_anothers_already(
 async def test_renewal_ends_however_often_it_is_cancelled(consumer, caplog):
     client = consumer()
     notes = await client.init()
-    keeper = client._running("keeper")
+    renewer = client._running("renewer")
     await asyncio.sleep(0.1)
     for _ in range(3):
-        keeper.cancel()
+        renewer.cancel()
         await asyncio.sleep(0)
-    await asyncio.wait({keeper})
-    assert keeper.cancelled()
+    await asyncio.wait({renewer})
+    assert renewer.cancelled()
     assert not [t for t in threading.enumerate() if t.name.startswith("relstream")]
     (last,) = await take(notes, 1, TERMINATED)
-    assert "keeper was cancelled" in last.additional_info["info"]
+    assert "renewer was cancelled" in last.additional_info["info"]
     await asyncio.sleep(0.1)
     assert "Exception in callback" not in caplog.text
 
@@ -329,7 +329,7 @@ async def test_what_was_lost_and_came_back_untold_is_not_finished_by_the_old_wor
     notes = await client.init()
     old_id = service.announce("s1")
     (old,) = await take(notes, 1)
-    service.put_back(old_id)
+    service.requeuer(old_id)
     service.redis.delete(f"s1{SEPARATOR}{old_id}")
     # The application does not look: it has not heard of the loss, nor of what it owns instead.
     owned = client._partitions[0].leases

@@ -65,7 +65,7 @@ async def test_a_part_that_fails_while_closing_is_seen(consumer, caplog):
     await client.init()
     closing = asyncio.ensure_future(client.aclose())
     await asyncio.sleep(0)
-    client._start("intake", fails())
+    client._start("fetcher", fails())
     await closing
     gc.collect()
     assert "never retrieved" not in caplog.text
@@ -241,7 +241,7 @@ async def test_after_the_last_retry_the_reason_is_told_and_the_iterator_ends(con
         await asyncio.to_thread(server.kill)
         got = [n async for n in notes]
         assert [n.type for n in got] == [TERMINATED]
-        assert "intake failed: can't connect" in got[0].additional_info["info"]
+        assert "fetcher failed: can't connect" in got[0].additional_info["info"]
         assert recorder.events[-1] == ("terminated", got[0].additional_info["info"])
         await client.aclose()
 

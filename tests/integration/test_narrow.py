@@ -55,7 +55,7 @@ async def test_a_lock_taken_again_is_given_back_if_the_entry_went_meanwhile(
     async def acquire_too_late(self, keys):
         replies = await acquire(self, keys)
         # Another consumer had seen that the lock was gone.
-        new_ids.append(service.put_back(entry_id))
+        new_ids.append(service.requeuer(entry_id))
         service.redis.xreadgroup(service.group, "c2", {service.lbs: ">"})
         return replies
 
@@ -97,7 +97,7 @@ async def test_what_was_put_back_between_two_tries_is_the_new_owners(proxy, cons
     finishing = asyncio.create_task(client.done_stream("s1"))
     await eventually(lambda: not proxy.cut_at)
     service.redis.delete(f"s1{SEPARATOR}{entry_id}")
-    new_id = service.put_back(entry_id)
+    new_id = service.requeuer(entry_id)
     service.redis.xreadgroup(service.group, "c2", {service.lbs: ">"})
     service.redis.set(f"s1{SEPARATOR}{new_id}", "c2", px=60_000)
     proxy.refusing = False
@@ -254,7 +254,7 @@ async def test_renewals_leave_the_server_time_for_others(consumer, service, monk
 
 
 async def test_a_connection_cut_between_adding_and_deleting_loses_none(proxy, service):
-    service.bury(250)
+    service.route_to_dlq(250)
     async with DeadLetters(proxy.url, "svc") as letters:
         assert await letters.replay(["1-1"]) == 0  # it is connected
         proxy.cut_at, proxy.refusing = b"XDEL", True

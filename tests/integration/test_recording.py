@@ -244,7 +244,7 @@ async def test_events_probes_and_scans_of_one_leader_are_in_nobodys_way(
     )
     recoverer = client._partitions[0].recoverer
     came: dict[str, set[bytes]] = {"scan": set(), "probe": set(), "event": set()}
-    put, walk, heed = recoverer._put_back.put_planned, recoverer._walk, recoverer._recover_ids
+    put, walk, heed = recoverer._requeuer.requeue_planned, recoverer._walk, recoverer._recover_ids
     origin: contextvars.ContextVar[str] = contextvars.ContextVar("origin")
 
     async def slowly(plan, **how):
@@ -260,7 +260,7 @@ async def test_events_probes_and_scans_of_one_leader_are_in_nobodys_way(
         origin.set("event")
         return await heed(*args)
 
-    recoverer._put_back.put_planned = slowly
+    recoverer._requeuer.requeue_planned = slowly
     recoverer._walk, recoverer._recover_ids = walked, heeded
     notes = await client.init()
     await eventually(lambda: recoverer.leads)
@@ -291,15 +291,15 @@ async def test_where_another_recovers_first_is_a_failure_once(consumer, service)
         recovery=RecoveryConfig(reconciliation_interval=60.0, min_idle_time=QUICK),
         heartbeat_interval=QUICK,
     )
-    put_back = client._partitions[0].recoverer._put_back
-    put = put_back.put_planned
+    requeuer = client._partitions[0].recoverer._requeuer
+    put = requeuer.requeue_planned
 
     async def too_late(plan, **how):
         for entry_id in plan.ids():
             service.redis.xack(service.lbs, service.group, entry_id)
         return await put(plan, **how)
 
-    put_back.put_planned = too_late
+    requeuer.requeue_planned = too_late
     await client.init()
     await eventually(lambda: len(heard.calls("reconciliation_scan")) == 1)
     await eventually(lambda: sum(len(streams) for streams, _ in heard.calls("requeue")) == 50)
@@ -321,7 +321,7 @@ async def test_what_was_requeued_since_it_was_seen_pending_has_not_vanished(
 
     def meanwhile(ids, *page_size):
         if requeued.encode() in list(ids):
-            service.put_back(requeued)
+            service.requeuer(requeued)
         return read(ids, *page_size)
 
     entries.read = meanwhile

@@ -1,4 +1,4 @@
-"""Streams of dead owners come back; those of living ones stay; what can't be served is buried."""
+"""Streams of dead owners come back; those of living ones stay; what can't be served is routed."""
 
 from __future__ import annotations
 
@@ -159,14 +159,14 @@ async def test_the_recorder_hears_of_recovery(consumer, service, redis_url, scri
     gaps = heard.calls("ack_add_gap")
     assert [count for count, _ in gaps] == ([] if scripts else [3])
     # Another is first, after the entry was looked at.
-    put = client._partitions[0].recoverer._put_back.put_planned
+    put = client._partitions[0].recoverer._requeuer.requeue_planned
     entry_id = got[0].payload.id_in_lbs
 
     async def put_late(plan, **how):
         service.redis.xack(service.lbs, service.group, entry_id)
         return await put(plan, **how)
 
-    client._partitions[0].recoverer._put_back.put_planned = put_late
+    client._partitions[0].recoverer._requeuer.requeue_planned = put_late
     service.redis.delete(f"{got[0].payload.data_stream_name}{SEPARATOR}{entry_id}")
     with pytest.raises(AlreadyClaimed):
         await client.claim(got[0].payload)

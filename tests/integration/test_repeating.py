@@ -11,7 +11,7 @@ from wire import GREETING, Proxy, command, listening
 
 from relstream import ClientTerminated, RecoveryConfig, RetryConfig, repeats
 from relstream.lbs.expiry_events import ExpiryEvents
-from relstream.net.connection import Endpoint, Link
+from relstream.net.connection import Connection, Endpoint
 from relstream.recovery import coordinator
 
 RETRY = RetryConfig(initial_delay=0.1, max_delay=0.4)
@@ -154,7 +154,7 @@ async def test_a_subscription_that_ends_at_once_is_made_anew_with_pauses(said):
 
     async with listening(serve) as port:
         events = ExpiryEvents(
-            lambda on_push: Link(Endpoint(host="127.0.0.1", port=port), on_push=on_push),
+            lambda on_push: Connection(Endpoint(host="127.0.0.1", port=port), on_push=on_push),
             force_config_override=True,
             on_expired=lambda info: None,
             on_forbidden=lambda reply: None,

@@ -150,7 +150,7 @@ async def test_leaving_a_client_that_died_raises(consumer, service):
             await died(client, service)
             reasons.extend([n.additional_info["info"] async for n in notes if n.type is TERMINATED])
 
-    with pytest.raises(ClientTerminated, match="by a failure: intake failed: WRONG") as caught:
+    with pytest.raises(ClientTerminated, match="by a failure: fetcher failed: WRONG") as caught:
         await work()
     assert reasons == [caught.value.reason]
     assert isinstance(caught.value.__cause__, ReplyError)

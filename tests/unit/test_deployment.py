@@ -12,7 +12,7 @@ from redis.asyncio.cluster import ClusterNode
 from relstream import InvalidOption
 from relstream.net.connection import Endpoint, SharedAddress
 from relstream.net.deployment import deployment_of
-from relstream.net.sentinel import NamedMaster
+from relstream.net.sentinel import SentinelMaster
 from relstream.net.topology import ClusterTopology, SingleTopology, SlotTable
 
 
@@ -24,7 +24,7 @@ def addresses(endpoints: tuple[Endpoint, ...]) -> list[tuple[str, int]]:
 def test_a_single_server(url: str) -> None:
     deployment = deployment_of(url)
     assert (deployment.nodes, deployment.sentinels) == ((), ())
-    assert not deployment.heals
+    assert not deployment.has_failover
     assert deployment.endpoint.db == 2
     assert (deployment.endpoint.tls is not None) == url.startswith("rediss")
     assert isinstance(deployment.guide(), SharedAddress)
@@ -43,7 +43,7 @@ def test_a_single_server(url: str) -> None:
 def test_a_cluster(url: str, nodes: list[tuple[str, int]]) -> None:
     deployment = deployment_of(url)
     assert addresses(deployment.nodes) == nodes
-    assert deployment.heals
+    assert deployment.has_failover
     assert deployment.endpoint.username is deployment.endpoint.tls is None
     slots = deployment.guide()
     assert isinstance(slots, SlotTable)
@@ -99,8 +99,8 @@ def test_sentinels(url: str, sentinels: list[tuple[str, int]], db: int) -> None:
     deployment = deployment_of(url)
     assert addresses(deployment.sentinels) == sentinels
     assert (deployment.master_name, deployment.endpoint.db) == ("m", db)
-    assert deployment.heals
-    assert isinstance(deployment.guide(), NamedMaster)
+    assert deployment.has_failover
+    assert isinstance(deployment.guide(), SentinelMaster)
 
 
 def test_master_and_sentinels_have_settings_of_their_own() -> None:
@@ -169,7 +169,7 @@ def test_what_can_not_be(url: str, said: str) -> None:
 
 
 def test_patience_bounds_every_wait() -> None:
-    patient = deployment_of("redis+cluster://h?socket_timeout=60&socket_connect_timeout=1").patient(
-        2
-    )
+    patient = deployment_of(
+        "redis+cluster://h?socket_timeout=60&socket_connect_timeout=1"
+    ).with_timeout(2)
     assert (patient.endpoint.timeout, patient.endpoint.connect_timeout) == (2, 1)

@@ -73,7 +73,7 @@ REFUSALS = [
         ("LOADING Redis is loading the dataset in memory", "LOADING", True),
         ("BUSY Redis is busy running a script.", "BUSY", True),
         ("CLUSTERDOWN The cluster is down", "CLUSTERDOWN", True),
-        ("MASTERDOWN Link with MASTER is down", "MASTERDOWN", True),
+        ("MASTERDOWN Connection with MASTER is down", "MASTERDOWN", True),
         ("TRYAGAIN Multiple keys request during rehashing of slot", "TRYAGAIN", True),
         ("NOGROUP No such key 'x' or consumer group 'g'", "NOGROUP", False),
         ("NOPERM this user has no permissions to run the 'get' command", "NOPERM", False),

@@ -18,8 +18,8 @@ from relstream.errors import ConnectionLost, DeadlineExceeded, ReplyError
 from relstream.lbs.names import Names
 from relstream.notifications import Notifications
 from relstream.ownership import fetcher
-from relstream.ownership.capacity import Room
-from relstream.ownership.fetcher import Intake
+from relstream.ownership.capacity import Capacity
+from relstream.ownership.fetcher import Fetcher
 
 HEARTBEAT = 0.3
 Take = Callable[[list[Entry], float], Any]
@@ -62,7 +62,7 @@ class Reading:
 
 
 class Setting:
-    """An intake with everything around it made up."""
+    """An fetcher with everything around it made up."""
 
     def __init__(
         self,
@@ -73,14 +73,14 @@ class Setting:
         reading: Any = None,
     ) -> None:
         self.notes = Notifications(queue)
-        self.room = Room(self.notes, lambda: 0, None, 1)
+        self.room = Capacity(self.notes, lambda: 0, None, 1)
         self.handed_back: list[list[bytes]] = []
         self.stay = False
         topology: Any = SimpleNamespace(
             link=lambda name: None,
             single=single,
             servers={None} if single else {"odd", "even"},
-            apart=lambda keys: dict.fromkeys(map(server, keys) if not single else [None]),
+            group_by_node=lambda keys: dict.fromkeys(map(server, keys) if not single else [None]),
         )
         reading = reading or Reading(*batches)
         nobody: Any = None
@@ -95,7 +95,7 @@ class Setting:
         async def unlock(keys: list[bytes]) -> list[bytes]:
             return keys
 
-        self.intake = Intake(
+        self.fetcher = Fetcher(
             reading,
             topology,
             Names.of("svc"),
@@ -106,7 +106,7 @@ class Setting:
             audit=nothing,
             hand_back=hand_back,
             unlock=unlock,
-            put_back=nobody,
+            requeuer=nobody,
             recovered_after=HEARTBEAT,
             retry=RetryConfig(max_retries=-1, initial_delay=0.01, max_delay=0.05),
             patience=0.0,
@@ -114,7 +114,7 @@ class Setting:
             recorder=None,
             logger=logging.getLogger("relstream"),
         )
-        self.task = asyncio.ensure_future(self.intake.run())
+        self.task = asyncio.ensure_future(self.fetcher.run())
 
     async def names(self, count: int) -> list[str]:
         async def some() -> list[str]:
@@ -123,7 +123,7 @@ class Setting:
         return await asyncio.wait_for(some(), 5)
 
     async def end(self) -> None:
-        await self.intake.stop()
+        await self.fetcher.stop()
         await self.task
 
 
@@ -152,9 +152,9 @@ async def test_a_batch_is_taken_though_the_one_before_it_fails() -> None:
     setting = Setting(batch(1, 100), batch(101, 30), take=take)
     assert sorted(await setting.names(130)) == sorted(f"s{i}" for i in range(1, 131))
     await setting.end()
-    assert setting.room.share(setting.intake) == 1000
+    assert setting.room.available_for(setting.fetcher) == 1000
     assert setting.handed_back == []
-    assert setting.intake.in_hand() == set()
+    assert setting.fetcher.in_hand() == set()
 
 
 @pytest.mark.parametrize("code", ["MASTERDOWN", "MOVED"])
@@ -162,21 +162,21 @@ async def test_what_stays_refused_is_put_back_before_it_looks_like_a_dead_owners
     setting = Setting(batch(1, 30), take=refusing(code), single=False)
     await asyncio.sleep(HEARTBEAT / 6)
     assert setting.handed_back == []
-    assert setting.intake.in_hand() == {b"%d-0" % i for i in range(1, 31)}
+    assert setting.fetcher.in_hand() == {b"%d-0" % i for i in range(1, 31)}
     await asyncio.sleep(HEARTBEAT / 2)
     assert setting.handed_back == [[b"%d-0" % i for i in range(1, 31)]]
     await setting.end()
-    assert setting.room.share(setting.intake) == 1000
-    assert setting.intake.in_hand() == set()
+    assert setting.room.available_for(setting.fetcher) == 1000
+    assert setting.fetcher.in_hand() == set()
 
 
 async def test_what_is_refused_is_put_back_on_leaving() -> None:
     setting = Setting(batch(1, 30), take=refusing("OOM"))
     await asyncio.sleep(0.005)
     await setting.end()
-    await setting.intake.leave()
+    await setting.fetcher.leave()
     assert setting.handed_back == [[b"%d-0" % i for i in range(1, 31)]]
-    assert setting.intake.in_hand() == set()
+    assert setting.fetcher.in_hand() == set()
 
 
 async def test_of_several_masters_one_that_refuses_keeps_the_others_streams_from_nobody() -> None:
@@ -199,7 +199,7 @@ async def test_of_several_masters_one_that_refuses_bounds_what_is_kept(monkeypat
     async def take(entries: list[Entry], asked_at: float, **how: Any) -> Any:
         nonlocal kept
         odd = [entry for entry in entries if int(entry.data_stream_name[1:]) % 2]
-        kept = max(kept, len(setting.intake._refused) + len(odd))
+        kept = max(kept, len(setting.fetcher._refused) + len(odd))
         return [e for e in entries if e not in odd], [(e, ReplyError("OOM not now")) for e in odd]
 
     setting = Setting(*[batch(i, 1) for i in range(1, 101)], take=take, single=False)
@@ -241,7 +241,7 @@ async def test_a_read_of_which_no_byte_comes_is_sent_again_as_it_was() -> None:
     setting = Setting(take=granting, reading=Late(batch(1, 1), batch(2, 1)))
     assert await setting.names(2) == ["s1", "s2"]
     assert Late.counts[:4] == [1, 2, 2, 2]
-    assert setting.intake.failing is None
+    assert setting.fetcher.failing is None
     await setting.end()
 
 
@@ -297,7 +297,7 @@ async def test_without_room_what_was_refused_waits_its_time() -> None:
     setting = Setting(batch(1, 10), take=take, single=False, queue=4)
     setting.stay = True
     await asyncio.sleep(1.0)
-    assert setting.room.share(setting.intake) == 0
+    assert setting.room.available_for(setting.fetcher) == 0
     assert 1 <= len(setting.handed_back) <= 10
     await setting.end()
 
@@ -310,7 +310,7 @@ async def test_a_cancellation_is_heeded_though_there_is_room_at_the_same_moment(
         setting = Setting(batch(1, 10), take=take, single=False, queue=4)
         setting.stay = True
         await asyncio.sleep(0.02 + 0.001 * tick)
-        assert setting.room.share(setting.intake) == 0
+        assert setting.room.available_for(setting.fetcher) == 0
         setting.notes.room_made.set()
         setting.task.cancel()
         await asyncio.wait({setting.task}, timeout=0.2)
@@ -321,24 +321,24 @@ async def test_batches_that_are_taken_do_not_pile_up() -> None:
     batches = [batch(1, 100), *(batch(100 + i, 1) for i in range(1, 201))]
     setting = Setting(*batches, take=granting)
     await setting.names(300)
-    assert len(setting.intake._taking) <= 2
+    assert len(setting.fetcher._taking) <= 2
     await setting.end()
 
 
 async def test_room_is_kept_for_who_waits_for_it_until_that_one_does_something_else() -> None:
     notes = Notifications(1)
-    room = Room(notes, lambda: 0, None, 2)
-    assert room.share("a") == 1
-    room.set_aside(1)
+    room = Capacity(notes, lambda: 0, None, 2)
+    assert room.available_for("a") == 1
+    room.reserve(1)
     assert room.all_taken()
-    assert room.share("b") == 0
-    room.await_turn("b")
-    room.give_back(1)
-    assert (room.share("a"), room.share("b")) == (0, 1)
+    assert room.available_for("b") == 0
+    room.wait_turn("b")
+    room.release(1)
+    assert (room.available_for("a"), room.available_for("b")) == (0, 1)
     room_made = notes.room_made.wait()
     room.end_turn("b")
     assert room_made.done()  # so the next one looks again
-    assert room.share("a") == 1
+    assert room.available_for("a") == 1
 
 
 async def test_a_reader_that_fails_keeps_no_room_from_others() -> None:
@@ -352,11 +352,11 @@ async def test_a_reader_that_fails_keeps_no_room_from_others() -> None:
 
     reading = Failing()
     setting = Setting(take=granting, queue=1, reading=reading)
-    setting.room.set_aside(1)
+    setting.room.reserve(1)
     await asyncio.sleep(0.05)
-    setting.room.give_back(1)
-    assert setting.room.share("another") == 0
+    setting.room.release(1)
+    assert setting.room.available_for("another") == 0
     reading.fails = True
     setting.notes.room_made.set()
-    await eventually(lambda: setting.room.share("another") == 1)
+    await eventually(lambda: setting.room.available_for("another") == 1)
     await setting.end()

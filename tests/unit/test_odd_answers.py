@@ -13,7 +13,7 @@ from wire import GREETING, command, listening
 from relstream import ProtocolError
 from relstream.lbs.expiry_events import ExpiryEvents
 from relstream.lbs.locks import Locks
-from relstream.net.connection import Endpoint, Link
+from relstream.net.connection import Connection, Endpoint
 
 LOGGER = logging.getLogger("relstream")
 
@@ -37,7 +37,7 @@ async def test_config_get(answer: bytes) -> None:
 
     async with listening(serve) as port:
         events = ExpiryEvents(
-            lambda on_push: Link(Endpoint(host="127.0.0.1", port=port), on_push=on_push),
+            lambda on_push: Connection(Endpoint(host="127.0.0.1", port=port), on_push=on_push),
             force_config_override=True,
             on_expired=lambda info: None,
             on_forbidden=lambda reply: None,
@@ -54,7 +54,7 @@ async def test_scripts_about_locks(answer: Any) -> None:
     async def pipeline(packed: bytes, replies: int) -> list[Any]:
         return [answer] * replies
 
-    link = SimpleNamespace(pipeline=pipeline, openings=1)
+    link = SimpleNamespace(pipeline=pipeline, generation=1)
     topology: Any = SimpleNamespace(single=True, together=True, link=lambda key: link)
     locks = Locks(topology, "c1", 1000, LOGGER)
     for ask in locks.renew, locks.release:

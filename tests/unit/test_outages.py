@@ -14,7 +14,7 @@ from helpers import SEPARATOR, eventually
 
 from relstream._core import pack
 from relstream.errors import ConnectionLost, ReplyError
-from relstream.recovery.grace import Outages
+from relstream.recovery.grace import GracePeriods
 
 LEASE = 0.8
 
@@ -31,13 +31,13 @@ class Masters:
         self.hung_up: set[str] = set()
         self.unopened: set[str] = set()
         self.answers: dict[str, object] = {}
-        self.openings = Counter(masters)
+        self.generation = Counter(masters)
         self.run_ids: dict[str, bytes | None] = {}
         self.without: set[str] = set()
         self.written: set[str] = set()
         self.asked: dict[str, set[bytes]] = {}
 
-    def apart(self, locks: list[bytes]) -> dict[str, list[bytes]]:
+    def group_by_node(self, locks: list[bytes]) -> dict[str, list[bytes]]:
         parts: dict[str, list[bytes]] = {}
         for lock in locks:
             name = lock.decode()
@@ -67,13 +67,15 @@ class Masters:
             pipeline=pipeline,
             run_id=run_id,
             alive=master not in self.unopened,
-            openings=self.openings[master],
+            generation=self.generation[master],
         )
 
 
 @contextlib.asynccontextmanager
-async def watched(masters: Any, *, succeeding: bool = False, outages: Outages | None = None) -> Any:
-    outages = outages or Outages(masters, b"svc-input", LEASE)
+async def watched(
+    masters: Any, *, succeeding: bool = False, outages: GracePeriods | None = None
+) -> Any:
+    outages = outages or GracePeriods(masters, b"svc-input", LEASE)
     task = asyncio.ensure_future(outages.watch(succeeding=succeeding))
     try:
         await asyncio.sleep(0.05)
@@ -86,22 +88,22 @@ async def watched(masters: Any, *, succeeding: bool = False, outages: Outages | 
 async def test_a_silent_master_is_in_the_dark_for_a_lease_after_its_outage() -> None:
     masters = Masters("a", "b")
     async with watched(masters) as outages:
-        assert outages.shadowed([b"a", b"b"]) == set()
+        assert outages.unverifiable([b"a", b"b"]) == set()
         masters.silent.add("a")
         await asyncio.sleep(LEASE / 2)
-        assert outages.shadowed([b"a", b"b"]) == {b"a"}
+        assert outages.unverifiable([b"a", b"b"]) == {b"a"}
         masters.silent.clear()
         await asyncio.sleep(LEASE / 2)
-        assert outages.shadowed([b"a", b"b"]) == {b"a"}
+        assert outages.unverifiable([b"a", b"b"]) == {b"a"}
         await asyncio.sleep(LEASE)
-        assert outages.shadowed([b"a", b"b"]) == set()
+        assert outages.unverifiable([b"a", b"b"]) == set()
 
 
 async def test_a_replaced_master_is_in_the_dark_from_the_first_question_on() -> None:
     masters = Masters("a", "b")
     async with watched(masters) as outages:
         masters.slots.masters = ["a2", "b"]
-        assert outages.shadowed([b"a", b"b"]) == {b"a"}
+        assert outages.unverifiable([b"a", b"b"]) == {b"a"}
 
 
 async def test_a_master_that_hung_up_may_be_back_without_locks() -> None:
@@ -110,11 +112,11 @@ async def test_a_master_that_hung_up_may_be_back_without_locks() -> None:
         masters.hung_up.add("a")
         await asyncio.sleep(0.15)
         masters.hung_up.clear()
-        masters.openings["a"] += 1
+        masters.generation["a"] += 1
         masters.run_ids["a"] = b"second"
-        assert outages.shadowed([b"a", b"b"]) == {b"a"}
+        assert outages.unverifiable([b"a", b"b"]) == {b"a"}
         await asyncio.sleep(0.15)
-        assert outages.shadowed([b"a", b"b"]) == {b"a"}
+        assert outages.unverifiable([b"a", b"b"]) == {b"a"}
 
 
 @pytest.mark.parametrize("run_id", [b"first", None], ids=["told who it is", "not told"])
@@ -126,9 +128,9 @@ async def test_a_connection_that_is_only_recycled_is_no_outage(run_id: bytes | N
             masters.hung_up.add("a")
             await asyncio.sleep(0.05)
             masters.hung_up.clear()
-            masters.openings["a"] += 1
-            assert outages.shadowed([b"a", b"b"]) == {b"a"}, "it has not told who it is"
-            await eventually(lambda: not outages.shadowed([b"a", b"b"]), LEASE / 2)
+            masters.generation["a"] += 1
+            assert outages.unverifiable([b"a", b"b"]) == {b"a"}, "it has not told who it is"
+            await eventually(lambda: not outages.unverifiable([b"a", b"b"]), LEASE / 2)
 
 
 @pytest.mark.parametrize("run_id", [b"second", None], ids=["another", "not told"])
@@ -139,29 +141,29 @@ async def test_a_master_on_another_connection_may_be_back_without_locks(
     masters = Masters("a", "b")
     masters.run_ids["a"] = run_id and b"first"
     async with watched(masters) as outages:
-        masters.openings["a"] += 1
+        masters.generation["a"] += 1
         masters.run_ids["a"] = run_id
         masters.written.discard("a")
-        assert outages.shadowed([b"a", b"b"]) == {b"a"}
+        assert outages.unverifiable([b"a", b"b"]) == {b"a"}
         await asyncio.sleep(LEASE / 2)
-        assert outages.shadowed([b"a", b"b"]) == {b"a"}
+        assert outages.unverifiable([b"a", b"b"]) == {b"a"}
         await asyncio.sleep(LEASE)
-        assert outages.shadowed([b"a", b"b"]) == set()
+        assert outages.unverifiable([b"a", b"b"]) == set()
 
 
 async def test_who_leads_after_another_does_not_know_what_that_one_saw() -> None:
     async with watched(Masters("a", "b"), succeeding=True) as outages:
-        assert outages.shadowed([b"a", b"b"]) == {b"a", b"b"}
+        assert outages.unverifiable([b"a", b"b"]) == {b"a", b"b"}
         await asyncio.sleep(LEASE / 2)
-        assert outages.shadowed([b"a", b"b"]) == set()
+        assert outages.unverifiable([b"a", b"b"]) == set()
 
 
 async def test_a_master_that_refused_a_question_is_in_the_dark_for_a_lease() -> None:
     masters = Masters("a", "b")
     async with watched(masters) as outages:
-        outages.refused([b"a"])
-        assert outages.shadowed([b"a", b"b"]) == {b"a"}
-        await eventually(lambda: not outages.shadowed([b"a", b"b"]))
+        outages.unreachable([b"a"])
+        assert outages.unverifiable([b"a", b"b"]) == {b"a"}
+        await eventually(lambda: not outages.unverifiable([b"a", b"b"]))
 
 
 async def test_a_master_that_renews_nothing_is_as_one_that_is_silent() -> None:
@@ -170,12 +172,12 @@ async def test_a_master_that_renews_nothing_is_as_one_that_is_silent() -> None:
     masters.answers["b"] = ReplyError("NOPERM this user has no permissions")  # it does answer
     async with watched(masters) as outages:
         await asyncio.sleep(LEASE / 2)
-        assert outages.shadowed([b"a", b"b"]) == {b"a"}
+        assert outages.unverifiable([b"a", b"b"]) == {b"a"}
         masters.answers.clear()
         await asyncio.sleep(LEASE / 2)
-        assert outages.shadowed([b"a", b"b"]) == {b"a"}
+        assert outages.unverifiable([b"a", b"b"]) == {b"a"}
         await asyncio.sleep(LEASE)
-        assert outages.shadowed([b"a", b"b"]) == set()
+        assert outages.unverifiable([b"a", b"b"]) == set()
 
 
 async def test_each_master_is_asked_to_renew_a_key_that_it_serves() -> None:
@@ -202,13 +204,13 @@ async def test_a_master_that_loses_keys_before_their_time_has_lost_locks() -> No
     async with watched(masters) as outages:
         await eventually(lambda: masters.written == {"a", "b"})
         await asyncio.sleep(LEASE / 2)
-        assert outages.shadowed([b"a", b"b"]) == set()
+        assert outages.unverifiable([b"a", b"b"]) == set()
         masters.written.remove("a")
         await outages.look_again([b"a"])  # before anybody judges by the locks
-        assert outages.shadowed([b"a", b"b"]) == {b"a"}
+        assert outages.unverifiable([b"a", b"b"]) == {b"a"}
         await asyncio.sleep(LEASE / 2)
-        assert outages.shadowed([b"a", b"b"]) == {b"a"}
-        await eventually(lambda: not outages.shadowed([b"a", b"b"]))
+        assert outages.unverifiable([b"a", b"b"]) == {b"a"}
+        await eventually(lambda: not outages.unverifiable([b"a", b"b"]))
 
 
 async def test_a_user_without_a_right_to_its_keys_asks_for_a_lock_that_is_none() -> None:
@@ -219,7 +221,7 @@ async def test_a_user_without_a_right_to_its_keys_asks_for_a_lock_that_is_none()
         await asyncio.sleep(LEASE / 2)
         masters.answers.clear()
         await asyncio.sleep(LEASE / 2)
-        assert outages.shadowed([b"a"]) == set()
+        assert outages.unverifiable([b"a"]) == set()
     assert not masters.written
     assert any(SEPARATOR.encode() in packed for packed in masters.asked["a"])
 
@@ -228,9 +230,9 @@ async def test_who_did_not_listen_takes_nobody_for_silent() -> None:
     async with watched(Masters("a", "b")) as outages:
         for _ in range(10):
             time.sleep(LEASE / 3)  # noqa: ASYNC251 - an application that blocks its loop
-            assert outages.shadowed([b"a", b"b"]) == set()
+            assert outages.unverifiable([b"a", b"b"]) == set()
             await asyncio.sleep(0.005)
-            assert outages.shadowed([b"a", b"b"]) == set()
+            assert outages.unverifiable([b"a", b"b"]) == set()
 
 
 async def test_who_takes_its_time_to_let_us_in_was_not_silent() -> None:
@@ -241,7 +243,7 @@ async def test_who_takes_its_time_to_let_us_in_was_not_silent() -> None:
         await asyncio.sleep(LEASE / 8)
         masters.silent.clear()
         await asyncio.sleep(0.05)
-        assert outages.shadowed([b"a", b"b"]) == {b"b"}
+        assert outages.unverifiable([b"a", b"b"]) == {b"b"}
 
 
 async def test_nothing_is_remembered_by_who_watches_no_more() -> None:
@@ -249,23 +251,23 @@ async def test_nothing_is_remembered_by_who_watches_no_more() -> None:
     async with watched(masters) as outages:
         masters.silent.add("a")
         await asyncio.sleep(LEASE / 2)
-        assert outages.shadowed([b"a", b"b"]) == {b"a"}
-    assert outages.shadowed([b"a", b"b"]) == set()
+        assert outages.unverifiable([b"a", b"b"]) == {b"a"}
+    assert outages.unverifiable([b"a", b"b"]) == set()
 
 
 async def test_what_was_known_is_known_still_by_who_leads_on() -> None:
     masters = Masters("a", "b")
-    outages = Outages(masters, b"svc-input", LEASE)  # type: ignore[arg-type]
+    outages = GracePeriods(masters, b"svc-input", LEASE)  # type: ignore[arg-type]
     async with watched(masters, outages=outages):
         await eventually(lambda: masters.written == {"a", "b"})
-    masters.openings["a"] += 1
+    masters.generation["a"] += 1
     masters.run_ids["a"] = b"second"
     async with watched(masters, outages=outages):
-        assert outages.shadowed([b"a", b"b"]) == {b"a"}
+        assert outages.unverifiable([b"a", b"b"]) == {b"a"}
     async with watched(masters, outages=outages, succeeding=True):
-        assert outages.shadowed([b"a", b"b"]) == {b"a", b"b"}
+        assert outages.unverifiable([b"a", b"b"]) == {b"a", b"b"}
         await asyncio.sleep(LEASE / 2)
-        assert outages.shadowed([b"a", b"b"]) == set()
+        assert outages.unverifiable([b"a", b"b"]) == set()
 
 
 async def test_a_master_that_is_silent_now_and_then_is_not_in_the_dark_for_ever() -> None:
@@ -278,6 +280,6 @@ async def test_a_master_that_is_silent_now_and_then_is_not_in_the_dark_for_ever(
             masters.silent.clear()
             for _ in range(4):
                 await asyncio.sleep(LEASE * 0.1)
-                seen.append(bool(outages.shadowed([b"a", b"b"])))
+                seen.append(bool(outages.unverifiable([b"a", b"b"])))
     assert seen[:4] == [True] * 4
     assert False in seen

@@ -11,7 +11,7 @@ from helpers import eventually
 
 from relstream import ConnectionLost
 from relstream.net import sentinel, topology
-from relstream.net.sentinel import NamedMaster
+from relstream.net.sentinel import SentinelMaster
 from relstream.net.topology import unless_replaced
 
 EVERY = 0.05
@@ -24,7 +24,7 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sentinel, "LOOK_EVERY", EVERY)
 
 
-class Guide:
+class MasterResolver:
     """Knows masters, and is slow in looking for others."""
 
     def __init__(self, looks_for: float = 0.0) -> None:
@@ -46,7 +46,7 @@ async def answered(when: asyncio.Event) -> list[Any]:
 
 
 async def test_a_quick_answer_is_waited_for_alone() -> None:
-    guide: Any = Guide()
+    guide: Any = MasterResolver()
     now = asyncio.Event()
     now.set()
     assert await unless_replaced(answered(now), guide) == [b"OK"]
@@ -54,7 +54,7 @@ async def test_a_quick_answer_is_waited_for_alone() -> None:
 
 
 async def test_a_late_answer_holds_if_the_master_is_still_one() -> None:
-    guide: Any = Guide()
+    guide: Any = MasterResolver()
     guide.masters.append(THERE)
     later = asyncio.Event()
     answer = asyncio.ensure_future(unless_replaced(answered(later), guide))
@@ -65,7 +65,7 @@ async def test_a_late_answer_holds_if_the_master_is_still_one() -> None:
 
 
 async def test_a_late_answer_is_void_if_it_is_not() -> None:
-    guide: Any = Guide()
+    guide: Any = MasterResolver()
     later = asyncio.Event()
     answer = asyncio.ensure_future(unless_replaced(answered(later), guide))
     await eventually(lambda: guide.looks)
@@ -76,7 +76,7 @@ async def test_a_late_answer_is_void_if_it_is_not() -> None:
 
 
 async def test_an_answer_does_not_wait_for_one_who_looks() -> None:
-    guide: Any = Guide(looks_for=60)
+    guide: Any = MasterResolver(looks_for=60)
     later = asyncio.Event()
     answer = asyncio.ensure_future(unless_replaced(answered(later), guide))
     await eventually(lambda: guide.looks)
@@ -92,7 +92,7 @@ async def test_an_error_is_raised_as_it_is() -> None:
         await later.wait()
         raise ConnectionLost("it broke")
 
-    guide: Any = Guide(looks_for=60)
+    guide: Any = MasterResolver(looks_for=60)
     answer = asyncio.ensure_future(unless_replaced(failing(), guide))
     await eventually(lambda: guide.looks)
     later.set()
@@ -101,9 +101,9 @@ async def test_an_error_is_raised_as_it_is() -> None:
     assert guide.looks == guide.ended == 1
 
 
-def named_master(ask: Any, count: int = 3) -> NamedMaster:
+def named_master(ask: Any, count: int = 3) -> SentinelMaster:
     deployment: Any = SimpleNamespace(sentinels=range(count), master_name="m", remap=None)
-    master = NamedMaster(deployment)
+    master = SentinelMaster(deployment)
     master._ask = ask
     return master
 
@@ -119,7 +119,7 @@ async def test_silent_sentinels_are_not_asked_again_at_once() -> None:
 
     master = named_master(ask)
     for _ in range(3):
-        await master.glance()
+        await master.refresh_if_stale()
     assert asked == 3  # each of them once
 
 

@@ -16,7 +16,7 @@ from redis.credentials import CredentialProvider
 from wire import GREETING, command, listening, until_eof
 
 from relstream import InvalidOption, Producer, RelstreamError, StreamClient
-from relstream.net.connection import Link, endpoint_of
+from relstream.net.connection import Connection, endpoint_of
 from relstream.net.deployment import deployment_of
 from relstream.net.secrets import without_secrets
 
@@ -115,7 +115,7 @@ async def test_clients_are_shown_without_passwords(settings: dict[str, Any]) -> 
         with pytest.raises(InvalidOption) as caught:
             deployment_of(bad)
         shown += all_of(caught.value) + repr(caught.value.value)
-    link = Link(deployment.endpoint)
+    link = Connection(deployment.endpoint)
     with pytest.raises(RelstreamError) as failed:
         await link.get()
     shown += all_of(failed.value)
@@ -155,7 +155,7 @@ async def test_a_server_that_repeats_refused_arguments(
         await until_eof(reader)
 
     async with listening(serve) as port:
-        link = Link(endpoint_of(f"redis://joe:{quote(password)}@127.0.0.1:{port}/{db}"))
+        link = Connection(endpoint_of(f"redis://joe:{quote(password)}@127.0.0.1:{port}/{db}"))
         (outcome,) = await asyncio.gather(link.execute("PING"), return_exceptions=True)
         assert isinstance(outcome, RelstreamError)
         assert PART not in all_of(outcome)

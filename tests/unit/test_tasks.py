@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from relstream.tasks import end_all, until_one_ends, within
+from relstream.tasks import cancel_and_wait, run_until_first_exit, within
 
 
 class Part:
@@ -30,15 +30,15 @@ async def fail() -> None:
 
 async def test_the_first_to_end_ends_all() -> None:
     part = Part()
-    await until_one_ends(part.run(), asyncio.sleep(0))
+    await run_until_first_exit(part.run(), asyncio.sleep(0))
     assert part.ended
     part = Part()
     with pytest.raises(ValueError, match="failed"):
-        await until_one_ends(part.run(), fail())
+        await run_until_first_exit(part.run(), fail())
     assert part.ended
 
 
-@pytest.mark.parametrize("wait", [until_one_ends, lambda work: within(60.0, work)])
+@pytest.mark.parametrize("wait", [run_until_first_exit, lambda work: within(60.0, work)])
 async def test_a_cancellation_waits_for_what_it_ends(wait: Any) -> None:
     part = Part()
     waiting = asyncio.ensure_future(wait(part.run()))
@@ -61,5 +61,5 @@ async def test_what_takes_too_long_is_ended() -> None:
 async def test_what_tasks_end_with_is_not_raised() -> None:
     tasks = [asyncio.ensure_future(fail()), asyncio.ensure_future(Part().run())]
     await asyncio.sleep(0.01)
-    await end_all(tasks)
+    await cancel_and_wait(tasks)
     assert all(task.done() for task in tasks)

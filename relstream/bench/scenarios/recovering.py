@@ -26,8 +26,8 @@ from relstream.bench.measure import (
 from relstream.lbs.names import SEPARATOR, Names
 from relstream.lbs.server_clock import ServerClock
 from relstream.net.connection import raise_first
-from relstream.net.topology import KeyLink
-from relstream.recovery.coordinator import Recoverer, Tally
+from relstream.net.topology import KeyConnection
+from relstream.recovery.coordinator import Recoverer, ScanResult
 
 OWNERS = 10
 """Consumers that the pending entries belong to, in turns of PAGE entries."""
@@ -105,7 +105,7 @@ async def _relstream(job: Job, counted: str) -> AsyncIterator[Walk]:
         )
 
         async def walk() -> int:
-            tally = Tally()
+            tally = ScanResult()
             await recoverer._walk(0, tally)
             count: int = getattr(tally, counted)
             return count
@@ -150,7 +150,7 @@ async def scan(job: Job) -> Figures:
 
 
 @asynccontextmanager
-async def _slow_log(control: KeyLink, job: Job) -> AsyncIterator[Figures]:
+async def _slow_log(control: KeyConnection, job: Job) -> AsyncIterator[Figures]:
     """Puts the slowest command into the figures that it yields, where the server is ours to set."""
     figures: Figures = {}
     if not job.private:
@@ -165,7 +165,7 @@ async def _slow_log(control: KeyLink, job: Job) -> AsyncIterator[Figures]:
     figures["slowest_ms"] = max((row[2] for row in log), default=SLOW_US) / 1000
 
 
-async def _remove_locks(control: KeyLink, service: str) -> None:
+async def _remove_locks(control: KeyConnection, service: str) -> None:
     """Nobody else removes what `living` has locked."""
     start, number = "-", 0
     while batch := await control.execute(
