@@ -552,7 +552,7 @@ class StreamClient:
                 ending.append((part.completer.done if worked_on else part.completer.release)(head))
         outcomes = await asyncio.gather(*ending, return_exceptions=True)
         await part.completer.idle()  # what the application has asked for before
-        await part.settle()
+        await part.wait_until_idle()
         await part.completer.tidy()
         # Read by this consumer but not owned: a reply that got lost, a lock that was refused.
         await part.fetcher.leave()

@@ -447,7 +447,7 @@ cdef class CompletionQueue:
             self._wake()
         return future
 
-    def take(self, Py_ssize_t most, Py_ssize_t most_bytes=0):
+    def next_batch(self, Py_ssize_t most, Py_ssize_t most_bytes=0):
         """Those asked for first, up to so many, and if given of about so many bytes."""
         cdef CompletionQueue batch = CompletionQueue()
         cdef Py_ssize_t end = self._taken + min(most, len(self))

@@ -112,7 +112,7 @@ class Partition:
             consumer,
             notifications=notifications,
             room=room,
-            take=self.leases.take,
+            take=self.leases.acquire,
             audit=self._put_strays_back,
             hand_back=self._return,
             unlock=self.leases.unlock,
@@ -196,10 +196,10 @@ class Partition:
             self._logger.debug("a former life's entries wait for the next audit: %s", error)
         return strays
 
-    async def settle(self) -> None:
+    async def wait_until_idle(self) -> None:
         """Waits until nothing is acknowledged that is not yet added again."""
-        await self._requeuer.settle()
-        await self.recoverer.settle()
+        await self._requeuer.wait_until_idle()
+        await self.recoverer.wait_until_idle()
 
     async def close(self) -> None:
         """Gives that up; for after all else has ended."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 PAUSED = "paused"
 """The reason for which `Capacity` is closed meanwhile."""
 # Seconds between two looks whether all is drained, besides those when a stream ends.
-LOOK_EVERY = 0.05
+DRAIN_CHECK_EVERY = 0.05
 
 
 class Pausing:
@@ -53,7 +53,7 @@ class Pausing:
         pausing = asyncio.ensure_future(self.pause())
         try:
             while not self._drained() and not closed():
-                left = LOOK_EVERY
+                left = DRAIN_CHECK_EVERY
                 if deadline is not None:
                     left = min(left, deadline - loop.time())
                     if left <= 0:

@@ -35,7 +35,7 @@ RENEWAL = "renewal"
 
 # Parts of the TTL. Locks are renewed every half: one whose renewal is refused has half a TTL left.
 # How often to look.
-LOOK_EVERY = 1 / 16
+CHECK_EVERY_TTL = 1 / 16
 # For so long the command connection must have answered before streams are handed over.
 ANSWERED_FOR = 1 / 5
 # A command without an answer for so long says that the server does not answer.
@@ -99,7 +99,7 @@ class UnrenewedLeases:
 
     async def run(self) -> None:
         """Looks several times in a TTL, until cancelled."""
-        every = min(max(self._ttl * LOOK_EVERY, 0.01), 0.5)
+        every = min(max(self._ttl * CHECK_EVERY_TTL, 0.01), 0.5)
         try:
             while True:
                 self._look()
@@ -165,7 +165,7 @@ class UnrenewedLeases:
                     answers.overtook = answers.asked_at, now
         elif task is not None and now - answers.asked_at > self._ttl * ANSWERS_WITHIN:
             answers.since = answers.overtook = None
-        if answers.asking is None and now - answers.asked_at >= self._ttl * LOOK_EVERY:
+        if answers.asking is None and now - answers.asked_at >= self._ttl * CHECK_EVERY_TTL:
             answers.asked_at = now
             answers.asking = asyncio.ensure_future(self._answered(server))
             answers.asking.add_done_callback(lambda _: self._failed.set())

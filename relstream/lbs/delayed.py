@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from relstream.net.topology import KeyConnection
 
 # Seconds between two looks for what is due.
-LOOK_EVERY = 0.18
+MOVE_EVERY = 0.18
 # Seconds until the next one where what seemed to be due was not, or where moving was refused.
 SOON = 0.005
 REFUSED = 5.0
@@ -55,7 +55,7 @@ class DelayedEntries:
         What is refused otherwise is logged once, and tried again.
         """
         while True:
-            pause = LOOK_EVERY
+            pause = MOVE_EVERY
             if self._denied:
                 await asyncio.sleep(pause)
                 continue

@@ -43,8 +43,8 @@ PROOF_EVERY = 5.0
 # One that breaks sooner, in seconds, is not made anew at once.
 SHORT = 1.0
 # Seconds between two looks at the slots of a cluster when nothing happens, and when much does.
-LOOK_EVERY = 1.5
-PAUSE = 0.1
+WATCH_EVERY = 1.5
+RESET_PAUSE = 0.1
 
 
 def merged_flags(current: str) -> str | None:
@@ -294,7 +294,7 @@ class ClusterEvents:
                 try:
                     done, _ = await asyncio.wait(
                         {noticing, *self._tasks.values()},
-                        timeout=jittered(LOOK_EVERY, 0.2, random.random()),
+                        timeout=jittered(WATCH_EVERY, 0.2, random.random()),
                         return_when=asyncio.FIRST_COMPLETED,
                     )
                 finally:
@@ -308,7 +308,7 @@ class ClusterEvents:
                 except RelstreamError as error:
                     self._logger.debug("the slots can't be looked at: %s", error)
                 if noticing in done:
-                    await asyncio.sleep(PAUSE)
+                    await asyncio.sleep(RESET_PAUSE)
         finally:
             await cancel_and_wait(self._tasks.values())
 
@@ -352,7 +352,7 @@ class ClusterEvents:
         if before is not None:
             await asyncio.wait({before})
             self._resetting, self._next = self._next, None
-        await self._slots.settle()
+        await self._slots.compare_nodes()
         await self._follow()
         await self._set_up_all(anew=True)
         self._slots.noticed.set()

@@ -61,8 +61,8 @@ if TYPE_CHECKING:
 # A call of the script that puts back carries about this much at most.
 SCRIPT_BYTES = 1 << 20
 # Entries are read in portions of about so many bytes, and at most so many of them.
-READ_BYTES = 1 << 20
-LARGEST_READ = 1000
+PORTION_BYTES = 1 << 20
+LARGEST_PORTION = 1000
 # Seconds after which something that failed between two steps is tried again, at first and at most.
 DOUBT = 0.1
 ADD_AGAIN = 2.0
@@ -127,7 +127,7 @@ class Entries:
             # A small portion tells little of many, unless its entries are large.
             if came:
                 self._count = min(
-                    fitting(batches, READ_BYTES), max(self._count, 4 * came), LARGEST_READ
+                    fitting(batches, PORTION_BYTES), max(self._count, 4 * came), LARGEST_PORTION
                 )
             yield part, batches
 
@@ -621,7 +621,7 @@ class Requeuer:
                 "works: %s", count, error,
             )  # fmt: skip
 
-    async def settle(self) -> None:
+    async def wait_until_idle(self) -> None:
         """Waits until nothing is between its two steps."""
         while self._moving:
             await asyncio.wait(self._moving)

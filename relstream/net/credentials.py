@@ -9,7 +9,7 @@ from redis.credentials import CredentialProvider
 Given = tuple[str] | tuple[str, str]
 
 # Seconds that a provider may take while its loop is busy, until what it gave before has to do.
-PATIENCE = 1.0
+PROVIDER_PATIENCE = 1.0
 
 
 class OnLoop(CredentialProvider):
@@ -27,7 +27,7 @@ class OnLoop(CredentialProvider):
         """What the provider gives; raises what it raises."""
         asking = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._ask(), self._loop))
         try:
-            patience = PATIENCE if self._last is not None else None
+            patience = PROVIDER_PATIENCE if self._last is not None else None
             await asyncio.wait({asking}, timeout=patience)
             if not asking.done() and self._last is not None:
                 return self._last

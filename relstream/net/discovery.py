@@ -25,10 +25,10 @@ ASK_TIMEOUT = 1.0
 ASK_NEXT = 0.2
 # Seconds between two questions, at least, while all seems well: a master that was replaced goes on
 # serving who does not ask, and leases renewed there are lost.
-LOOK_EVERY = 1.0
+POLL_EVERY = 1.0
 
 
-async def ask(endpoint: Endpoint, *args: bytes | str) -> Any:
+async def query(endpoint: Endpoint, *args: bytes | str) -> Any:
     """One command over a connection of its own."""
     quick = replace(endpoint, connect_timeout=min(endpoint.connect_timeout, ASK_TIMEOUT))
     protocol = await connect(quick)
@@ -49,7 +49,7 @@ async def first_reply(
     try:
         while others or asking:
             if others:
-                asking.add(asyncio.ensure_future(ask(others.pop(0))))
+                asking.add(asyncio.ensure_future(query(others.pop(0))))
             done, asking = await asyncio.wait(
                 asking,
                 timeout=ASK_NEXT if others else None,

@@ -40,7 +40,7 @@ JOIN_UP_TO = 64 * 1024
 # When a deadline has passed, the reply may well lie in the socket: an application that blocked the
 # loop made us late too. So many more looks are taken, so many seconds apart.
 LOOKS = 3
-LOOK_EVERY = 0.02
+CHECK_EVERY = 0.02
 
 
 class _Request:
@@ -236,7 +236,7 @@ class RedisProtocol(asyncio.BufferedProtocol):
             self.abort(DeadlineExceeded("no reply from the server in time"))
             return
         self._looks += 1
-        self._set_timer(now + LOOK_EVERY)
+        self._set_timer(now + CHECK_EVERY)
 
     # --- from the server (asyncio.BufferedProtocol) --------------------------------------------
 

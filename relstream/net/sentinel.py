@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from relstream._core import jittered
 from relstream.errors import ConnectionFailed, ProtocolError, RelstreamError, ReplyError
-from relstream.net.discovery import ASK_NEXT, LOOK_EVERY, all_failed, ask
+from relstream.net.discovery import ASK_NEXT, POLL_EVERY, all_failed, query
 from relstream.tasks import cancel_and_wait
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class SentinelMaster:
     async def _ask(self, sentinel: Endpoint) -> tuple[str, int]:
         name = self._deployment.master_name
         try:
-            address = await ask(sentinel, b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", name)
+            address = await query(sentinel, b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", name)
         except ReplyError as error:
             raise ReplyError(f"{error} (Sentinel {sentinel})") from None
         if address is None:
@@ -126,12 +126,12 @@ class SentinelMaster:
         """Asks for the master of today every now and then, until cancelled."""
         self._watched = True
         while True:
-            await asyncio.sleep(jittered(LOOK_EVERY, 0.2, random.random()))
+            await asyncio.sleep(jittered(POLL_EVERY, 0.2, random.random()))
             await self.look()
 
     async def refresh_if_stale(self) -> None:
         """Before something is sent: asks for the master of today, unless somebody else does."""
-        if not self._watched and time.monotonic() - self._looked > LOOK_EVERY:
+        if not self._watched and time.monotonic() - self._looked > POLL_EVERY:
             await self.look()
 
     async def look(self) -> None:

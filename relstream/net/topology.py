@@ -37,7 +37,7 @@ from relstream.net.connection import (
     raise_first,
     useless,
 )
-from relstream.net.discovery import ASK_NEXT, LOOK_EVERY, ask, first_reply
+from relstream.net.discovery import ASK_NEXT, POLL_EVERY, first_reply, query
 from relstream.net.sentinel import SentinelMaster
 from relstream.tasks import cancel_and_wait, within
 
@@ -49,7 +49,7 @@ SLOTS = 16384
 # How often a command follows a redirect before its sender is told, and the pause in between once
 # the slots look the same as before, in seconds.
 REDIRECTS = 8
-PAUSE = 0.05
+REDIRECT_PAUSE = 0.05
 # Seconds for which a former master may still answer what it was sent.
 LEAVE_TIMEOUT = 0.5
 # Seconds for which a node without slots is taken for a master after it was seen to import one.
@@ -289,7 +289,7 @@ class SlotTable:
     async def _ask(self, node: Endpoint) -> _View:
         view = _View()
         try:
-            ranges = await ask(node.named("slots"), b"CLUSTER", b"SLOTS")
+            ranges = await query(node.named("slots"), b"CLUSTER", b"SLOTS")
         except ReplyError as error:
             if error.code == "NOPERM":
                 raise PermissionDenied(f"{node}: {error}: grant +cluster|slots") from None
@@ -345,7 +345,7 @@ class SlotTable:
         """By which others call it."""
         return next((at[1] for at, known in self._nodes.items() if known is node), node.port)
 
-    async def settle(self) -> None:
+    async def compare_nodes(self) -> None:
         """Looks at the slots as all nodes see them; raises `ClusterNotSettled` if they differ."""
         if not self._view.masters:
             await self.refresh()
@@ -372,7 +372,7 @@ class SlotTable:
         self._see(agreed)
 
     async def _state(self, node: Endpoint) -> tuple[bytes, _View]:
-        info = await ask(node.named("slots"), b"CLUSTER", b"INFO")
+        info = await query(node.named("slots"), b"CLUSTER", b"INFO")
         found = re.search(rb"cluster_state:(\w+)", info)
         return found[1] if found else b"unknown", await self._ask(node)
 
@@ -403,11 +403,11 @@ async def unless_replaced(
     task = asyncio.ensure_future(sending)
     tasks: list[asyncio.Task[Any]] = [task]
     try:
-        if not (await asyncio.wait(tasks, timeout=LOOK_EVERY))[0]:
+        if not (await asyncio.wait(tasks, timeout=POLL_EVERY))[0]:
             tasks.append(asyncio.ensure_future(_look_for_ever(guide)))
             for ended in (await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED))[0]:
                 ended.result()
-            await within(LOOK_EVERY, guide.look())
+            await within(POLL_EVERY, guide.look())
             if not before <= set(guide.masters):
                 raise ConnectionLost("another master took over before this one answered")
     finally:
@@ -418,7 +418,7 @@ async def unless_replaced(
 async def _look_for_ever(guide: SlotTable | SentinelMaster) -> None:
     while True:
         await guide.look()
-        await asyncio.sleep(LOOK_EVERY)
+        await asyncio.sleep(POLL_EVERY)
 
 
 class ClusterTopology:
@@ -679,7 +679,7 @@ class ClusterTopology:
                     replies[place] = ReplyError(f"MASTERDOWN {error}")
                 return []
             if attempt and self.slots.owners == before:
-                await asyncio.sleep(PAUSE * attempt)
+                await asyncio.sleep(REDIRECT_PAUSE * attempt)
         return moved
 
     async def _ask_at(

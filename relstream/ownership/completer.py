@@ -197,7 +197,7 @@ class Completer:
                         while len(self._under_way) >= BATCHES:
                             await asyncio.wait(self._under_way, return_when=asyncio.FIRST_COMPLETED)
                         task = asyncio.ensure_future(
-                            self._run_batch(end, queue.take(BATCH, most_bytes))
+                            self._run_batch(end, queue.next_batch(BATCH, most_bytes))
                         )
                         self._under_way.add(task)
                         if queue is self._dead:
@@ -280,7 +280,7 @@ class Completer:
         for head in endings.heads:
             if owned:
                 head.finishing = False
-                self._leases.keep(head)
+                self._leases.restore(head)
             else:
                 self._others.pop(head, None)
         _fail(endings.futures, error)
@@ -297,7 +297,7 @@ class Completer:
             self.requeue_rest(head, _all(head))
 
     async def _finish(self, endings: CompletionQueue, entries: list[Entry], call: _Attempt) -> None:
-        self._settle(endings, await self._finish_all(endings, entries, call), "done")
+        self._complete(endings, await self._finish_all(endings, entries, call), "done")
 
     async def _finish_all(
         self,
@@ -338,7 +338,7 @@ class Completer:
             ]
         due_now = any(self._failures[head].now for head in endings.heads)
         lost = await self._finish_all(endings, entries, call, call.delayed)
-        self._settle(endings, lost, "failed")
+        self._complete(endings, lost, "failed")
         if due_now:
             with contextlib.suppress(RelstreamError):  # the leader does it
                 await self._delayed_entries.move_due()
@@ -369,7 +369,7 @@ class Completer:
         await self._dead_letters.delete_dead_letters(
             [copy for head, copy in zip(heads, call.dead_letters, strict=True) if head in surplus]
         )
-        self._settle(endings, lost, "failed")
+        self._complete(endings, lost, "failed")
         for reason in set(reasons):
             names = [
                 head.data_stream_name
@@ -546,7 +546,7 @@ class Completer:
         # What an earlier try has put back is not pending any more.
         lost = set() if call.again else {entry for entry in entries if entry not in ours}
         await self._unlock([entry for entry in entries if entry not in lost])
-        self._settle(endings, lost, "released")
+        self._complete(endings, lost, "released")
 
     async def _hand_back_others(
         self, endings: CompletionQueue, entries: list[Entry], call: _Attempt
@@ -558,7 +558,7 @@ class Completer:
         await self._unlock(entries)
         for head in endings.heads:
             del self._others[head]
-        self._settle(endings, set(), "lost")
+        self._complete(endings, set(), "lost")
 
     async def _pending(self, entries: list[Entry]) -> set[Entry]:
         """Those pending for us: others' are theirs, under the same id even (XCLAIM)."""
@@ -615,7 +615,7 @@ class Completer:
                 )
         return refused
 
-    def _settle(self, endings: CompletionQueue, lost: set[Entry], outcome: Outcome) -> None:
+    def _complete(self, endings: CompletionQueue, lost: set[Entry], outcome: Outcome) -> None:
         if lost:
             self._refuse(endings, lost)
         self._leases.drop(endings.heads, outcome)

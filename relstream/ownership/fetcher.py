@@ -89,7 +89,7 @@ class Fetcher:
         self._consumer = consumer
         self._notifications = notifications
         self._capacity = room
-        self._take_leases = take
+        self._acquire_leases = take
         self._audit = audit
         self._hand_back = hand_back
         self._unlock = unlock
@@ -196,7 +196,7 @@ class Fetcher:
                     await asyncio.gather(*self._taking, return_exceptions=True)
                     self._taking.clear()
                     await self._repair(error)
-            await self._settle()
+            await self._finish_locking()
         finally:
             self._capacity.end_turn(self)
             await cancel_and_wait(self._taking)
@@ -272,14 +272,14 @@ class Fetcher:
             self.asked = None
         if not self._audited:
             # The reply to a read may have been lost with the connection. Those in hand are known.
-            await self._settle()
+            await self._finish_locking()
             await self._audit()
             self._audited = True
         loop = asyncio.get_running_loop()
         if self._probing:
             await asyncio.sleep(self._again_at - loop.time())
         if self._refused and loop.time() >= self._again_at:
-            await self._settle()
+            await self._finish_locking()
             await self._take_refused()
         if self._probing and self._refused:
             return
@@ -317,7 +317,7 @@ class Fetcher:
         finally:
             self._capacity.release(count - sum(map(len, batches)))
         if not batches:
-            await self._settle()
+            await self._finish_locking()
             self._worked()
             return
         batch = batches[0]
@@ -333,7 +333,7 @@ class Fetcher:
             # Whoever waits for these hears of them before the next read is sent.
             await asyncio.sleep(0)
 
-    async def _settle(self) -> None:
+    async def _finish_locking(self) -> None:
         """Waits for the batches that are being locked."""
         outcomes = await asyncio.gather(*self._taking, return_exceptions=True)
         self._taking.clear()
@@ -415,7 +415,7 @@ class Fetcher:
         """Takes locks; returns entries of new streams. What is refused for now is `_refused`."""
         self._locking.append(entries)
         try:
-            new, refusals = await self._take_leases(entries, asked_at, again=again)
+            new, refusals = await self._acquire_leases(entries, asked_at, again=again)
             late = [entry for entry, error in refusals if error is TOO_LATE]
             if late:
                 self._count = max(self._count // 8, 1)  # it may have been too large a reply

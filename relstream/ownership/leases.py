@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from relstream.recorder import Outcome, SafeRecorder
 
 # Pending entries compared between two looks at what else there is to do.
-WINDOW = 1000
+AUDIT_PAGE = 1000
 # Heartbeats between two looks whether an entry is ours that is not pending for us, as its group was
 # lost: all that is owned may be such.
 LOOK_ELSEWHERE_EVERY = 10
@@ -133,7 +133,7 @@ class Leases:
         """The first entry of every owned stream."""
         return list(self._owned.values())
 
-    async def take(
+    async def acquire(
         self, entries: list[Entry], asked_at: float, *, again: bool = False
     ) -> tuple[list[Entry], list[tuple[Entry, ReplyError]]]:
         """Locks entries just read; returns those that bring a new stream.
@@ -210,7 +210,7 @@ class Leases:
         if self._recorder is not None and ended:
             self._recorder.stream_processing_end(streams=ended, outcome=outcome)
 
-    def keep(self, head: Entry) -> None:
+    def restore(self, head: Entry) -> None:
         """The stream of this entry could not be finished, and is owned as before."""
         other = self._owned.setdefault(head.data_stream_name, head)
         if other is head:
@@ -250,10 +250,10 @@ class Leases:
         start: bytes | None = b"-"
         while start is not None:
             page = await self._link.execute(
-                b"XPENDING", self._names.lbs, self._names.group, start, b"+", WINDOW,
+                b"XPENDING", self._names.lbs, self._names.group, start, b"+", AUDIT_PAGE,
                 self._consumer, decode=PENDING,
             )  # fmt: skip
-            start = start_after(page[-1][0]) if len(page) == WINDOW else None
+            start = start_after(page[-1][0]) if len(page) == AUDIT_PAGE else None
             missing, found = audit.page(page, round(min_idle * 1000), start is None)
             if found:
                 # Counted from here to the reply, so that what we have read is always younger.
@@ -285,15 +285,15 @@ class Leases:
             entry for entry in missing if self._elsewhere.get(entry.lock_key, -math.inf) < recent
         ]
         lost: list[Entry] = []
-        for start in range(0, len(doubtful), WINDOW):
-            some = doubtful[start : start + WINDOW]
+        for start in range(0, len(doubtful), AUDIT_PAGE):
+            some = doubtful[start : start + AUDIT_PAGE]
             ours = await self._ours_elsewhere(some)
             lost += [entry for entry in some if entry.lock_key not in ours]
             self._elsewhere.update(dict.fromkeys(ours, now))
         return lost
 
     async def _ours_elsewhere(self, entries: list[Entry]) -> set[bytes]:
-        """Locks of those that are ours, at most `WINDOW`, though they are not pending for us."""
+        """Lock keys of the entries that are ours, though not pending for us."""
         held = await self._locks.held(lock_keys(entries), known=True)
         entries = list(compress(entries, held))
         ids = entry_ids(entries)

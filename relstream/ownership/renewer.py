@@ -17,7 +17,7 @@ from relstream.errors import ConnectionFailed, ConnectionLost, RelstreamError, R
 from relstream.lbs.locks import Locks, chunks
 from relstream.lbs.names import SEPARATOR, Names, partition_of
 from relstream.net.connection import Backoff, is_retriable, raise_first
-from relstream.net.discovery import LOOK_EVERY
+from relstream.net.discovery import POLL_EVERY
 from relstream.net.sentinel import SentinelMaster
 from relstream.net.topology import SlotTable
 from relstream.ownership.leases import pending_for
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from relstream.recorder import SafeRecorder
 
 # Locks renewed between two looks at what else there is to do.
-WINDOW = 1000
+RENEWAL_WINDOW = 1000
 # Windows whose replies may be outstanding.
 WINDOWS = 8
 # The part of the renewal period over which its windows are spread, so that the server can serve
@@ -259,7 +259,7 @@ class LeaseRenewer:
         if isinstance(guide, SentinelMaster):  # a master that was replaced may go on for long
             parts.append(guide.run())
         elif isinstance(guide, SlotTable):
-            parts.append(guide.run(max(self._ttl / 8, LOOK_EVERY)))
+            parts.append(guide.run(max(self._ttl / 8, POLL_EVERY)))
         try:
             await run_until_first_exit(*parts)
         finally:
@@ -405,7 +405,7 @@ class LeaseRenewer:
     ) -> None:
         """Renews these, window by window; several are under way where the server is far away."""
         loop = asyncio.get_running_loop()
-        windows = list(chunks(held, WINDOW))
+        windows = list(chunks(held, RENEWAL_WINDOW))
         start = loop.time()
         under_way: set[asyncio.Task[None]] = set()
         ended: set[asyncio.Task[None]] = set()

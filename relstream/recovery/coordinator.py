@@ -77,7 +77,7 @@ PAGES_AHEAD = 4
 # Pages of all walks together that are recovered at the same time.
 PAGES = 2 * PAGES_AHEAD
 # Seconds between two looks of the leader.
-LOOK_EVERY = 0.2
+PROBE_EVERY = 0.2
 # Seconds before a consumer is looked at again whose entries could not be recovered, and before a
 # scan that broke off is repeated; longer each time.
 LOOK_AGAIN = 0.5
@@ -169,7 +169,7 @@ class Recoverer:
         self._grace_periods: GracePeriods | None = None
         if isinstance(topology, ClusterTopology):
             self._grace_periods = GracePeriods(topology, names.lbs, heartbeat)
-        self.settle = self._requeuer.settle
+        self.wait_until_idle = self._requeuer.wait_until_idle
         self.close = self._requeuer.close
         self._expired: dict[bytes, bytes] = {}  # locks, and the ids of their entries
         self._pages = asyncio.Semaphore(PAGES)
@@ -293,7 +293,7 @@ class Recoverer:
             try:
                 failing_since = min(failing_since, loop.time())
                 before = self._leadership.fence
-                leads = await self._leadership.take()
+                leads = await self._leadership.acquire()
                 continued = leads and before == self._leadership.fence
                 self._succeeding = not continued
                 away = loop.time() - failing_since
@@ -308,7 +308,7 @@ class Recoverer:
                     self._be_patient()
                     self._outage = False
                     if leads:  # what was judged before that is void
-                        leads = await self._leadership.take_anew()
+                        leads = await self._leadership.reacquire()
                 self._choosing_fails.worked()
                 if leads:
                     await self._lead()
@@ -322,7 +322,7 @@ class Recoverer:
                 failing_since = min(failing_since, loop.time())
                 if self._leading:
                     failing_since = min(failing_since, self._leadership.confirmed_at)
-                    if self._leadership.kept:
+                    if self._leadership.renewed:
                         backoff.reset()
                 if _tells_of_an_outage(error):
                     self._outage = True
@@ -368,7 +368,7 @@ class Recoverer:
             self._delayed.run(self._clock),
         ]
         if self._grace_periods is not None:
-            # First: what it leaves in the dark is not looked at before that is over.
+            # Started first, so that locks on masters it has not verified yet are not judged.
             parts.insert(0, self._grace_periods.watch(succeeding=self._succeeding))
         await run_until_first_exit(*parts)
 
@@ -376,7 +376,7 @@ class Recoverer:
         loop = asyncio.get_running_loop()
         while True:
             asked_at = loop.time()
-            if not await self._leadership.keep():
+            if not await self._leadership.renew():
                 return
             # The server, or this process, stood still, or it may be another server, or have lost
             # keys, by a clock that was set forward, say, and so the locks of the living.
@@ -386,7 +386,7 @@ class Recoverer:
                 self._first_sign = math.inf
             if lost or stood_still:
                 self._be_patient()
-                await self._leadership.take_anew()
+                await self._leadership.reacquire()
                 return
             await asyncio.sleep(self._leadership.lasts / 4)
 
@@ -413,7 +413,7 @@ class Recoverer:
                     if is_retriable(error):
                         raise
                     self._complain(len(ids), "recovered", error)
-            await asyncio.sleep(LOOK_EVERY)
+            await asyncio.sleep(PROBE_EVERY)
 
     async def _look_for_ever(self) -> None:
         try:
@@ -424,7 +424,7 @@ class Recoverer:
                     self._walks.pop(name).result()
                 if not self._walks:
                     self._leading_fails.worked()
-                await asyncio.sleep(LOOK_EVERY)
+                await asyncio.sleep(PROBE_EVERY)
         finally:
             walks, self._walks = self._walks, {}
             await cancel_and_wait(walks.values())

@@ -62,7 +62,7 @@ class Leadership:
         self._out_of_memory = False
         self.confirmed_at = -math.inf
         """When that was sent by which leadership was confirmed last (loop time)."""
-        self.kept = False
+        self.renewed = False
         """Whether leadership was kept since it was taken."""
         # Until when (loop time) the key lives, by its time to live when it was seen last.
         self._lives_until = -math.inf
@@ -83,7 +83,7 @@ class Leadership:
         """
         return None if self._out_of_memory else Fence(self._key, self._value)
 
-    async def take(self) -> bool:
+    async def acquire(self) -> bool:
         """Whether this consumer leads from now on."""
         clock = asyncio.get_running_loop().time
         sent_at, lived_until = clock(), self._lives_until
@@ -112,7 +112,7 @@ class Leadership:
                 return False
             self._out_of_memory = True
         elif taken is None and former and leader == former:  # our connection broke, no more
-            return await self.keep()
+            return await self.renew()
         elif taken is None:
             # Who only scans leads until somebody comes who looks for deaths, too.
             if self._scans_only or not (leader or b"").startswith(SCANS_ONLY):
@@ -121,7 +121,7 @@ class Leadership:
         self._taken(value, sent_at)
         return True
 
-    async def take_anew(self) -> bool:
+    async def reacquire(self) -> bool:
         """The same after an outage: what this consumer judged before it is void."""
         sent_at = asyncio.get_running_loop().time()
         if self._value and await self.link.execute(b"GET", self._key) == self._value:
@@ -131,33 +131,33 @@ class Leadership:
             self._taken(value, sent_at)
             return True
         self._value, self._lives_until = b"", -math.inf
-        return await self.take()
+        return await self.acquire()
 
     def _new_value(self) -> bytes:
         return b"%b#%b" % (self._name, secrets.token_hex(4).encode())
 
     def _taken(self, value: bytes, sent_at: float) -> None:
         self._value = value
-        self.kept = False
+        self.renewed = False
         self.confirmed_at = sent_at
         if not self._out_of_memory:
             self._lives_until = sent_at + self.lasts
 
-    async def keep(self) -> bool:
+    async def renew(self) -> bool:
         """Whether this consumer leads still, and if so for its full time again."""
         sent_at = asyncio.get_running_loop().time()
         self.vanished = False
         leader = await self.link.execute(b"GET", self._key)
         if leader is None:
-            return await self.take()
+            return await self.acquire()
         if leader != self._value:
             return False
-        kept = bool(await self.link.execute(b"PEXPIRE", self._key, self._lasts_ms))
-        if kept:
-            self.kept = True
+        renewed = bool(await self.link.execute(b"PEXPIRE", self._key, self._lasts_ms))
+        if renewed:
+            self.renewed = True
             self.confirmed_at = sent_at
             self._lives_until = sent_at + self.lasts
-        return kept
+        return renewed
 
     async def resign(self) -> None:
         """Lets another lead soon, if the server can be told; else leadership just expires."""

@@ -14,7 +14,7 @@ from relstream.lbs.permissions import Denied
 if TYPE_CHECKING:
     from relstream.net.topology import KeyConnection, Topology
 
-LOOK_EVERY = 60.0
+TTL_CHECK_EVERY = 60.0
 # A lock that lives for longer than so many of our heartbeats was not set by a consumer's renewal.
 # Another consumer's heartbeat may be longer than ours.
 HEARTBEATS = 10
@@ -43,7 +43,7 @@ class LastingLocks:
         now = asyncio.get_running_loop().time()
         if now < self._next_look or self._no_pttl:
             return
-        self._next_look = now + LOOK_EVERY
+        self._next_look = now + TTL_CHECK_EVERY
         times = await self._topology.each(Template(b"PTTL", ITEM).pack, locks)
         if any(isinstance(left, ReplyError) and left.code == "NOPERM" for left in times):
             self._no_pttl.remember()

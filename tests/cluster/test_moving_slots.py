@@ -107,7 +107,7 @@ async def test_a_blocked_read_follows_its_slot(cluster, service, consumer, monke
 
 
 @pytest.mark.slow
-async def test_a_replica_promoted_while_thousands_are_put_back(cluster, service, consumer):
+async def test_a_replica_promoted_while_thousands_are_requeued(cluster, service, consumer):
     count = 3000
     master = cluster.master_of(service.lbs)
     wanted = [f"s{i}" for i in range(count)]

@@ -394,7 +394,7 @@ def fuzz_owned(rng: Random) -> None:
         endings.ask(one)
     taken: list[Entry] = []
     while endings:
-        batch = endings.take(rng.randrange(1, 4), rng.choice((0, 10, 1000)))
+        batch = endings.next_batch(rng.randrange(1, 4), rng.choice((0, 10, 1000)))
         taken += batch.entries()
         batch.succeed()
     assert taken == locked

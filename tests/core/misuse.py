@@ -215,7 +215,7 @@ IN_A_LIST: dict[str, Callable[[Any], object]] = {
     "extend": lambda it: extend([it], [1], 9.0),
     "ending_before": lambda it: ending_before([it], 9.0),
     "Deliveries._enqueue": lambda it: Queue(Told, 0, Info, None)._enqueue([it]),
-    "CompletionQueue.take": lambda it: endings_with(it).take(1, 1),
+    "CompletionQueue.next_batch": lambda it: endings_with(it).next_batch(1, 1),
     "CompletionQueue.entries": lambda it: endings_with(it).entries(),
     "OwnedStreams": lambda it: OwnedStreams(Told, [{"s": it}]),
     "grant owned": lambda it: grant(entries_of(1), [b"OK"], {"s0": it}),
@@ -344,8 +344,8 @@ refused("scatter of other lengths", scatter, [None], [0, 0], [b"OK"])
 refused("grant of other lengths", grant, entries_of(2), [b"OK"], {})
 refused("extend of other lengths", extend, entries_of(2), [1], 0.0)
 refused("judge of other lengths", lambda: plan_of(2).judge([None], 3))
-refused("take -1", lambda: endings_with(entries_of(1)[0]).take(-1))
-refused("take -1 bytes", lambda: endings_with(entries_of(1)[0]).take(1, -1))
+refused("take -1", lambda: endings_with(entries_of(1)[0]).next_batch(-1))
+refused("take -1 bytes", lambda: endings_with(entries_of(1)[0]).next_batch(1, -1))
 for most, size in ((0, 9), (-1, 9), (9, 0), (9, -1)):
     refused(
         f"calls {most} {size}",
@@ -667,10 +667,10 @@ def heads_that_somebody_took_away() -> None:
     endings.open(Future)  # type: ignore[arg-type]
     for entry in entries:
         endings.ask(entry)
-    endings.take(9)
+    endings.next_batch(9)
     endings.succeed()
     assert len(endings) == 0
-    endings.take(2**62, 2**62)
+    endings.next_batch(2**62, 2**62)
     endings.close(ValueError)
     endings.entries()
 
@@ -680,8 +680,8 @@ def a_take_of_all_there_can_be() -> None:
     endings = CompletionQueue(lambda: None)
     endings.heads.extend(entries_of(9))
     endings.futures.extend([None] * 9)  # type: ignore[list-item]
-    assert len(endings.take(2)) == 2
-    assert len(endings.take(2**63 - 1, 2**63 - 1)) == 7
+    assert len(endings.next_batch(2)) == 2
+    assert len(endings.next_batch(2**63 - 1, 2**63 - 1)) == 7
 
 
 @survived

@@ -35,7 +35,7 @@ def test_they_come_in_the_order_asked_and_wake_once(endings: Any, woken: list[bo
     assert all(one.finishing for one in heads)
     taken = []
     while endings:
-        batch = endings.take(3)
+        batch = endings.next_batch(3)
         taken.append((len(batch), batch.heads, batch.futures))
     assert taken == [
         (3, heads[:3], futures[:3]),
@@ -51,10 +51,10 @@ def test_a_batch_is_of_bounded_bytes(endings: Any) -> None:
     for one in heads:
         endings.ask(one)
     size = heads[0].cost
-    assert endings.take(9, 2 * size).heads == heads[:2]
-    assert endings.take(9, 2 * size + 1).heads == heads[2:]
+    assert endings.next_batch(9, 2 * size).heads == heads[:2]
+    assert endings.next_batch(9, 2 * size + 1).heads == heads[2:]
     endings.ask(heads[0])
-    assert endings.take(9, 1).heads == heads[:1]
+    assert endings.next_batch(9, 1).heads == heads[:1]
 
 
 def test_a_long_queue_is_taken_from_its_start(endings: Any) -> None:
@@ -63,7 +63,7 @@ def test_a_long_queue_is_taken_from_its_start(endings: Any) -> None:
         waiting += [head(2 * number), head(2 * number + 1), head(number)]
         for one in waiting[-3:]:
             endings.ask(one)
-        assert endings.take(2).heads == waiting[:2]
+        assert endings.next_batch(2).heads == waiting[:2]
         del waiting[:2]
         assert len(endings) == len(waiting)
 
@@ -75,20 +75,20 @@ def test_all_entries_of_a_stream_end_together() -> None:
     one.again = [more]
     batch.ask(one)
     batch.ask(other)
-    assert batch.take(9).entries() == [one, other, more]
+    assert batch.next_batch(9).entries() == [one, other, more]
 
 
 def test_only_who_still_waits_is_told(endings: Any) -> None:
     done, waits = endings.ask(head(1)), endings.ask(head(2))
     done.set_exception(ValueError())
-    endings.take(2).succeed()
+    endings.next_batch(2).succeed()
     assert isinstance(done.exception(), ValueError)
     assert waits.result() is None
 
 
 def test_when_closed_it_refuses_until_it_is_opened_again(endings: Any) -> None:
     endings.ask(head(1))
-    endings.take(1)
+    endings.next_batch(1)
     left = endings.ask(head(2))
     assert endings.close(lambda: KeyError("closed")) == [left]
     late = head(3)

@@ -114,7 +114,7 @@ async def test_frozen_between_reading_and_locking(start, service):
         zombie.kill()
 
 
-async def test_what_was_put_back_before_it_was_locked_is_not_told(consumer, service):
+async def test_what_was_requeued_before_it_was_locked_is_not_told(consumer, service):
     """The strict side of the above: ownership is not announced where somebody else has it."""
     gate = AtTheLock()
     async with Tap(service.redis, gate) as tap:
@@ -131,7 +131,7 @@ async def test_what_was_put_back_before_it_was_locked_is_not_told(consumer, serv
         await late.aclose()
 
 
-async def test_a_late_done_leaves_what_was_put_back_and_read_again(consumer, service, monkeypatch):
+async def test_a_late_done_leaves_what_was_requeued_and_read_again(consumer, service, monkeypatch):
     """A zombie may be the one who reads the entry that was put back after its death."""
 
     async def nothing(*args: object) -> None:

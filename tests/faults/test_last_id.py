@@ -143,7 +143,7 @@ async def test_the_last_ids_there_are_lose_nothing(consumer, service, url):
 
 
 async def test_an_owner_audits_pages_that_end_with_it(consumer, service, monkeypatch):
-    monkeypatch.setattr("relstream.ownership.leases.WINDOW", 1)
+    monkeypatch.setattr("relstream.ownership.leases.AUDIT_PAGE", 1)
     client = consumer(recovery=LEAVE_ALONE)
     notes = await client.init()
     announce_at(service, LAST)

@@ -179,7 +179,7 @@ class Life:
 
     async def read(self) -> None:
         await self.client._partitions[0].fetcher._step()
-        await self.client._partitions[0].fetcher._settle()
+        await self.client._partitions[0].fetcher._finish_locking()
 
     def owned(self) -> dict[str, object]:
         return {head.data_stream_name: head for head in self.leases.all()}

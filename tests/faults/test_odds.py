@@ -132,7 +132,7 @@ async def test_what_is_owned_though_pending_for_nobody_is_asked_for_now_and_then
     consumer, service, monkeypatch
 ):
     """All that is owned may be so for as long as it is owned."""
-    monkeypatch.setattr("relstream.ownership.leases.WINDOW", 7)
+    monkeypatch.setattr("relstream.ownership.leases.AUDIT_PAGE", 7)
     client = consumer(heartbeat_interval=0.5, max_streams=20, recovery=SCAN_ONLY)
     notes = await client.init()
     for i in range(20):
@@ -266,7 +266,7 @@ async def test_dead_letters_come_once_where_nothing_crashes(consumer, service):
     assert service.entries() == []
 
 
-class Undertaker:
+class RacingScan:
     """A recoverer that does something else just before it acknowledges what it has routed."""
 
     def __init__(self, client, before):
@@ -298,15 +298,15 @@ async def test_what_its_owner_finishes_while_it_is_buried_is_no_dead_letter(
     owner = consumer("owner", auto_claim=False, recovery=RecoveryConfig(min_idle_time=3600))
     await take(await owner.init(), 1)
     scanning = consumer("scanning")
-    undertaker = Undertaker(scanning, lambda: owner.done_stream("s1"))
+    racing = RacingScan(scanning, lambda: owner.done_stream("s1"))
     scanning._partitions[0].recoverer._requeuer._no_scripts = not scripts
 
     async def free(mget, keys):
         """It is late with its lock just then, and early enough to finish."""
         return [None for _ in keys()]
 
-    undertaker.recoverer._values = free
-    tally = await undertaker.walk()
+    racing.recoverer._values = free
+    tally = await racing.walk()
     assert tally.dead_letters == 0
     assert service.redis.xlen(service.dlq) == 0
     assert (service.entries(), service.pending()) == ([], [])
@@ -323,9 +323,9 @@ async def test_whose_owner_comes_back_while_it_is_buried_is_no_dead_letter(
         assert service.redis.xlen(service.dlq) == 1
         service.redis.set(f"s0{SEPARATOR}{entry_id}", "owner")
 
-    undertaker = Undertaker(scanning, come_back)
+    racing = RacingScan(scanning, come_back)
     scanning._partitions[0].recoverer._requeuer._no_scripts = not scripts
-    tally = await undertaker.walk()
+    tally = await racing.walk()
     assert (tally.dead_letters, tally.alive) == (0, 1)
     assert service.redis.xlen(service.dlq) == 0
     assert service.pending("owner") == service.entries() == [entry_id]
@@ -341,13 +341,13 @@ async def test_what_another_buried_first_is_buried_once(consumer, service):
         assert tally.dead_letters == 3
         await first._recovering.close()
 
-    tally = await Undertaker(second, be_late).walk()
+    tally = await RacingScan(second, be_late).walk()
     assert (tally.dead_letters, tally.alive) == (0, 0)
     letters = [fields[b"_source_id"].decode() for _, fields in service.redis.xrange(service.dlq)]
     assert letters == ids
 
 
-async def test_what_one_pass_is_burying_another_one_leaves(consumer, service):
+async def test_what_one_pass_is_routing_another_one_leaves(consumer, service):
     """Both may be the same consumer's: if it dies now, one copy is there too many, and not two."""
     service.orphan(1, _retry_count="3")
     client = consumer("c1")
@@ -356,7 +356,7 @@ async def test_what_one_pass_is_burying_another_one_leaves(consumer, service):
         await client._partitions[0].recoverer._walk(0, coordinator.ScanResult())
         assert service.redis.xlen(service.dlq) == 1
 
-    tally = await Undertaker(client, pass_by).walk()
+    tally = await RacingScan(client, pass_by).walk()
     assert tally.dead_letters == service.redis.xlen(service.dlq) == 1
     assert (service.entries(), service.pending()) == ([], [])
 

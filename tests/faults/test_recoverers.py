@@ -15,7 +15,7 @@ LEADER = "svc-input-reconciler"
 COUNT = 600
 
 
-def assert_put_back_once(service, count=COUNT):
+def assert_requeued_once(service, count=COUNT):
     entries = service.redis.xrange(service.lbs)
     announced = Counter(fields[b"lbs-input"].split(b'"')[3].decode() for _, fields in entries)
     assert announced == Counter(f"s{i}" for i in range(count))
@@ -53,7 +53,7 @@ async def test_in_one_process(consumer, service, many_leaders):
     assert outcomes.count(None) <= COUNT
     await eventually(lambda: not service.pending("ghost"))
     await asyncio.sleep(0.5)
-    assert_put_back_once(service)
+    assert_requeued_once(service)
     assert len(service.pending()) == len(service.locks()) == 4
 
 
@@ -72,7 +72,7 @@ async def test_each_entry_claimed_by_many_at_once(consumer, service):
         assert sum(isinstance(outcome, AlreadyClaimed) for outcome in outcomes) == 8
     for entry_id in blockers:
         service.redis.xdel(service.lbs, entry_id)
-    assert_put_back_once(service, 20)
+    assert_requeued_once(service, 20)
 
 
 @pytest.mark.parametrize("scripts", [True, False], ids=["scripts", "two-steps"])
@@ -119,7 +119,7 @@ async def test_in_several_processes(
     try:
         await eventually(lambda: len(service.locks()) == COUNT)
         await asyncio.sleep(0.5)
-        assert_put_back_once(service)
+        assert_requeued_once(service)
         added = Counter(name for process in processes for name in process.added)
         added.update(name for (kind, name) in heard if kind == "STREAM_ADDED")
         assert added == Counter(f"s{i}" for i in range(COUNT))

@@ -101,7 +101,7 @@ async def test_what_nobody_owns_is_acknowledged_and_said(consumer, service, capl
 
 
 @pytest.mark.only("single", "sentinel", reason="one server that is out of memory")
-async def test_what_was_read_and_could_not_be_locked_is_put_back(consumer, service):
+async def test_what_was_read_and_could_not_be_locked_is_requeued(consumer, service):
     """From what who read it knows, as nobody else does."""
     client = consumer("c1", heartbeat_interval=HEARTBEAT, recovery=RECOVERY)
     notes = await client.init()

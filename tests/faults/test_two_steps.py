@@ -240,7 +240,7 @@ class Dead:
         return await self._link.pipeline(packed, replies, **options)
 
 
-async def test_closing_gives_up_what_is_being_buried(consumer, service, url, monkeypatch, caplog):
+async def test_closing_gives_up_what_is_being_routed(consumer, service, url, monkeypatch, caplog):
     monkeypatch.setattr(client, "CLOSE_TIMEOUT", 0.5)
     before = asyncio.all_tasks()
     service.redis.xadd(service.lbs, {"lbs-input": "announces nothing"})

@@ -111,7 +111,7 @@ async def test_an_entry_recovered_while_the_application_blocked_is_not_told(
 async def test_leases_are_kept_at_a_server_far_away(
     consumer, service, server, redis_url, monkeypatch
 ):
-    monkeypatch.setattr(renewer, "WINDOW", 100)
+    monkeypatch.setattr(renewer, "RENEWAL_WINDOW", 100)
     async with Proxy(server.port) as proxy, Producer(redis_url, "svc") as producer:
         await producer.announce_many([(f"s{i}", None) for i in range(1_200)])
         client = consumer(url=proxy.url, queue_size=1_200)

@@ -14,7 +14,7 @@ from relstream.recovery import lasting
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
-    monkeypatch.setattr(lasting, "LOOK_EVERY", 0.3)
+    monkeypatch.setattr(lasting, "TTL_CHECK_EVERY", 0.3)
 
 
 @pytest.fixture

@@ -405,6 +405,6 @@ async def test_a_lock_taken_unheard_of_is_ours_for_its_full_time(consumer, servi
         read, b"lbs-input", b"_retry_count", SEPARATOR.encode(), json.loads
     )
     now = asyncio.get_running_loop().time()
-    new, refusals = await leases.take(entries, now, again=True)
+    new, refusals = await leases.acquire(entries, now, again=True)
     assert (len(new), refusals) == (1, [])
     assert service.redis.pttl(lock("s0", entry_id)) > 1000 * HEARTBEAT / 2

@@ -63,7 +63,7 @@ async def test_who_comes_just_after_an_outage_takes_nothing_from_the_living(cons
 
 
 async def test_the_longer_nothing_can_be_done_the_less_it_is_tried(consumer, service, monkeypatch):
-    monkeypatch.setattr(coordinator, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(coordinator, "PROBE_EVERY", 0.01)
     monkeypatch.setattr(coordinator, "LOOK_AGAIN", 0.02)
     service.redis.set(service.dlq, "in the way")
     stuck = service.orphan(1, _retry_count="3")

@@ -88,7 +88,7 @@ async def test_what_an_earlier_try_acknowledged_is_finished_though_the_lock_expi
     await nothing_comes(notes, 0.2)
 
 
-async def test_what_was_put_back_between_two_tries_is_the_new_owners(proxy, consumer, service):
+async def test_what_was_requeued_between_two_tries_is_the_new_owners(proxy, consumer, service):
     client = consumer(url=proxy.url, retry=PATIENT, auto_claim=False, max_streams=1)
     notes = await client.init()
     entry_id = service.announce("s1")
@@ -233,7 +233,7 @@ async def test_the_audit_leaves_alone_what_may_be_on_its_way(consumer, service, 
 @pytest.mark.only("single", "sentinel", reason="looks at one server's commands")
 async def test_renewals_leave_the_server_time_for_others(consumer, service, monkeypatch):
     """The windows of a round are spread over half of the time between two rounds, here 1 s."""
-    monkeypatch.setattr(renewer, "WINDOW", 10)
+    monkeypatch.setattr(renewer, "RENEWAL_WINDOW", 10)
     for i in range(50):
         service.announce(f"s{i}")
     notes = await consumer(auto_claim=False).init()

@@ -241,7 +241,7 @@ async def test_claim_puts_back_what_is_free(consumer, service):
         await client.claim(LBSInfo("s0", "nonsense"))
 
 
-async def test_several_claims_at_once_put_back_once(consumer, service):
+async def test_several_claims_at_once_requeue_once(consumer, service):
     clients = [consumer(f"c{i}", auto_claim=False, max_streams=1) for i in range(3)]
     (entry_id,) = service.orphan(1)
     for client in clients:

@@ -101,7 +101,7 @@ async def test_names_of_streams(consumer, service, redis_url, name):
         (' {"DataStreamName" : "\\u0063all", "Info": null, "More": [1], "Other": {}}\n', None),
     ],
 )
-async def test_what_others_write_is_read_and_put_back_as_it_was(consumer, service, value, info):
+async def test_what_others_write_is_read_and_requeued_as_it_was(consumer, service, value, info):
     fields = {
         b"before": b"\xff\x00",
         b"lbs-input": value.encode(),

@@ -20,8 +20,8 @@ HERE, THERE = ("10.0.0.1", 6379), ("10.0.0.2", 6379)
 
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(topology, "LOOK_EVERY", EVERY)
-    monkeypatch.setattr(sentinel, "LOOK_EVERY", EVERY)
+    monkeypatch.setattr(topology, "POLL_EVERY", EVERY)
+    monkeypatch.setattr(sentinel, "POLL_EVERY", EVERY)
 
 
 class MasterResolver:

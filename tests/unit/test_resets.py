@@ -19,7 +19,7 @@ class Slots:
         self.noticed = asyncio.Event()
         self.under_way = self.most = self.settled = 0
 
-    async def settle(self) -> None:
+    async def compare_nodes(self) -> None:
         self.under_way += 1
         self.most = max(self.most, self.under_way)
         await asyncio.sleep(0.01)

@@ -22,7 +22,7 @@ def slots(monkeypatch: pytest.MonkeyPatch) -> SlotTable:
     async def ask(endpoint: Endpoint, *args: Any) -> Any:
         return table.rows
 
-    monkeypatch.setattr(topology, "ask", ask)
+    monkeypatch.setattr(topology, "query", ask)
     table: Any = deployment_of(ASKED).guide()
     assert isinstance(table, SlotTable)
     return table
@@ -85,7 +85,7 @@ async def test_what_names_no_master_is_called_that(
     async def ask(endpoint: Endpoint, *args: Any) -> Any:
         return address
 
-    monkeypatch.setattr(sentinel, "ask", ask)
+    monkeypatch.setattr(sentinel, "query", ask)
     guide: Any = deployment_of("redis+sentinel://asked.example/name").guide()
     with pytest.raises(ConnectionFailed, match=r"asked.example.* says of the master 'name'"):
         await guide.locate()

@@ -1,4 +1,4 @@
-"""Which masters are in the dark, at moments that no cluster can be brought to."""
+"""Masters whose locks can not be verified, at moments that no cluster can be brought to."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ async def watched(
         await asyncio.wait({task})
 
 
-async def test_a_silent_master_is_in_the_dark_for_a_lease_after_its_outage() -> None:
+async def test_a_silent_master_is_unverifiable_for_a_lease_after_its_outage() -> None:
     masters = Masters("a", "b")
     async with watched(masters) as outages:
         assert outages.unverifiable([b"a", b"b"]) == set()
@@ -99,7 +99,7 @@ async def test_a_silent_master_is_in_the_dark_for_a_lease_after_its_outage() -> 
         assert outages.unverifiable([b"a", b"b"]) == set()
 
 
-async def test_a_replaced_master_is_in_the_dark_from_the_first_question_on() -> None:
+async def test_a_replaced_master_is_unverifiable_from_the_first_question_on() -> None:
     masters = Masters("a", "b")
     async with watched(masters) as outages:
         masters.slots.masters = ["a2", "b"]
@@ -158,7 +158,7 @@ async def test_who_leads_after_another_does_not_know_what_that_one_saw() -> None
         assert outages.unverifiable([b"a", b"b"]) == set()
 
 
-async def test_a_master_that_refused_a_question_is_in_the_dark_for_a_lease() -> None:
+async def test_a_master_that_refused_a_question_is_unverifiable_for_a_lease() -> None:
     masters = Masters("a", "b")
     async with watched(masters) as outages:
         outages.unreachable([b"a"])
@@ -270,7 +270,7 @@ async def test_what_was_known_is_known_still_by_who_leads_on() -> None:
         assert outages.unverifiable([b"a", b"b"]) == set()
 
 
-async def test_a_master_that_is_silent_now_and_then_is_not_in_the_dark_for_ever() -> None:
+async def test_a_master_that_is_silent_now_and_then_is_not_unverifiable_for_ever() -> None:
     masters = Masters("a", "b")
     seen = []
     async with watched(masters) as outages:

@@ -158,7 +158,7 @@ async def test_a_batch_is_taken_though_the_one_before_it_fails() -> None:
 
 
 @pytest.mark.parametrize("code", ["MASTERDOWN", "MOVED"])
-async def test_what_stays_refused_is_put_back_before_it_looks_like_a_dead_owners(code: str) -> None:
+async def test_what_stays_refused_is_requeued_before_it_looks_like_a_dead_owners(code: str) -> None:
     setting = Setting(batch(1, 30), take=refusing(code), single=False)
     await asyncio.sleep(HEARTBEAT / 6)
     assert setting.handed_back == []
@@ -170,7 +170,7 @@ async def test_what_stays_refused_is_put_back_before_it_looks_like_a_dead_owners
     assert setting.fetcher.in_hand() == set()
 
 
-async def test_what_is_refused_is_put_back_on_leaving() -> None:
+async def test_what_is_refused_is_requeued_on_leaving() -> None:
     setting = Setting(batch(1, 30), take=refusing("OOM"))
     await asyncio.sleep(0.005)
     await setting.end()
