@@ -40,7 +40,7 @@ async def query(endpoint: Endpoint, *args: bytes | str) -> Any:
 
 
 async def first_reply(
-    nodes: Iterable[Endpoint], ask: Callable[[Endpoint], Awaitable[_T]], vain: str
+    nodes: Iterable[Endpoint], call: Callable[[Endpoint], Awaitable[_T]], vain: str
 ) -> _T:
     """Asks one node after the other, without waiting long for one that keeps silent."""
     problems: list[RelstreamError] = []
@@ -49,7 +49,7 @@ async def first_reply(
     try:
         while others or asking:
             if others:
-                asking.add(asyncio.ensure_future(query(others.pop(0))))
+                asking.add(asyncio.ensure_future(call(others.pop(0))))
             done, asking = await asyncio.wait(
                 asking,
                 timeout=ASK_NEXT if others else None,

@@ -195,7 +195,7 @@ async def test_sigterm_while_a_client_hands_over(launch, make_server):
             service.announce(f"s{i}")
         consumer = launch(HOLDING, server.url, "200")
         await eventually(lambda: len(service.locks()) == 200)
-        admin.execute_command("CLIENT", "PAUSE", 1500, "WRITE")
+        admin.execute_command("CLIENT", "PAUSE", 3000, "WRITE")
         await consumer.says("leaving")
         await asyncio.sleep(0.2)
         consumer.signal()

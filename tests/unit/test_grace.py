@@ -124,13 +124,15 @@ async def test_a_connection_that_is_only_recycled_is_no_outage(run_id: bytes | N
     masters = Masters("a", "b")
     masters.run_ids["a"] = run_id
     async with watched(masters) as outages:
+        await eventually(lambda: masters.written == {"a", "b"})
+        await asyncio.sleep(0.05)
         for _ in range(3):
             masters.hung_up.add("a")
             await asyncio.sleep(0.05)
             masters.hung_up.clear()
             masters.generation["a"] += 1
             assert outages.unverifiable([b"a", b"b"]) == {b"a"}, "it has not told who it is"
-            await eventually(lambda: not outages.unverifiable([b"a", b"b"]), LEASE / 2)
+            await eventually(lambda: not outages.unverifiable([b"a", b"b"]), 0.75 * LEASE)
 
 
 @pytest.mark.parametrize("run_id", [b"second", None], ids=["another", "not told"])
