@@ -182,7 +182,8 @@ def _pool_of_url(url: str, given: str) -> redis.asyncio.ConnectionPool:
     if parts.scheme not in ("redis", "rediss", "unix"):
         raise wrong("its scheme is none of these")
     # What follows would quote parts of a password.
-    if "@" in parts.path + parts.query + parts.fragment and parts.scheme != "unix":
+    alone = parts.scheme == "unix" and not parts.netloc  # the path of a socket may contain an @
+    if "@" in parts.path + parts.query + parts.fragment and not alone:
         raise wrong("in a user name or password, /, ?, #, @ and % must be percent-encoded")
     if parts.fragment:
         raise wrong("nothing may follow a #")

@@ -64,6 +64,7 @@ def all_of(error: BaseException | None) -> str:
 @example("redis+cluster://a:1,b:2?password={}", f"@/{SECRET}", False)
 @example("redis+sentinel://a:1/master?password={}", f"x&sentinel_{SECRET}=1", False)
 @example("unix://joe:{}@/tmp/s", f"x/{SECRET}", False)
+@example("unix://joe:{}@/tmp/s?db=1", f"@/{SECRET}", False)
 def test_urls_are_shown_without_passwords(place: str, password: str, encoded: bool) -> None:
     url = place.replace("{}", quote(password, safe="") if encoded else password)
     said = without_secrets(url)
