@@ -1,16 +1,15 @@
-"""`StreamClient`: what an application holds in its hands, and the life of what stands behind it."""
+"""`StreamClient`: the options, promises and errors of one consumer."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from relstream._core import OwnedStreams, holds
 from relstream.config import (
@@ -22,44 +21,29 @@ from relstream.config import (
     check_name,
     check_seconds,
 )
-from relstream.engine.health import Health, HealthMonitor
+from relstream.engine.engine import Engine
+from relstream.engine.health import Health
 from relstream.engine.partition import Partition
-from relstream.engine.pausing import Pausing
-from relstream.engine.twins import Twins
-from relstream.engine.unrenewed import UnrenewedLeases
+from relstream.engine.settings import Settings
 from relstream.errors import (
     ClientClosed,
     ClientTerminated,
     ClusterClientRequired,
-    ConnectionFailed,
     ConsumerIdMissing,
     InvalidOption,
-    RelstreamError,
-    ReplyError,
     StreamNotOwned,
 )
-from relstream.lbs.eviction import evicting
-from relstream.lbs.expiry_events import NEEDED, SETTING, ClusterEvents, ExpiryEvents
 from relstream.lbs.failures import check_delay
-from relstream.lbs.locks import Locks
-from relstream.lbs.names import Names, lock_key, partition_of, split_lock_key
-from relstream.lbs.permissions import keys_together, probe_permissions
-from relstream.net.connection import consume_exception
+from relstream.lbs.names import Names
 from relstream.net.deployment import deployment_of
-from relstream.net.sentinel import SentinelMaster
-from relstream.net.topology import SlotTable
 from relstream.notifications import LBSInfo, Notifications
-from relstream.ownership.capacity import Capacity
 from relstream.ownership.leases import OwnedStream
-from relstream.ownership.renewer import LeaseRenewer
 from relstream.recorder import Recorder, SafeRecorder, is_recorder
-from relstream.tasks import CLOSING, OneLoop, cancel_and_wait
 
 if TYPE_CHECKING:
     import redis.asyncio
 
     from relstream._core import Entry
-    from relstream.net.connection import Endpoint
 
 __all__ = ["StreamClient"]
 
@@ -170,117 +154,28 @@ class StreamClient:
             retry = replace(retry, max_delay=max(min(retry.max_delay, 0.5), retry.initial_delay))
         else:
             patience = 0.0
-        self._heartbeat = float(heartbeat_interval)
-        self._logger = logger or logging.getLogger("relstream")
-        if self._heartbeat > LONG_HEARTBEAT:
-            self._logger.warning(
+        logger = logger or logging.getLogger("relstream")
+        if heartbeat_interval > LONG_HEARTBEAT:
+            logger.warning(
                 "heartbeat_interval=%g is in seconds: streams of a dead consumer come back no "
                 "earlier than %g s after its last renewal; if it was meant in milliseconds, divide "
                 "it by 1000",
-                self._heartbeat, self._heartbeat,
+                heartbeat_interval, heartbeat_interval,
             )  # fmt: skip
-        self._recorder = None if recorder is None else SafeRecorder(recorder, self._logger.warning)
-        self._notifications = Notifications(
-            queue_size, self._delivered if self._recorder is not None else None
+        settings = Settings(
+            consumer=self._consumer,
+            heartbeat=float(heartbeat_interval),
+            queue_size=queue_size,
+            max_streams=max_streams,
+            retry=retry,
+            patience=patience,
+            recovery=recovery,
+            auto_claim=auto_claim,
+            force_config_override=force_config_override,
+            renew_in_thread=renew_in_thread,
         )
-        self._tasks: dict[asyncio.Task[None], tuple[str, Partition | None]] = {}
-        self._loop = OneLoop("the client was")
-        # That of `init`.
-        self._home: asyncio.AbstractEventLoop | None = None
-        self._opened = False
-        self._ready = False
-        self._terminated = False
-        # Why the client ended, if by a failure.
-        self._reason: str | None = None
-        self._failure: BaseException | None = None
-        self._finishing = False
-        self._warned_of_config = False
-        self._closing: asyncio.Task[RelstreamError | None] | None = None
-        guide = self._guide = deployment.guide()
-        # One master that hangs must not keep locks of the others waiting until they have expired.
-        quick = (
-            deployment.with_timeout(max(self._heartbeat / 2, 0.5))
-            if deployment.nodes
-            else deployment
-        )
-        self._commands = quick.open(f"{self._consumer}:command", guide)
-        # A blocked read has its connection to itself.
-        self._reads = [deployment.open(f"{self._consumer}:read", guide) for _ in names]
-        self._recovering = quick.open(f"{self._consumer}:recover", guide)
-        self._leading = deployment.open(f"{self._consumer}:lead", guide)
-
-        def events_of(master: Endpoint) -> ExpiryEvents:
-            role = f"{self._consumer}:events"
-            return ExpiryEvents(
-                lambda on_push: replace(deployment, endpoint=master).link(role, on_push, guide),
-                force_config_override=force_config_override,
-                on_expired=self._expired,
-                on_forbidden=self._config_forbidden,
-                recorder=self._recorder,
-                logger=self._logger,
-            )
-
-        self._events: ExpiryEvents | ClusterEvents = (
-            ClusterEvents(guide, events_of, self._logger)
-            if isinstance(guide, SlotTable)
-            else events_of(deployment.endpoint)
-        )
-        self._renewer = LeaseRenewer(
-            deployment,
-            names,
-            self._consumer,
-            self._heartbeat,
-            guide=guide,
-            on_lost=self._locks_lost,
-            logger=self._logger,
-            recorder=self._recorder,
-            threaded=renew_in_thread,
-        )
-        locks = Locks(self._commands, self._consumer, round(self._heartbeat * 1000), self._logger)
-        room = Capacity(self._notifications, self._owned, max_streams, len(names))
-        self._partitions = [
-            Partition(
-                its_names,
-                self._consumer,
-                commands=self._commands,
-                reading=reads.link(its_names.lbs),
-                recovering=self._recovering,
-                leading=self._leading,
-                locks=locks,
-                renewer=self._renewer,
-                notifications=self._notifications,
-                room=room,
-                heartbeat=self._heartbeat,
-                retry=retry,
-                patience=patience,
-                recovery=recovery,
-                auto_claim=auto_claim,
-                recorder=self._recorder,
-                logger=self._logger,
-            )
-            for its_names, reads in zip(names, self._reads, strict=True)
-        ]
-        self._only = self._partitions[0] if len(names) == 1 else None
-        self._pausing = Pausing(room, self._notifications, self._partitions)
-        self._unrenewed = UnrenewedLeases(
-            self._renewer,
-            self._commands,
-            self._partitions,
-            room=room,
-            notifications=self._notifications,
-            ttl=self._heartbeat,
-            logger=self._logger,
-        )
-        first = self._partitions[0]
-        self._twins = Twins(first.link, first.names, self._consumer, self._heartbeat, self._logger)
-        self._health = HealthMonitor(
-            self._renewer,
-            self._partitions,
-            room=room,
-            twins=self._twins,
-            heartbeat=self._heartbeat,
-            waiting=lambda: self._notifications.waiting,
-        )
+        safe = None if recorder is None else SafeRecorder(recorder, logger.warning)
+        self._engine = Engine(deployment, names, settings, safe, logger)
 
     @property
     def id(self) -> str:
@@ -305,75 +200,8 @@ class StreamClient:
             ClientClosed: it was called before, or the client was closed.
             UsageError: the client was used in another event loop, or opened in another process.
         """
-        self._loop.check_process()
-        if self._opened:
-            before = "init() was called before" if self._closing is None else "it was closed"
-            raise ClientClosed(f"{before}: make a new StreamClient")
-        self._loop.check()
-        self._home = asyncio.get_running_loop()
-        self._opened = True
-        try:
-            for part in self._partitions:
-                server = await part.link.get()
-                if server.clustered and not isinstance(self._guide, SlotTable):
-                    raise ClusterClientRequired(
-                        f"{part.link.endpoint} is a node of a cluster, which has only some of the "
-                        "keys: give redis+cluster://host:port, or a RedisCluster"
-                    )
-                await probe_permissions(self._commands, part.names, self._consumer)
-                self._keep_together(await keys_together(self._commands, part.names))
-                await part.create_group()
-                await part.clock.refresh()
-            await self._set_up_events()
-            evict = await evicting(self._commands, config=not self._warned_of_config)
-            self._warn_of_eviction(evict)
-            self._start("renewer", self._renewer.run())
-            # A consumer that can't renew must not take anything. Last, so that its end is noticed.
-            await self._renewer.opened()
-            if self._closing is not None:
-                raise ClientClosed(CLOSED_MEANWHILE)
-        except BaseException as error:
-            await cancel_and_wait(self._tasks)
-            await self._close_links()
-            if self._closing is not None and isinstance(error, RelstreamError):
-                raise ClientClosed(CLOSED_MEANWHILE) from None
-            raise
-        self._ready = True
-        self._health.start()
-        self._start("unrenewed leases", self._unrenewed.run())
-        self._start("twins", self._twins.run())
-        self._start("events", self._events.run())
-        if isinstance(self._guide, SentinelMaster):
-            self._start("sentinel", self._guide.run())
-        for part in self._partitions:
-            self._start("completer", part.completer.run(), part)
-            self._start("fetcher", part.fetcher.run(), part)
-            self._start("audit", part.audit_for_ever(), part)
-            self._start("recovery", part.recoverer.run(), part)
-        return self._notifications
-
-    async def _set_up_events(self) -> None:
-        """Expiry events that are refused for now are tried again later; all else goes on."""
-        try:
-            await self._events.set_up()
-        except ReplyError as error:
-            if not error.transient:
-                raise
-            self._logger.warning(
-                "no expiry events for now, trying again: %s; until then dead consumers are found "
-                "by probes and scans, a little later", error,
-            )  # fmt: skip
-
-    def _keep_together(self, together: bool) -> None:
-        """Whether one command may have keys of several slots."""
-        if self._commands.together and not together:
-            self._logger.warning(
-                "this server refuses commands with keys of several slots (CROSSSLOT): locks and "
-                "entries are seen to one by one, as on a cluster"
-            )
-            for topology in (self._commands, self._recovering, self._leading, *self._reads):
-                topology.together = False
-            self._renewer.together = False
+        await self._engine.open()
+        return self._engine.notifications
 
     async def __aenter__(self) -> Notifications:
         return await self.init()
@@ -392,50 +220,12 @@ class StreamClient:
 
         In a process that was forked meanwhile it does nothing: the client is the parent's.
         """
-        if self._loop.forked and exc_type is not None:
+        engine = self._engine
+        if engine.loop.forked and exc_type is not None:
             return
-        await self._close(finish=False, failure=exc if isinstance(exc, Exception) else None)
-        if exc_type is None and self._reason is not None:
-            raise ClientTerminated(self._reason) from self._failure
-
-    def _start(
-        self, name: str, work: Coroutine[Any, Any, None], part: Partition | None = None
-    ) -> None:
-        task = asyncio.ensure_future(work)
-        task.set_name(f"relstream-{name}")
-        self._tasks[task] = (name, part)
-        task.add_done_callback(self._ended)
-
-    def _running(self, name: str, part: Partition | None = None) -> asyncio.Task[None] | None:
-        return next((task for task, what in self._tasks.items() if what == (name, part)), None)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        """No part ends unnoticed: without one of them the whole can't keep its word."""
-        consume_exception(task)
-        name, _ = self._tasks.pop(task)
-        if self._loop.forked or self._closing is not None or self._terminated or not self._ready:
-            return
-        self._terminated = True
-        error = None if task.cancelled() else task.exception()
-        reason = f"{name} was cancelled" if task.cancelled() else f"{name} ended"
-        if error is not None:
-            reason = f"{name} failed: {error}"
-        self._reason, self._failure = reason, error
-        unforeseen = error is not None and not isinstance(error, RelstreamError)
-        self._logger.error("the client ends: %s", reason, exc_info=error if unforeseen else None)
-        self._health.failed(reason)
-        self._notifications.end(reason)
-        if self._recorder is not None:
-            self._recorder.terminated(reason=reason)
-        for other, (name, _) in list(self._tasks.items()):
-            # What the application was told of stays owned, and can be finished, until it closes.
-            if name not in ("renewer", "completer"):
-                other.cancel()
-        for part in self._partitions:
-            for head in part.leases.all():
-                if not head.delivered and not head.finishing:
-                    # What could not be handed over is recovered by others.
-                    part.completer.release(head).add_done_callback(consume_exception)
+        await engine.close(finish=False, failure=exc if isinstance(exc, Exception) else None)
+        if exc_type is None and engine.reason is not None:
+            raise ClientTerminated(engine.reason) from engine.failure
 
     async def aclose(self) -> None:
         """Hands all owned streams over, without counting a retry, and closes.
@@ -445,7 +235,7 @@ class StreamClient:
         what is owned is left to be recovered. May be called several times; does not raise for a
         server that is gone, only `UsageError` in another event loop than that of `init`.
         """
-        await self._close(finish=False)
+        await self._engine.close(finish=False)
 
     async def done(self) -> None:
         """`done_stream` for all streams the application was told of, then `aclose`.
@@ -455,125 +245,14 @@ class StreamClient:
         Raises, once it is closed, what kept streams from being finished: they will be recovered,
         and done again; `ClientClosed` if `aclose` was called before, which has handed them over.
         """
-        began = self._closing is None
-        if self._ready and not began and not self._finishing:
+        engine = self._engine
+        began = engine.closing is None
+        if engine.was_open and not began and not engine.finishing:
             await self.aclose()
             raise ClientClosed("aclose() was called before: what was owned was handed over")
-        error = await self._close(finish=True)
+        error = await engine.close(finish=True)
         if began and error is not None:
             raise error
-
-    async def _close(
-        self, *, finish: bool, failure: Exception | None = None
-    ) -> RelstreamError | None:
-        self._loop.check()
-        self._opened = True  # from here on it is too late to open it
-        if self._closing is None:
-            self._finishing = finish
-            self._closing = asyncio.ensure_future(self._shut_down(finish, failure))
-            self._closing.set_name(CLOSING)
-        # Whoever stops waiting does not stop the closing; it is bounded in time.
-        return await asyncio.shield(self._closing)
-
-    async def _shut_down(
-        self, finish: bool, application_failed: Exception | None
-    ) -> RelstreamError | None:
-        """Closes; returns what kept streams from being finished, or handed over.
-
-        If the application failed, so did the stream that it was notified of last.
-        """
-        self._notifications.end("closed")
-        self._health.closing()
-        failure: RelstreamError | None = None
-        try:
-            if self._ready:
-                if application_failed is not None:
-                    self._fail_last(application_failed)
-                await asyncio.wait_for(self._give_up_all(finish), CLOSE_TIMEOUT)
-        except TimeoutError:
-            failure = ConnectionFailed(f"closing took over {CLOSE_TIMEOUT:g} s")
-        except RelstreamError as error:
-            failure = error
-        finally:
-            tasks = list(self._tasks)
-            await cancel_and_wait(tasks)
-            await asyncio.gather(*(part.close() for part in self._partitions))
-            for part in self._partitions:  # not handed over
-                part.leases.drop(part.leases.all(), "lost")
-            await self._close_links()
-            self._health.stop()
-        if failure is not None:
-            self._logger.warning(
-                "not everything could be %s before closing, it will be recovered: %s",
-                "finished" if finish else "handed over", failure,
-            )  # fmt: skip
-        return failure
-
-    def _fail_last(self, error: Exception) -> None:
-        head = self._notifications.last_added
-        if head is None:
-            return
-        part = self._part(head.data_stream_name)
-        if part.leases.get(head.data_stream_name) is head and not head.finishing:
-            self._logger.warning(
-                "the application ended by %s, so its stream %r failed: it is retried later, or a "
-                "dead letter",
-                type(error).__name__, head.data_stream_name,
-            )  # fmt: skip
-            failure = part.failures.failed(head, error, None)
-            part.completer.fail(head, failure).add_done_callback(consume_exception)
-
-    async def _give_up_all(self, finish: bool) -> None:
-        outcomes = await asyncio.gather(
-            *(self._give_up(part, finish) for part in self._partitions), return_exceptions=True
-        )
-        await cancel_and_wait([task for task, (name, _) in self._tasks.items() if name == "twins"])
-        await self._twins.leave()
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException):
-                raise outcome
-
-    async def _give_up(self, part: Partition, finish: bool) -> None:
-        recovery = self._running("recovery", part)
-        for task in (recovery, self._running("audit", part), self._running("events")):
-            if task is not None:
-                task.cancel()
-        fetcher = self._running("fetcher", part)
-        if fetcher is not None:
-            await part.fetcher.stop()
-            await asyncio.wait({fetcher})
-        if self._running("completer", part) is None:  # cancelled with all else, say by asyncio.run
-            self._start("completer", part.completer.run(), part)
-            await asyncio.sleep(0)  # it is not running yet
-        ending = []
-        for head in part.leases.all():
-            if not head.finishing:
-                worked_on = finish and head.delivered
-                ending.append((part.completer.done if worked_on else part.completer.release)(head))
-        outcomes = await asyncio.gather(*ending, return_exceptions=True)
-        await part.completer.idle()  # what the application has asked for before
-        await part.wait_until_idle()
-        await part.completer.tidy()
-        # Read by this consumer but not owned: a reply that got lost, a lock that was refused.
-        await part.fetcher.leave()
-        with contextlib.suppress(ReplyError):  # the group is gone, say, and nothing is pending
-            await part.recoverer.hand_back(await part.audit())
-        if self._twins.other is None:
-            await part.group.leave()
-        if recovery is not None:
-            await part.recoverer.resign()
-        for outcome in outcomes:
-            if isinstance(outcome, RelstreamError) and not isinstance(outcome, StreamNotOwned):
-                raise outcome
-
-    async def _close_links(self) -> None:
-        await asyncio.gather(
-            self._events.close(),
-            self._recovering.close(),
-            self._leading.close(),
-            *(reads.close() for reads in self._reads),
-            self._commands.close(),
-        )
 
     # --- streams ------------------------------------------------------------------------------
 
@@ -595,14 +274,15 @@ class StreamClient:
             ClientClosed: the client is closed, or was before the server had answered.
             UsageError: this is another event loop than that of `init`; nothing was changed.
         """
-        if self._loop.forked or asyncio.get_running_loop() is not self._home:
-            self._check_open()
-        part = self._only or self._part(stream)
+        engine = self._engine
+        if engine.loop.forked or asyncio.get_running_loop() is not engine.home:
+            engine.check_usable()
+        part = engine.only or self._part(stream)
         try:
             head = part.leases.get(stream)
         except TypeError:  # it can't be looked up
             head = None
-        if head is None or head.finishing or not head.delivered or self._closing is not None:
+        if head is None or head.finishing or not head.delivered or engine.closing is not None:
             head = self._told(stream)
         await part.completer.done(head)
 
@@ -652,7 +332,7 @@ class StreamClient:
         Those whose `STREAM_ADDED` still waits are among them; those that are being finished or
         handed over are not. 100,000 take less than 50 ms.
         """
-        return OwnedStreams(OwnedStream, [part.leases.table for part in self._partitions])
+        return OwnedStreams(OwnedStream, [part.leases.table for part in self._engine.partitions])
 
     def is_owned(self, stream: str | LBSInfo) -> bool:
         """Whether the application may work on this stream now; by this consumer's own clock.
@@ -674,7 +354,7 @@ class StreamClient:
         Does no I/O. May be called from any thread, which a probe should do: one on the event loop
         can't find out that this is blocked.
         """
-        return self._health.health()
+        return self._engine.health.health()
 
     async def pause(self) -> None:
         """Reads nothing new, from when it returns until `resume`.
@@ -685,9 +365,8 @@ class StreamClient:
             ClientClosed: the client is not open.
             UsageError: it is open in another event loop.
         """
-        self._check_open()
-        self._loop.check()
-        await self._pausing.pause()
+        self._engine.check_usable()
+        await self._engine.pausing.pause()
 
     def resume(self) -> None:
         """Reads again after `pause` or `drain`. May be called several times.
@@ -695,8 +374,8 @@ class StreamClient:
         Raises:
             ClientClosed: the client is not open.
         """
-        self._check_open()
-        self._pausing.resume()
+        self._engine.check_usable()
+        self._engine.pausing.resume()
 
     async def drain(self, timeout: float | None = None) -> bool:
         """Pauses reading, and waits until no stream is owned any more, or waits to be notified.
@@ -712,11 +391,12 @@ class StreamClient:
         """
         if timeout is not None:
             check_seconds("timeout", timeout, 0.0, LONGEST_WAIT)
-        if self._closing is None:
-            self._check_open()
-        self._loop.check()
-        return await self._pausing.drain(
-            timeout, lambda: self._closing is not None and self._closing.done()
+        engine = self._engine
+        if engine.closing is None:
+            engine.check_usable()
+        engine.loop.check()
+        return await engine.pausing.drain(
+            timeout, lambda: engine.closing is not None and engine.closing.done()
         )
 
     async def claim(self, lbs_info: LBSInfo) -> None:
@@ -732,7 +412,7 @@ class StreamClient:
             ClientClosed: the client is closed.
             UsageError: this is another event loop than that of `init`; nothing was changed.
         """
-        self._check_open()
+        self._engine.check_usable()
         if not isinstance(lbs_info, LBSInfo):
             raise InvalidOption("lbs_info", lbs_info, "an LBSInfo")
         await self._part(lbs_info.data_stream_name).recoverer.claim(lbs_info)
@@ -753,29 +433,16 @@ class StreamClient:
             ClientClosed: the client is closed.
             UsageError: this is another event loop than that of `init`; nothing was changed.
         """
-        self._check_open()
-        success = False
-        try:
-            await self._events.reset()
-            success = True
-        finally:
-            if self._recorder is not None:
-                self._recorder.topology_reset(success=success)
+        self._engine.check_usable()
+        await self._engine.reset_topology()
 
     async def reinit_topology(self) -> None:
         """`reset_topology`, by the reference's newer name."""
         await self.reset_topology()
 
-    def _check_open(self) -> None:
-        """Raises `ClientClosed`, or `UsageError` in another event loop than that of `init`."""
-        self._loop.check_process()
-        if not self._ready or self._closing is not None:
-            raise ClientClosed("the client is not open: call init() first, and not after closing")
-        self._loop.check()
-
     def _told(self, stream: str | LBSInfo) -> Entry:
         """The first entry of an owned stream that the application knows of."""
-        self._check_open()
+        self._engine.check_usable()
         name = _name_of(stream)
         head = self._part(name).leases.get(name)
         if head is None:
@@ -792,57 +459,8 @@ class StreamClient:
             return head
         raise StreamNotOwned(name, why)
 
-    # --- what happens -------------------------------------------------------------------------
-
-    def _delivered(self, entry: Entry) -> None:
-        assert self._recorder is not None
-        self._recorder.stream_processing_start(stream=entry.data_stream_name)
-
     def _part(self, stream: str | LBSInfo) -> Partition:
-        if self._only is not None:
-            return self._only
-        return self._partitions[partition_of(_name_of(stream), len(self._partitions))]
-
-    def _owned(self) -> int:
-        return sum(len(part.leases) for part in self._partitions)
-
-    def _locks_lost(self, keys: list[bytes]) -> None:
-        lost: dict[Partition, list[bytes]] = {}
-        for key in keys:
-            parts = split_lock_key(key)
-            if parts is not None:
-                lost.setdefault(self._part(parts[0]), []).append(key)
-        for part, its_keys in lost.items():
-            part.locks_lost(its_keys)
-
-    def _config_forbidden(self, refusal: ReplyError) -> None:
-        """Said once, however many masters there are, and however often they are set up."""
-        if self._warned_of_config:
-            return
-        self._warned_of_config = True
-        self._logger.warning(
-            "the server does not let us see to expiry events (%s): unless %s contains %s, "
-            "STREAM_EXPIRED is not told, and dead consumers are found a little later",
-            refusal, SETTING.decode(), NEEDED,
-        )  # fmt: skip
-
-    def _warn_of_eviction(self, masters: list[str]) -> None:
-        if masters:
-            self._logger.warning(
-                "keys can be evicted on %s: a stream whose lock is evicted gets a second owner, "
-                "and allkeys-* can evict load balancer streams, whose announced streams are lost; "
-                "set maxmemory-policy to noeviction, or use a Redis of its own",
-                ", ".join(masters),
-            )  # fmt: skip
-
-    def _expired(self, payload: LBSInfo) -> None:
-        part = self._part(payload.data_stream_name)
-        part.recoverer.expired(payload)
-        told = self._notifications.expired(payload, part.leases.by_lock(lock_key(*payload)))
-        if self._recorder is not None:
-            self._recorder.keyspace_notification_received(stream=payload.data_stream_name)
-            if not told:
-                self._recorder.keyspace_notification_dropped()
+        return self._engine.only or self._engine.part(_name_of(stream))
 
 
 def _name_of(stream: str | LBSInfo) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING
 
 from relstream._core import Entry, entry_ids
-from relstream.errors import PermissionDenied, RelstreamError, ReplyError
+from relstream.errors import PermissionDenied, RelstreamError, ReplyError, StreamNotOwned
 from relstream.lbs.consumers import Group
 from relstream.lbs.failures import Failures
 from relstream.lbs.locks import Locks
@@ -195,6 +196,33 @@ class Partition:
         except RelstreamError as error:
             self._logger.debug("a former life's entries wait for the next audit: %s", error)
         return strays
+
+    async def give_up(self, *, finish: bool, alone: bool, led: bool) -> None:
+        """Finishes or hands over all streams, and leaves the group; raises what kept it from that.
+
+        Only the completer runs still. `finish`: streams that were notified are finished. `alone`:
+        no other living consumer has this name. `led`: this consumer may have been the leader.
+        """
+        ending = []
+        for head in self.leases.all():
+            if not head.finishing:
+                worked_on = finish and head.delivered
+                ending.append((self.completer.done if worked_on else self.completer.release)(head))
+        outcomes = await asyncio.gather(*ending, return_exceptions=True)
+        await self.completer.idle()  # completes earlier calls of the application, too
+        await self.wait_until_idle()
+        await self.completer.tidy()
+        # Read by this consumer but not owned: a reply that got lost, a lock that was refused.
+        await self.fetcher.leave()
+        with contextlib.suppress(ReplyError):  # the group is gone, say, and nothing is pending
+            await self.recoverer.hand_back(await self.audit())
+        if alone:
+            await self.group.leave()
+        if led:
+            await self.recoverer.resign()
+        for outcome in outcomes:
+            if isinstance(outcome, RelstreamError) and not isinstance(outcome, StreamNotOwned):
+                raise outcome
 
     async def wait_until_idle(self) -> None:
         """Waits until nothing is acknowledged that is not yet added again."""

@@ -354,14 +354,16 @@ async def test_a_killed_master_is_replaced(cluster, service, consumer):
     # Whatever happened meanwhile: nothing is lost, and nobody believes what is not so.
     await eventually(
         lambda: (
-            sorted(s.data_stream_name for c in clients for s in c._partitions[0].leases.all())
+            sorted(
+                s.data_stream_name for c in clients for s in c._engine.partitions[0].leases.all()
+            )
             == sorted(f"s{i}" for i in range(60))
         ),
         20,
     )
     await eventually(lambda: len(service.locks()) == 60)
     service.announce("later")
-    await eventually(lambda: any(c._partitions[0].leases.get("later") for c in clients))
+    await eventually(lambda: any(c._engine.partitions[0].leases.get("later") for c in clients))
     for client in clients:
         await client.done()
     assert service.locks() == {}

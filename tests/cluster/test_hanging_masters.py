@@ -263,7 +263,8 @@ async def test_a_claim_tells_what_is_not_known_from_what_is_held(lasting, apart,
     await asyncio.to_thread(victim.start)
     # What a leader holds back for a while is for who asks for it.
     await eventually(
-        lambda: client._partitions[0].recoverer._grace_periods.unverifiable([lock.encode()]), 10
+        lambda: client._engine.partitions[0].recoverer._grace_periods.unverifiable([lock.encode()]),
+        10,
     )
 
     while True:
@@ -459,7 +460,7 @@ async def test_a_stray_whose_lock_can_not_be_looked_at_holds_up_no_other(lasting
     apart.redis.xclaim(apart.lbs, apart.group, "c1", 0, [first, *others, last])
     victim.pause()
     try:
-        recoverer = client._partitions[0].recoverer
+        recoverer = client._engine.partitions[0].recoverer
         stay = await recoverer.hand_back([i.encode() for i in (first, *others, last)])
     finally:
         victim.resume()

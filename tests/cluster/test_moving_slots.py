@@ -121,7 +121,7 @@ async def test_a_replica_promoted_while_thousands_are_requeued(cluster, service,
     await take(notes, 100)
     master.kill()
     await asyncio.to_thread(cluster.wait_ok, 40)
-    leases = client._partitions[0].leases
+    leases = client._engine.partitions[0].leases
     # All of them, each once: what the replica had not heard of was put back once more.
     await eventually(lambda: len(leases) == count, 40)
     await eventually(lambda: len(service.locks()) == count, 40)

@@ -84,7 +84,11 @@ async def work(url: str, how: str) -> None:
                 assert [stream.data_stream_name for stream in client.owned()] == ["before"]
                 assert client.health()
             if how == "closes":  # whatever calls it
-                for topology in (client._commands, *client._reads, producer._topology):
+                for topology in (
+                    client._engine._connections.commands,
+                    *client._engine._connections.reads,
+                    producer._topology,
+                ):
                     with contextlib.suppress(RuntimeError):  # in another event loop
                         asyncio.run(topology.close())
             raise Boom
@@ -102,7 +106,11 @@ async def work(url: str, how: str) -> None:
 def generation(client: StreamClient) -> list[int]:
     """How often its connections to the service's entries were opened."""
     key = b"svc-input"
-    topologies = client._commands, client._recovering, client._renewer._topology
+    topologies = (
+        client._engine._connections.commands,
+        client._engine._connections.recovering,
+        client._engine.renewer._topology,
+    )
     return [
         topology.to(topology.slots.owners[key_slot(key)]).generation
         if isinstance(topology, ClusterTopology)

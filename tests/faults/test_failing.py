@@ -140,7 +140,7 @@ async def test_a_reply_that_is_lost(consumer, service, user, redis_url, name, en
     notes = await client.init()
     service.announce("s1")
     (got,) = await take(notes, 1)
-    completer = client._partitions[0].completer
+    completer = client._engine.partitions[0].completer
     link = completer._link = LosesTheReply(completer._link, name)
     if end == "fail":
         await client.fail(got.payload, delay=60)

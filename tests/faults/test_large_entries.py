@@ -18,7 +18,7 @@ def announce(service, count, size):
 async def test_a_backlog_of_large_entries_is_read_a_few_at_a_time(consumer, service):
     announce(service, 60, MB)
     client = consumer()
-    sizes = weigh(client._partitions[0].fetcher._reading)
+    sizes = weigh(client._engine.partitions[0].fetcher._reading)
     notes = await client.init()
     assert len(await take(notes, 60)) == 60
     assert 0 < max(sizes) < 5 * MB
@@ -31,7 +31,7 @@ async def test_many_large_orphans_are_recovered(consumer, service):
         service.redis.xreadgroup(service.group, "ghost", {service.lbs: ">"}, count=5)
     pages = RecoveryConfig(min_idle_time=0.1, reconciliation_interval=1, batch_size=10)
     client = consumer(max_streams=1, queue_size=2, recovery=pages)
-    sizes = weigh(client._partitions[0].recoverer._link)
+    sizes = weigh(client._engine.partitions[0].recoverer._link)
     await client.init()
     await eventually(lambda: not service.pending("ghost"))
     assert len(service.entries()) == 60
@@ -58,7 +58,7 @@ async def test_leadership_does_not_wait_for_what_is_being_recovered(consumer, se
     await leader.init()
     key = "svc-input-reconciler"
     await eventually(lambda: (service.redis.get(key) or b"").startswith(b"leader#"))
-    protocol = await leader._recovering.link(service.lbs.encode()).get()
+    protocol = await leader._engine._connections.recovering.link(service.lbs.encode()).get()
     protocol._transport.pause_reading()  # a reply that takes long
     renewals = Renewals(service, [key])
     await eventually(lambda: renewals.seen() == 3)

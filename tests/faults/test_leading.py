@@ -170,7 +170,7 @@ async def test_what_a_former_leader_judged_is_void(consumer, service, monkeypatc
         recovery=RecoveryConfig(min_idle_time=0.0, reconciliation_interval=0.5),
     )
     await client.init()
-    recoverer = client._partitions[0].recoverer
+    recoverer = client._engine.partitions[0].recoverer
     put, judged, go = recoverer._requeuer.requeue_planned, asyncio.Event(), asyncio.Event()
     refused: list[BaseException] = []
 

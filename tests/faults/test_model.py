@@ -26,6 +26,7 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from relstream import LBSInfo, NotificationType, RecoveryConfig, RelstreamError, StreamClient
+from relstream.engine.engine import State
 from relstream.lbs.locks import Locks
 from relstream.lbs.requeue import Requeuer
 from relstream.net.connection import Connection
@@ -136,24 +137,24 @@ class Life:
             recovery=RecoveryConfig(batch_size=2, max_retries=max_retries, min_idle_time=0.0),
         )
         client = self.client
-        self.notifications = client._notifications
-        self.leases = client._partitions[0].leases
-        part = client._partitions[0]
+        self.notifications = client._engine.notifications
+        self.leases = client._engine.partitions[0].leases
+        part = client._engine.partitions[0]
         self.requeuer = [part._requeuer, part.recoverer._requeuer]
         loop = asyncio.get_running_loop()
-        client._opened = client._ready = True
-        client._renewer._app_loop = loop
-        self.keeping = SingleTopology(Connection(client._partitions[0].link.endpoint))
-        locks = Locks(self.keeping, name, round(TTL * 1000), client._logger)
+        client._engine.state = State.OPEN
+        client._engine.renewer._app_loop = loop
+        self.keeping = SingleTopology(Connection(client._engine.partitions[0].link.endpoint))
+        locks = Locks(self.keeping, name, round(TTL * 1000), client._engine._logger)
         self.work = {
-            "renew": lambda: client._renewer._renew_all(self.keeping, locks, 0.0),
-            "audit": lambda: client._partitions[0].audit(TTL),
-            "recover": lambda: client._partitions[0].recoverer._walk(0, ScanResult()),
+            "renew": lambda: client._engine.renewer._renew_all(self.keeping, locks, 0.0),
+            "audit": lambda: client._engine.partitions[0].audit(TTL),
+            "recover": lambda: client._engine.partitions[0].recoverer._walk(0, ScanResult()),
         }
         self.tasks: dict[str, asyncio.Task] = {}
         self.told: list[tuple[NotificationType, str]] = []
         self.fences: dict[str, tuple[int, ...]] = {}
-        self.start("completer", client._partitions[0].completer.run())
+        self.start("completer", client._engine.partitions[0].completer.run())
         self.start("ear", self._hear())
 
     async def _hear(self) -> None:
@@ -178,8 +179,8 @@ class Life:
         return self.tasks[what]
 
     async def read(self) -> None:
-        await self.client._partitions[0].fetcher._step()
-        await self.client._partitions[0].fetcher._finish_locking()
+        await self.client._engine.partitions[0].fetcher._step()
+        await self.client._engine.partitions[0].fetcher._finish_locking()
 
     def owned(self) -> dict[str, object]:
         return {head.data_stream_name: head for head in self.leases.all()}
@@ -192,7 +193,7 @@ class Life:
         for requeuer in self.requeuer:
             await requeuer.close()
         self.notifications.end("crashed")
-        await self.client._close_links()
+        await self.client._engine._connections.close()
         await self.keeping.close()
         for outcome in outcomes:
             if isinstance(outcome, Exception) and not isinstance(outcome, RelstreamError):

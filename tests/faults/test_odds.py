@@ -270,7 +270,7 @@ class RacingScan:
     """A recoverer that does something else just before it acknowledges what it has routed."""
 
     def __init__(self, client, before):
-        self.recoverer = client._partitions[0].recoverer
+        self.recoverer = client._engine.partitions[0].recoverer
         put = self.recoverer._requeuer.requeue
         self.came = False
 
@@ -299,7 +299,7 @@ async def test_what_its_owner_finishes_while_it_is_buried_is_no_dead_letter(
     await take(await owner.init(), 1)
     scanning = consumer("scanning")
     racing = RacingScan(scanning, lambda: owner.done_stream("s1"))
-    scanning._partitions[0].recoverer._requeuer._no_scripts = not scripts
+    scanning._engine.partitions[0].recoverer._requeuer._no_scripts = not scripts
 
     async def free(mget, keys):
         """It is late with its lock just then, and early enough to finish."""
@@ -324,7 +324,7 @@ async def test_whose_owner_comes_back_while_it_is_buried_is_no_dead_letter(
         service.redis.set(f"s0{SEPARATOR}{entry_id}", "owner")
 
     racing = RacingScan(scanning, come_back)
-    scanning._partitions[0].recoverer._requeuer._no_scripts = not scripts
+    scanning._engine.partitions[0].recoverer._requeuer._no_scripts = not scripts
     tally = await racing.walk()
     assert (tally.dead_letters, tally.alive) == (0, 1)
     assert service.redis.xlen(service.dlq) == 0
@@ -337,9 +337,9 @@ async def test_what_another_buried_first_is_buried_once(consumer, service):
 
     async def be_late():
         tally = coordinator.ScanResult()
-        await first._partitions[0].recoverer._walk(0, tally)
+        await first._engine.partitions[0].recoverer._walk(0, tally)
         assert tally.dead_letters == 3
-        await first._recovering.close()
+        await first._engine._connections.recovering.close()
 
     tally = await RacingScan(second, be_late).walk()
     assert (tally.dead_letters, tally.alive) == (0, 0)
@@ -353,7 +353,7 @@ async def test_what_one_pass_is_routing_another_one_leaves(consumer, service):
     client = consumer("c1")
 
     async def pass_by():
-        await client._partitions[0].recoverer._walk(0, coordinator.ScanResult())
+        await client._engine.partitions[0].recoverer._walk(0, coordinator.ScanResult())
         assert service.redis.xlen(service.dlq) == 1
 
     tally = await RacingScan(client, pass_by).walk()

@@ -145,7 +145,7 @@ async def test_a_connection_cut_between_the_steps(consumer, service, url, ghosts
         leader = consumer(
             url=proxy.url.replace("://", "://app:x@"), recovery=SCAN_ONLY, recorder=heard
         )
-        leader._partitions[0].recoverer._requeuer._no_scripts = True
+        leader._engine.partitions[0].recoverer._requeuer._no_scripts = True
         proxy.cut_at = b'{"DataStreamName"'  # XADD
         notes = await leader.init()
         assert Counter(names(await take(notes, 10))) == ALL
@@ -186,9 +186,9 @@ async def test_the_answer_to_the_first_step_gets_lost(consumer, service, url, by
         service.redis.xgroup_create(service.lbs, service.group, "0")
         service.redis.xreadgroup(service.group, "ghost", {service.lbs: ">"}, count=100)
         owner = consumer("owner", url=url, recovery=SCAN_ONLY)
-        requeuer = owner._partitions[0].recoverer._requeuer
+        requeuer = owner._engine.partitions[0].recoverer._requeuer
     else:
-        requeuer = owner._partitions[0]._requeuer
+        requeuer = owner._engine.partitions[0]._requeuer
     losing = requeuer._link = Losing(requeuer._link, carried_out)
     notes = await owner.init()
     if by == "release":
@@ -212,7 +212,7 @@ async def test_finishing_is_tried_again_when_the_answer_gets_lost(
     notes = await owner.init()
     service.announce("s0")
     await take(notes, 1)
-    completer = owner._partitions[0].completer
+    completer = owner._engine.partitions[0].completer
     losing = completer._link = Losing(completer._link, carried_out)
     if by == "application":
         with pytest.raises(ConnectionLost):
@@ -245,7 +245,7 @@ async def test_closing_gives_up_what_is_being_routed(consumer, service, url, mon
     before = asyncio.all_tasks()
     service.redis.xadd(service.lbs, {"lbs-input": "announces nothing"})
     reader = consumer(url=url, recovery=LEAVE_ALONE)
-    requeuer = reader._partitions[0]._requeuer
+    requeuer = reader._engine.partitions[0]._requeuer
     requeuer._link = Dead(requeuer._link)
     await reader.init()
     await eventually(lambda: requeuer._moving)
@@ -265,7 +265,7 @@ async def test_one_lock_that_is_forbidden_is_no_reason_to_forbid_scripts(
     service.redis.xgroup_create(service.lbs, service.group, "0")
     service.redis.xreadgroup(service.group, "ghost", {service.lbs: ">"}, count=100)
     narrow = consumer(url=redis_url.replace("://", "://narrow:x@"))
-    requeuer = narrow._partitions[0].recoverer._requeuer
+    requeuer = narrow._engine.partitions[0].recoverer._requeuer
     entries = [
         (i.encode(), [b"lbs-input", b"x"], f"{name}{SEPARATOR}{i}".encode())
         for i, name in zip(ids, ("mine0", "other", "mine1"), strict=True)
@@ -273,4 +273,4 @@ async def test_one_lock_that_is_forbidden_is_no_reason_to_forbid_scripts(
     assert await requeuer.requeue(entries) == [1, 2, 1]  # nobody can say whether it is locked
     assert not requeuer._no_scripts
     assert service.pending() == [ids[1]]
-    await narrow._recovering.close()
+    await narrow._engine._connections.recovering.close()

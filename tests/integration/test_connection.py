@@ -398,7 +398,7 @@ async def test_a_client_goes_on_after_certificates_were_renewed(make_server, tmp
         certified.issue(trustme.CA())
         await admin.execute("CONFIG", "SET", "tls-cert-file", str(tmp_path / "cert.pem"))
         await admin.execute("CLIENT", "KILL", "TYPE", "normal")
-        await eventually(lambda: not client._commands.link(b"").alive)
+        await eventually(lambda: not client._engine._connections.commands.link(b"").alive)
         with contextlib.suppress(ConnectionFailed):  # it may not know yet
             await producer.announce("after")
         await producer.announce("after all")

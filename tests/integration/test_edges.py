@@ -193,7 +193,7 @@ async def test_streams_nobody_was_told_of_are_released_when_the_client_ends(cons
     await eventually(lambda: len(service.locks()) == 50)
     (read,) = [c for c in service.redis.client_list() if c["name"] == "relstream:c1:read"]
     service.redis.client_kill_filter(addr=read["addr"])
-    await eventually(lambda: client._terminated)
+    await eventually(lambda: client._engine.reason)
     assert [n.type async for n in notes] == [TERMINATED]
     await eventually(lambda: len(service.locks()) == 1)
     assert len(service.pending()) == 1
@@ -208,14 +208,14 @@ async def test_a_lost_stream_stays_lost_though_its_rest_can_not_be_returned(cons
         service.announce("s1")
         await take(notes, 1)
         service.announce("s1")
-        await eventually(lambda: client._partitions[0].leases.get("s1").again)
-        head = client._partitions[0].leases.get("s1")
+        await eventually(lambda: client._engine.partitions[0].leases.get("s1").again)
+        head = client._engine.partitions[0].leases.get("s1")
         server.pause()  # or it would put the rest back in time, to be owned anew
-        client._partitions[0].lose([(head, list(head.again))])
+        client._engine.partitions[0].lose([(head, list(head.again))])
         await asyncio.to_thread(server.kill)
         await take(notes, 1, DISOWNED)
-        await eventually(lambda: not client._partitions[0].completer._others)
-        assert len(client._partitions[0].leases) == 0
+        await eventually(lambda: not client._engine.partitions[0].completer._others)
+        assert len(client._engine.partitions[0].leases) == 0
         admin.close()
 
 

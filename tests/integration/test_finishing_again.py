@@ -61,7 +61,7 @@ async def test_what_is_ours_is_found_whatever_else_is_pending(consumer, service,
 
 async def test_a_try_in_steps_is_repeated_in_steps(owner, service):
     """What it acknowledged is not pending any more, and would look lost to the script."""
-    completer = owner._partitions[0].completer
+    completer = owner._engine.partitions[0].completer
     at_once, link = completer._finish_at_once, completer._link
     asked = []
 
@@ -93,7 +93,7 @@ async def test_a_try_in_steps_is_repeated_in_steps(owner, service):
 
 async def test_a_slot_in_flight_is_waited_for(owner, service):
     """Two masters that point at each other, until both know who has it."""
-    completer = owner._partitions[0].completer
+    completer = owner._engine.partitions[0].completer
     at_once = completer._finish_at_once
     asked = []
 

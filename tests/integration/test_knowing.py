@@ -293,7 +293,7 @@ async def test_health_names_what_the_user_may_not_do_any_more(consumer, service,
 async def test_health_names_a_background_task_that_ended(consumer):
     client = consumer()
     notes = await client.init()
-    task = next(task for task, (name, _) in client._tasks.items() if name == "audit")
+    task = next(task for task, (name, _) in client._engine._tasks.items() if name == "audit")
     task.cancel()
     await take(notes, 1, TERMINATED)
     health = client.health()
@@ -470,7 +470,7 @@ async def test_drain_ends_after_the_client_was_terminated(consumer, service):
     client = consumer()
     notes = await client.init()
     await take(notes, 1)
-    next(task for task, (name, _) in client._tasks.items() if name == "fetcher").cancel()
+    next(task for task, (name, _) in client._engine._tasks.items() if name == "fetcher").cancel()
     await take(notes, 1, TERMINATED)
     assert await client.drain(0.2) is False
     await client.done_stream("s0")

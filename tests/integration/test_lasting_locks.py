@@ -55,7 +55,7 @@ async def test_those_of_living_owners_are_none(consumer, service, warnings):
     for i in range(3):
         service.announce(f"s{i}")
     await take(notes, 3)
-    await slow._partitions[0].recoverer.resign()
+    await slow._engine.partitions[0].recoverer.resign()
     leader = consumer("leader", heartbeat_interval=1.0)
     await leader.init()
     await asyncio.sleep(3)

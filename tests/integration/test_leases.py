@@ -157,7 +157,7 @@ async def test_losing_one_announcement_of_two_loses_the_stream(consumer, service
     notes = await client.init()
     await take(notes, 1)
     second = service.announce("s1")
-    await eventually(lambda: client._partitions[0].leases.get("s1").again)
+    await eventually(lambda: client._engine.partitions[0].leases.get("s1").again)
     service.redis.xclaim(service.lbs, service.group, "c2", 0, [first])
     await take(notes, 1, DISOWNED)
     (again,) = await take(notes, 1)  # nobody holds this one: it was put back, and came to us
@@ -171,9 +171,9 @@ async def test_a_stream_lost_while_it_waits_in_the_queue_is_never_told(consumer,
     entry_id = service.announce("s1")
     client = consumer(heartbeat_interval=QUICK, auto_claim=False)
     notes = await client.init()
-    await eventually(lambda: client._partitions[0].leases.get("s1"))
+    await eventually(lambda: client._engine.partitions[0].leases.get("s1"))
     service.redis.set(lock("s1", entry_id), "somebody", px=60_000)
-    await eventually(lambda: not client._partitions[0].leases.get("s1"))
+    await eventually(lambda: not client._engine.partitions[0].leases.get("s1"))
     await nothing_comes(notes, 0.3)
 
 
@@ -187,7 +187,8 @@ async def test_losses_are_told_before_what_waits_in_the_queue(consumer, service)
     service.redis.set(lock("s0", entry_id), "somebody", px=60_000)
     await eventually(
         lambda: (
-            not client._partitions[0].leases.get("s0") and len(client._partitions[0].leases) == 49
+            not client._engine.partitions[0].leases.get("s0")
+            and len(client._engine.partitions[0].leases) == 49
         )
     )
     assert names(await take(notes, 1, DISOWNED)) == ["s0"]
@@ -295,7 +296,7 @@ async def test_what_is_locked_late_may_be_anothers_already(
 async def test_renewal_ends_however_often_it_is_cancelled(consumer, caplog):
     client = consumer()
     notes = await client.init()
-    renewer = client._running("renewer")
+    renewer = client._engine._running("renewer")
     await asyncio.sleep(0.1)
     for _ in range(3):
         renewer.cancel()
@@ -332,7 +333,7 @@ async def test_what_was_lost_and_came_back_untold_is_not_finished_by_the_old_wor
     service.requeuer(old_id)
     service.redis.delete(f"s1{SEPARATOR}{old_id}")
     # The application does not look: it has not heard of the loss, nor of what it owns instead.
-    owned = client._partitions[0].leases
+    owned = client._engine.partitions[0].leases
     await eventually(lambda: (head := owned.get("s1")) and head.id_in_lbs != old_id)
     new_id = owned.get("s1").id_in_lbs
     for give_up in (client.done_stream, client.release):
@@ -366,7 +367,7 @@ async def test_each_announcement_of_an_owned_stream_tells_which_one_is_meant(con
     await client.release(told.payload)
     (told,) = await take(notes, 1)
     # They may be read one after the other.
-    owned = client._partitions[0].leases
+    owned = client._engine.partitions[0].leases
     await eventually(lambda: (head := owned.get("s1")) and len(locks_of(head)) == 2)
     await client.done_stream(told.payload)
     await eventually(lambda: not service.entries() and not service.locks())
@@ -379,7 +380,7 @@ async def test_a_finish_that_failed_leaves_one_ownership_though_it_was_announced
     notes = await client.init()
     service.announce("s1")
     (told,) = await take(notes, 1)
-    owned = client._partitions[0].leases
+    owned = client._engine.partitions[0].leases
     head = owned.get("s1")
     head.finishing = True  # as `done_stream` says; then it is announced, and taken, again ...
     service.announce("s1")
@@ -399,7 +400,7 @@ async def test_a_lock_taken_unheard_of_is_ours_for_its_full_time(consumer, servi
     service.redis.xclaim(service.lbs, service.group, "c1", 0, [entry_id])
     # Its reply was lost, and so was all hope in it but for half a second.
     service.redis.set(lock("s0", entry_id), "c1", px=500)
-    leases = client._partitions[0].leases
+    leases = client._engine.partitions[0].leases
     read = batch_of(resp_entry(entry_id.encode(), b"lbs-input", b'{"DataStreamName":"s0"}'))
     entries, _, _ = announcements(
         read, b"lbs-input", b"_retry_count", SEPARATOR.encode(), json.loads

@@ -65,7 +65,7 @@ async def test_a_part_that_fails_while_closing_is_seen(consumer, caplog):
     await client.init()
     closing = asyncio.ensure_future(client.aclose())
     await asyncio.sleep(0)
-    client._start("fetcher", fails())
+    client._engine._start("fetcher", fails())
     await closing
     gc.collect()
     assert "never retrieved" not in caplog.text
@@ -251,7 +251,7 @@ async def cut_until_it_ends(client, service):
 
     def ended():
         service.redis.client_kill_filter(_type="normal", skipme=True)
-        return client._terminated
+        return client._engine.reason
 
     await eventually(ended)
 
@@ -444,5 +444,5 @@ async def test_a_busy_producer_and_a_slow_consumer_keep_bounded_memory(consumer,
     client = consumer(queue_size=100_000)
     notes = await client.init()
     await asyncio.sleep(1.5)
-    assert client._notifications._waiting_bytes < 100e6
+    assert client._engine.notifications._waiting_bytes < 100e6
     assert len({n.payload for n in await take(notes, 1500, timeout=30)}) == 1500

@@ -54,7 +54,7 @@ async def test_who_comes_just_after_an_outage_takes_nothing_from_the_living(cons
     for lock in service.locks():
         service.redis.delete(lock)
     await newcomer.init()
-    await eventually(lambda: newcomer._partitions[0].recoverer._leading)
+    await eventually(lambda: newcomer._engine.partitions[0].recoverer._leading)
     await eventually(lambda: len(service.locks()) == 20)
     await nothing_comes(notes, 1.5)
     assert set(service.locks().values()) == {"living"}
@@ -69,7 +69,7 @@ async def test_the_longer_nothing_can_be_done_the_less_it_is_tried(consumer, ser
     stuck = service.orphan(1, _retry_count="3")
     client = consumer(heartbeat_interval=SHORT, recovery=NO_SCANS)
     await client.init()
-    recoverer = client._partitions[0].recoverer
+    recoverer = client._engine.partitions[0].recoverer
     await eventually(lambda: recoverer._fruitless.get(b"ghost", (0, 0))[1] > 10 * 0.02)
     assert service.pending("ghost") == stuck
     service.redis.delete(service.dlq)
@@ -90,7 +90,7 @@ async def test_behind_what_nothing_can_be_done_about_a_death_is_seen_at_once(
         service.redis.set(lock, "owner")
     client = consumer(heartbeat_interval=SHORT, recovery=NO_SCANS)
     notes = await client.init()
-    recoverer = client._partitions[0].recoverer
+    recoverer = client._engine.partitions[0].recoverer
     await eventually(lambda: recoverer._held.get(b"owner") == {i.encode() for i in ids})
     for lock in locks:  # no event tells of it
         service.redis.delete(lock)
@@ -122,7 +122,7 @@ async def test_an_id_alone_makes_no_death(consumer, service):
     """Another service's stream may have an entry of the same id, and its lock no service's name."""
     client = consumer(recovery=NO_SCANS)  # looking comes a heartbeat later
     notes = await client.init()
-    await eventually(lambda: client._partitions[0].recoverer._leading)
+    await eventually(lambda: client._engine.partitions[0].recoverer._leading)
     # As if it had been read, and were about to be locked.
     (entry_id,) = service.orphan(1, "busy")
     service.redis.set(f"other{SEPARATOR}{entry_id}", "whoever", px=1)
@@ -138,7 +138,7 @@ async def test_each_kind_of_trouble_is_said(consumer, service, caplog):
     """Also when another was there before, and passed."""
     service.orphan(1)
     client = consumer(heartbeat_interval=SHORT, recovery=NO_SCANS)
-    recoverer = client._partitions[0].recoverer
+    recoverer = client._engine.partitions[0].recoverer
     recoverer._complain(1, "put back", ReplyError("OOM as it was"))
     notes = await client.init()
     await take(notes, 1)

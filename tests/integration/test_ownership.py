@@ -117,7 +117,7 @@ async def test_announced_twice_is_told_once_and_finished_once(consumer, service)
     service.announce("s2")
     service.announce("s1")
     assert names(await take(notes, 1)) == ["s2"]
-    await eventually(lambda: len(client._partitions[0].leases.get("s1").again or ()) == 2)
+    await eventually(lambda: len(client._engine.partitions[0].leases.get("s1").again or ()) == 2)
     await client.done_stream("s1")
     assert [key.split(SEPARATOR)[0] for key in service.locks()] == ["s2"]
     assert len(service.entries()) == len(service.pending()) == 1

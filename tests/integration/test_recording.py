@@ -242,7 +242,7 @@ async def test_events_probes_and_scans_of_one_leader_are_in_nobodys_way(
         heartbeat_interval=QUICK,
         queue_size=1000,
     )
-    recoverer = client._partitions[0].recoverer
+    recoverer = client._engine.partitions[0].recoverer
     came: dict[str, set[bytes]] = {"scan": set(), "probe": set(), "event": set()}
     put, walk, heed = recoverer._requeuer.requeue_planned, recoverer._walk, recoverer._recover_ids
     origin: contextvars.ContextVar[str] = contextvars.ContextVar("origin")
@@ -291,7 +291,7 @@ async def test_where_another_recovers_first_is_a_failure_once(consumer, service)
         recovery=RecoveryConfig(reconciliation_interval=60.0, min_idle_time=QUICK),
         heartbeat_interval=QUICK,
     )
-    requeuer = client._partitions[0].recoverer._requeuer
+    requeuer = client._engine.partitions[0].recoverer._requeuer
     put = requeuer.requeue_planned
 
     async def too_late(plan, **how):
@@ -316,7 +316,7 @@ async def test_what_was_requeued_since_it_was_seen_pending_has_not_vanished(
     heard = Heard()
     recovery = RecoveryConfig(reconciliation_interval=60.0, min_idle_time=0.1)
     client = consumer(recorder=heard, auto_claim=False, recovery=recovery)
-    entries = client._partitions[0].recoverer._entries
+    entries = client._engine.partitions[0].recoverer._entries
     read = entries.read
 
     def meanwhile(ids, *page_size):

@@ -159,14 +159,14 @@ async def test_the_recorder_hears_of_recovery(consumer, service, redis_url, scri
     gaps = heard.calls("ack_add_gap")
     assert [count for count, _ in gaps] == ([] if scripts else [3])
     # Another is first, after the entry was looked at.
-    put = client._partitions[0].recoverer._requeuer.requeue_planned
+    put = client._engine.partitions[0].recoverer._requeuer.requeue_planned
     entry_id = got[0].payload.id_in_lbs
 
     async def put_late(plan, **how):
         service.redis.xack(service.lbs, service.group, entry_id)
         return await put(plan, **how)
 
-    client._partitions[0].recoverer._requeuer.requeue_planned = put_late
+    client._engine.partitions[0].recoverer._requeuer.requeue_planned = put_late
     service.redis.delete(f"{got[0].payload.data_stream_name}{SEPARATOR}{entry_id}")
     with pytest.raises(AlreadyClaimed):
         await client.claim(got[0].payload)

@@ -59,7 +59,7 @@ async def test_a_group_that_is_never_found_is_asked_for_ever_more_seldom(
         await asyncio.sleep(1.5)
         assert 0 < reads(monitor) < 20
     assert len(said("NOGROUP")) == 1
-    assert not client._terminated
+    assert not client._engine.reason
     assert not client.health().ready
     proxy.swap = None
     service.announce("s1")
@@ -81,7 +81,7 @@ async def test_a_bound_holds_for_a_group_that_is_never_found(proxy, consumer, se
     client = consumer(url=proxy.url, retry=RetryConfig(max_retries=2, initial_delay=0.01))
     await client.init()
     proxy.swap = OTHER_GROUP
-    await eventually(lambda: client._terminated)
+    await eventually(lambda: client._engine.reason)
     with pytest.raises(ClientTerminated, match="NOGROUP"):
         await client.__aexit__(None, None, None)
 
@@ -130,7 +130,7 @@ async def test_a_recovery_that_fails_is_logged_once(consumer, service, said, mon
     # Nobody reads, so nobody creates it again.
     service.redis.xgroup_destroy(service.lbs, service.group)
     for client in clients if outage else []:
-        client._partitions[0].recoverer._outage = True
+        client._engine.partitions[0].recoverer._outage = True
     await eventually(lambda: said("recovery failed"))
     await asyncio.sleep(5)
     # One may begin in either way.

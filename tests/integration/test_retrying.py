@@ -37,7 +37,7 @@ async def test_by_default_an_outage_ends_neither_the_client_nor_a_call(consumer,
         calls = [asyncio.ensure_future(call) for call in (client.done_stream("a"),)]
         calls.append(asyncio.ensure_future(client.release("b")))
         await asyncio.sleep(8)
-        assert not client._terminated
+        assert not client._engine.reason
         assert not any(call.done() for call in calls)
         await asyncio.to_thread(server.start)
         await asyncio.gather(*calls)
@@ -138,7 +138,7 @@ async def test_a_call_does_not_outlast_what_ended_the_client(consumer, service, 
 async def died(client: StreamClient, service: Service) -> None:
     service.redis.delete(service.lbs)
     service.redis.set(service.lbs, "no stream")
-    await eventually(lambda: client._terminated)
+    await eventually(lambda: client._engine.reason)
 
 
 async def test_leaving_a_client_that_died_raises(consumer, service):
@@ -177,7 +177,7 @@ async def test_a_cancellation_on_its_way_is_not_replaced(consumer, service):
             await asyncio.sleep(60)
 
     working = asyncio.ensure_future(work())
-    await eventually(lambda: client._terminated)
+    await eventually(lambda: client._engine.reason)
     working.cancel()
     with pytest.raises(asyncio.CancelledError):
         await working
@@ -196,8 +196,8 @@ async def test_without_an_error_there_is_no_cause(consumer):
     async def work() -> None:
         client = consumer()
         async with client:
-            client._running("audit", client._partitions[0]).cancel()
-            await eventually(lambda: client._terminated)
+            client._engine._running("audit", client._engine.partitions[0]).cancel()
+            await eventually(lambda: client._engine.reason)
 
     with pytest.raises(ClientTerminated, match="audit was cancelled") as caught:
         await work()

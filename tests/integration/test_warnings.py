@@ -129,7 +129,7 @@ async def test_only_fresh_entries_tell_of_another_service(consumer, service, log
     separator = SEPARATOR.encode()
     entries, _, _ = announcements(read, b"lbs-input", b"_retry_count", separator, json.loads)
     now = asyncio.get_running_loop().time()
-    leases = client._partitions[0].leases
+    leases = client._engine.partitions[0].leases
     taken = await leases.acquire(entries, now - 60 * (how == "late"), again=how == "again")
     assert taken == ([], [])
     assert len(logged()) == (how == "fresh")

@@ -162,7 +162,9 @@ async def test_a_client_never_opened():
     await client.done()
     with pytest.raises(ClientClosed, match="make a new StreamClient"):
         await client.init()
-    assert [n.type async for n in client._notifications] == [NotificationType.STREAM_TERMINATED]
+    assert [n.type async for n in client._engine.notifications] == [
+        NotificationType.STREAM_TERMINATED
+    ]
 
 
 @pytest.mark.parametrize(("seconds", "warned"), [(60, False), (60.5, True), (2000, True)])
