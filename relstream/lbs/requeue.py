@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
@@ -53,7 +53,6 @@ from relstream.tasks import cancel_and_wait
 if TYPE_CHECKING:
     from relstream.net.topology import KeyConnection, Topology
     from relstream.recorder import SafeRecorder
-    from relstream.recovery.election import Fence
 
     # An entry's id, its field names and values, and the lock that must be free, if one must.
     Returning = tuple[bytes, list[bytes], bytes | None]
@@ -165,6 +164,13 @@ def raise_if_all(replies: list[bytes | ReplyError | None]) -> list[bytes | Reply
 def plan_for(ids: EntryIds, batches: list[Batch]) -> Plan:
     """What there is to do about pending entries, `batches` being where they are."""
     return Plan(ids, batches, INPUT_FIELD, SEPARATOR, RETRY_FIELD, orjson.loads)
+
+
+class Fence(NamedTuple):
+    """Proves that the leader that judged an entry leads still, and has since before it judged."""
+
+    key: bytes
+    value: bytes
 
 
 class Requeuer:

@@ -63,11 +63,10 @@ from relstream.tasks import cancel_and_wait, run_until_first_exit
 
 if TYPE_CHECKING:
     from relstream.config import RecoveryConfig
-    from relstream.lbs.requeue import Returning
+    from relstream.lbs.requeue import Fence, Returning
     from relstream.lbs.server_clock import ServerClock
     from relstream.net.topology import Topology
     from relstream.recorder import SafeRecorder
-    from relstream.recovery.election import Fence
 
     # A stream's name, if one can be read, and its entry.
     DeadLetterEntry = tuple[str | None, Returning]

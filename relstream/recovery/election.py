@@ -6,11 +6,12 @@ import asyncio
 import logging
 import math
 import secrets
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from relstream._core import pack
 from relstream.errors import RelstreamError, ReplyError
 from relstream.lbs.permissions import Denied
+from relstream.lbs.requeue import Fence
 
 if TYPE_CHECKING:
     from relstream.lbs.names import Names
@@ -25,13 +26,6 @@ SCANS_ONLY = b"scans only: "
 RESIGNED = b"nobody"
 # Seconds between two looks, while another leads, whether that is so.
 CHECK_KEY_EVERY = 10.0
-
-
-class Fence(NamedTuple):
-    """What proves that whoever judged still leads, and did so before."""
-
-    key: bytes
-    value: bytes
 
 
 class Leadership:
