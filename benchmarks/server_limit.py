@@ -18,7 +18,8 @@ from relstream._core import ENTRIES, ITEM, Template, pack
 from relstream.bench.measure import announce, info_number
 from relstream.lbs.names import SEPARATOR
 from relstream.lbs.scripts import FINISH
-from relstream.net.connection import Connection, endpoint_of
+from relstream.net.connection import Connection
+from relstream.net.endpoint import endpoint_of
 from relstream.ownership.completer import BATCH, RECEIPT_MS
 from relstream.testing.server import Server
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from relstream._core import OBJECT, pack
 from relstream.errors import ClientClosed
-from relstream.net.connection import raise_first
 from relstream.net.deployment import deployment_of
-from relstream.net.topology import unless_replaced
+from relstream.net.failover import unless_replaced
+from relstream.net.replies import raise_first
 from relstream.tasks import OneLoop
 
 if TYPE_CHECKING:

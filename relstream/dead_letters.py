@@ -26,7 +26,7 @@ from relstream.lbs.names import (
     start_after,
 )
 from relstream.lbs.requeue import fitting
-from relstream.net.connection import raise_first
+from relstream.net.replies import raise_first
 
 if TYPE_CHECKING:
     import redis.asyncio

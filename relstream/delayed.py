@@ -21,7 +21,7 @@ from relstream.lbs.names import (
     entry_ids_of,
     retry_count,
 )
-from relstream.net.connection import raise_first
+from relstream.net.replies import raise_first
 
 if TYPE_CHECKING:
     import redis.asyncio

@@ -211,3 +211,21 @@ class DeadlineExceeded(ConnectionLost):
 
 class ProtocolError(RelstreamError):
     """The server sent bytes that are not Redis' protocol (RESP2 or RESP3), or beyond its limits."""
+
+
+def is_retriable(error: RelstreamError) -> bool:
+    """Whether a master that is being replaced would explain this error."""
+    if isinstance(error, ReplyError):
+        return error.transient or error.code in ("MOVED", "ASK")
+    return isinstance(error, ConnectionFailed)
+
+
+def is_forbidden(error: RelstreamError) -> bool:
+    """Whether the server refuses a right that the user lacks.
+
+    That may heal, where rights are being changed or a server has not loaded them yet. A user who is
+    refused, and was not before, waits for a new password, as for the end of an outage.
+    """
+    if isinstance(error, ReplyError):
+        return error.code == "NOPERM"
+    return isinstance(error, PermissionDenied)

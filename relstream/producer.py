@@ -10,7 +10,7 @@ from relstream._core import ITEM, Template
 from relstream.base_client import BaseClient
 from relstream.errors import InvalidOption, ReplyError
 from relstream.lbs.names import INPUT_FIELD, Names, message, partition_of
-from relstream.net.connection import raise_first
+from relstream.net.replies import raise_first
 
 if TYPE_CHECKING:
     import redis.asyncio

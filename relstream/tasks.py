@@ -125,3 +125,9 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+
+
+def consume_exception(future: asyncio.Future[Any]) -> None:
+    """Leaves no error unseen of what nobody waits for any more; a callback for it."""
+    if not future.cancelled():
+        future.exception()

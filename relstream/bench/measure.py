@@ -20,8 +20,9 @@ from typing import Any, NoReturn
 import psutil
 
 from relstream import Producer
+from relstream.net.cluster.router import ClusterTopology
 from relstream.net.deployment import deployment_of
-from relstream.net.topology import ClusterTopology, KeyConnection, Topology
+from relstream.net.topology import KeyConnection, Topology
 
 RELSTREAM = "relstream"
 PEER = "redis-py"

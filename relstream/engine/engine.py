@@ -27,19 +27,18 @@ from relstream.lbs.expiry_events import NEEDED, SETTING, ClusterEvents, ExpiryEv
 from relstream.lbs.locks import Locks
 from relstream.lbs.names import Names, lock_key, partition_of, split_lock_key
 from relstream.lbs.permissions import keys_together, probe_permissions
-from relstream.net.connection import consume_exception
+from relstream.net.cluster.slots import SlotTable
 from relstream.net.sentinel import SentinelMaster
-from relstream.net.topology import SlotTable
 from relstream.notifications import LBSInfo, Notifications
 from relstream.ownership.capacity import Capacity
 from relstream.ownership.renewer import LeaseRenewer
-from relstream.tasks import CLOSING, OneLoop, cancel_and_wait
+from relstream.tasks import CLOSING, OneLoop, cancel_and_wait, consume_exception
 
 if TYPE_CHECKING:
     from relstream._core import Entry
     from relstream.engine.settings import Settings
-    from relstream.net.connection import Endpoint
     from relstream.net.deployment import Deployment
+    from relstream.net.endpoint import Endpoint
     from relstream.recorder import SafeRecorder
 
 # Seconds that closing may take; locks of streams not handed over by then expire by themselves.

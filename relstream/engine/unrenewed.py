@@ -15,17 +15,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from relstream._core import ending_before, lock_keys, pack
-from relstream.errors import RelstreamError, ReplyError
+from relstream.errors import RelstreamError, ReplyError, is_retriable
 from relstream.lbs.names import SEPARATOR
-from relstream.net.connection import consume_exception, is_retriable
 from relstream.notifications import Wakeup
 from relstream.ownership.renewer import LeaseRenewer, Trouble, probe
-from relstream.tasks import cancel_and_wait
+from relstream.tasks import cancel_and_wait, consume_exception
 
 if TYPE_CHECKING:
     from relstream._core import Entry
     from relstream.engine.partition import Partition
-    from relstream.net.connection import Endpoint
+    from relstream.net.endpoint import Endpoint
     from relstream.net.topology import Topology
     from relstream.notifications import Notifications
     from relstream.ownership.capacity import Capacity

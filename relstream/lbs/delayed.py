@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from relstream._core import ITEM, Template, pack
-from relstream.errors import ReplyError
+from relstream.errors import ReplyError, is_retriable
 from relstream.lbs.names import INPUT_FIELD
 from relstream.lbs.permissions import Denied, refused
 from relstream.lbs.scripts import MOVE_DUE, run
-from relstream.net.connection import is_retriable, raise_first
+from relstream.net.replies import raise_first
 
 if TYPE_CHECKING:
     from relstream.lbs.names import Names

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from relstream._core import jittered, pack
+from relstream.backoff import Backoff
 from relstream.errors import (
     ClientClosed,
     ConfigConflict,
@@ -22,15 +23,15 @@ from relstream.errors import (
     ReplyError,
 )
 from relstream.lbs.names import SEPARATOR, split_lock_key
-from relstream.net.connection import Backoff, consume_exception
 from relstream.notifications import LBSInfo
 from relstream.repeats import Repeats
-from relstream.tasks import cancel_and_wait
+from relstream.tasks import cancel_and_wait, consume_exception
 
 if TYPE_CHECKING:
-    from relstream.net.connection import Connection, Endpoint
+    from relstream.net.cluster.slots import SlotTable
+    from relstream.net.connection import Connection
+    from relstream.net.endpoint import Endpoint
     from relstream.net.protocol import RedisProtocol
-    from relstream.net.topology import SlotTable
     from relstream.recorder import SafeRecorder
 
 SETTING = b"notify-keyspace-events"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from relstream._core import ITEM, Template, first_error, lock_keys, scatter
-from relstream.errors import ProtocolError, RelstreamError, ReplyError
+from relstream.errors import ProtocolError, RelstreamError, ReplyError, is_retriable
 from relstream.lbs.permissions import Denied, refused
 from relstream.lbs.scripts import (
     RELEASE,
@@ -19,7 +19,7 @@ from relstream.lbs.scripts import (
     run,
     run_each,
 )
-from relstream.net.connection import is_retriable, raise_first
+from relstream.net.replies import raise_first
 
 if TYPE_CHECKING:
     from relstream._core import Entry

@@ -8,10 +8,9 @@ import time
 from typing import TYPE_CHECKING
 
 from relstream._core import pack
-from relstream.errors import ConnectionFailed, PermissionDenied, ReplyError
+from relstream.errors import ConnectionFailed, PermissionDenied, ReplyError, is_retriable
 from relstream.lbs.names import SEPARATOR
 from relstream.lbs.scripts import RENEW, run
-from relstream.net.connection import is_retriable
 
 if TYPE_CHECKING:
     from relstream.lbs.names import Names

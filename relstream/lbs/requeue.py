@@ -26,12 +26,14 @@ from relstream._core import (
     pack,
     scatter,
 )
+from relstream.backoff import Backoff
 from relstream.errors import (
     ConnectionFailed,
     ConnectionLost,
     ProtocolError,
     RelstreamError,
     ReplyError,
+    is_retriable,
 )
 from relstream.lbs.names import (
     DLQ_REASON_FIELD,
@@ -47,7 +49,7 @@ from relstream.lbs.names import (
 )
 from relstream.lbs.permissions import Denied, refused
 from relstream.lbs.scripts import REQUEUE, SCRIPT_KEYS, run_packed
-from relstream.net.connection import Backoff, is_retriable, raise_first
+from relstream.net.replies import raise_first
 from relstream.tasks import cancel_and_wait
 
 if TYPE_CHECKING:

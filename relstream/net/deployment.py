@@ -12,17 +12,15 @@ import redis.asyncio
 from redis.asyncio.sentinel import SentinelConnectionPool
 
 from relstream.errors import InvalidOption
-from relstream.net.connection import Connection, Endpoint, SharedAddress, endpoint_of
+from relstream.net.cluster.router import ClusterTopology
+from relstream.net.cluster.slots import SlotTable
+from relstream.net.connection import Connection, SharedAddress
 from relstream.net.credentials import OnLoop
+from relstream.net.endpoint import Endpoint, Remap, endpoint_of
+from relstream.net.failover import MasterResolver
 from relstream.net.secrets import shown_client, without_secrets
 from relstream.net.sentinel import SentinelMaster
-from relstream.net.topology import (
-    ClusterTopology,
-    MasterResolver,
-    SingleTopology,
-    SlotTable,
-    Topology,
-)
+from relstream.net.topology import SingleTopology, Topology
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +34,7 @@ class Deployment:
     sentinels: tuple[Endpoint, ...] = ()
     master_name: str = ""
     """What the Sentinels call the master."""
-    remap: Callable[[tuple[str, int]], tuple[str, int]] | None = None
-    """Where to connect, for an address that a node or a Sentinel gave (NAT)."""
+    remap: Remap | None = None
 
     @property
     def has_failover(self) -> bool:
@@ -69,8 +66,11 @@ class Deployment:
         """
         if self.nodes:
             known = other.nodes if isinstance(other, SlotTable) else []
-            return SlotTable(replace(self, nodes=(*self.nodes, *known)))
-        return SentinelMaster(self) if self.sentinels else SharedAddress()
+            return SlotTable(self.endpoint, (*self.nodes, *known), self.remap)
+        return self._sentinel_master() if self.sentinels else SharedAddress()
+
+    def _sentinel_master(self) -> SentinelMaster:
+        return SentinelMaster(self.endpoint, self.sentinels, self.master_name, self.remap)
 
     def open(self, role: str, guide: MasterResolver = None) -> Topology:
         """What carries commands, over connections that CLIENT LIST shows under this role.
@@ -78,7 +78,9 @@ class Deployment:
         Nothing is connected yet. What is opened on one event loop may share a `guide`.
         """
         if self.nodes:
-            slots = guide if isinstance(guide, SlotTable) else SlotTable(self)
+            slots = guide
+            if not isinstance(slots, SlotTable):
+                slots = SlotTable(self.endpoint, self.nodes, self.remap)
             return ClusterTopology(self.endpoint.named(role), slots)
         return SingleTopology(self.link(role, guide=guide))
 
@@ -88,7 +90,7 @@ class Deployment:
         """A link to the master, where there is but one."""
         master = guide if isinstance(guide, SentinelMaster) else None
         if master is None and self.sentinels:
-            master = SentinelMaster(self)
+            master = self._sentinel_master()
         address = guide if isinstance(guide, SharedAddress) else None
         return Connection(
             self.endpoint.named(role), on_push=on_push, master=master, address=address

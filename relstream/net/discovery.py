@@ -14,8 +14,10 @@ from relstream.errors import (
     PermissionDenied,
     RelstreamError,
 )
-from relstream.net.connection import Endpoint, connect, consume_exception, raise_first
-from relstream.tasks import cancel_and_wait
+from relstream.net.endpoint import Endpoint
+from relstream.net.handshake import connect
+from relstream.net.replies import raise_first
+from relstream.tasks import cancel_and_wait, consume_exception
 
 _T = TypeVar("_T")
 

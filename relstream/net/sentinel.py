@@ -12,17 +12,13 @@ import random
 import time
 import weakref
 from collections import Counter
-from typing import TYPE_CHECKING
 
 from relstream._core import jittered
 from relstream.errors import ConnectionFailed, ProtocolError, RelstreamError, ReplyError
+from relstream.net.connection import Connection
 from relstream.net.discovery import ASK_NEXT, POLL_EVERY, all_failed, query
+from relstream.net.endpoint import Endpoint, Remap
 from relstream.tasks import cancel_and_wait
-
-if TYPE_CHECKING:
-    from relstream.net.connection import Connection, Endpoint
-    from relstream.net.deployment import Deployment
-
 
 # Seconds for which another name of the same server is believed to be that: it may lead elsewhere.
 ALIAS_FOR = 10.0
@@ -31,8 +27,17 @@ ALIAS_FOR = 10.0
 class SentinelMaster:
     """The master of today, as Sentinels name it. Belongs to one event loop."""
 
-    def __init__(self, deployment: Deployment) -> None:
-        self._deployment = deployment
+    def __init__(
+        self,
+        common: Endpoint,
+        sentinels: tuple[Endpoint, ...],
+        name: str,
+        remap: Remap | None = None,
+    ) -> None:
+        self._common = common
+        self._sentinels = sentinels
+        self._name = name
+        self._remap = remap
         self._links: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._address: tuple[str, int] | None = None
         self._run_id: bytes | None = None
@@ -58,7 +63,7 @@ class SentinelMaster:
         If none can be reached it may be where it was: it is asked itself whether it is the master.
         """
         self._looked = time.monotonic()  # nobody else asks meanwhile
-        sentinels = self._deployment.sentinels
+        sentinels = self._sentinels
         votes: Counter[tuple[str, int]] = Counter()
         problems: list[RelstreamError] = []
         asking = {asyncio.ensure_future(self._ask(sentinel)) for sentinel in sentinels}
@@ -90,7 +95,7 @@ class SentinelMaster:
         raise all_failed("no Sentinel says where the master is", problems)
 
     async def _ask(self, sentinel: Endpoint) -> tuple[str, int]:
-        name = self._deployment.master_name
+        name = self._name
         try:
             address = await query(sentinel, b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", name)
         except ReplyError as error:
@@ -102,7 +107,7 @@ class SentinelMaster:
         except (AttributeError, IndexError, TypeError, ValueError) as error:
             what = f"Sentinel {sentinel} says of the master {name!r}: {address!r:.100}"
             raise ProtocolError(what) from error
-        return self._deployment.remap(named) if self._deployment.remap else named
+        return self._remap(named) if self._remap else named
 
     def found(self, address: tuple[str, int], run_id: bytes | None) -> None:
         """The server there says that it is a master: links to another one leave it.
@@ -140,7 +145,7 @@ class SentinelMaster:
             located = await self.locate()
             known_at = self._aliases.get(located, -math.inf)
             if located != self._address and time.monotonic() - known_at > ALIAS_FOR:
-                probe = self._deployment.link("sentinel", guide=self)
+                probe = Connection(self._common.named("sentinel"), master=self)
                 try:
                     await probe.get()
                 finally:

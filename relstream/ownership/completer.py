@@ -24,21 +24,16 @@ from relstream._core import (
     lock_keys,
     pack,
 )
-from relstream.errors import ClientClosed, RelstreamError, ReplyError, StreamNotOwned
+from relstream.backoff import Backoff, Forbidden
+from relstream.errors import ClientClosed, RelstreamError, ReplyError, StreamNotOwned, is_retriable
 from relstream.lbs.delayed import DelayedEntries, packed
 from relstream.lbs.names import known_fields, replace_fields
 from relstream.lbs.permissions import Denied, refused
 from relstream.lbs.requeue import REQUEUED, Entries
 from relstream.lbs.scripts import FAIL, FINISH, run
-from relstream.net.connection import (
-    Backoff,
-    Forbidden,
-    consume_exception,
-    is_retriable,
-    raise_first,
-)
+from relstream.net.replies import raise_first
 from relstream.ownership.leases import pending_for
-from relstream.tasks import cancel_and_wait
+from relstream.tasks import cancel_and_wait, consume_exception
 
 if TYPE_CHECKING:
     from relstream.config import RetryConfig

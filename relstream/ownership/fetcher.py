@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING
 import orjson
 
 from relstream._core import STREAMS, Batch, Entry, announcements, lock_keys, pack
-from relstream.errors import DeadlineExceeded, ProtocolError, RelstreamError, ReplyError
+from relstream.backoff import Backoff, Forbidden
+from relstream.errors import (
+    DeadlineExceeded,
+    ProtocolError,
+    RelstreamError,
+    ReplyError,
+    is_retriable,
+)
 from relstream.lbs.failures import with_detail
 from relstream.lbs.names import (
     INPUT_FIELD,
@@ -27,7 +34,6 @@ from relstream.lbs.names import (
     partition_of,
 )
 from relstream.lbs.requeue import REQUEUED, TOO_LATE, fitting
-from relstream.net.connection import Backoff, Forbidden, is_retriable
 from relstream.notifications import MAX_WAITING_BYTES
 from relstream.repeats import Repeats
 from relstream.tasks import cancel_and_wait
@@ -35,7 +41,7 @@ from relstream.tasks import cancel_and_wait
 if TYPE_CHECKING:
     from relstream.config import RecoveryConfig, RetryConfig
     from relstream.lbs.requeue import Requeuer
-    from relstream.net.connection import Endpoint
+    from relstream.net.endpoint import Endpoint
     from relstream.net.topology import KeyConnection, Topology
     from relstream.notifications import Notifications
     from relstream.ownership.capacity import Capacity

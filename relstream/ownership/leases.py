@@ -27,7 +27,7 @@ from relstream._core import (
 from relstream.errors import ReplyError
 from relstream.lbs.names import Names, split_lock_key, start_after
 from relstream.lbs.requeue import TOO_LATE, Entries
-from relstream.net.connection import raise_first
+from relstream.net.replies import raise_first
 
 if TYPE_CHECKING:
     from relstream.lbs.locks import Locks

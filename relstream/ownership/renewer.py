@@ -13,20 +13,28 @@ from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from relstream._core import Entry, discard, enter, extend, lock_keys, pack
-from relstream.errors import ConnectionFailed, ConnectionLost, RelstreamError, ReplyError
+from relstream.backoff import Backoff
+from relstream.errors import (
+    ConnectionFailed,
+    ConnectionLost,
+    RelstreamError,
+    ReplyError,
+    is_retriable,
+)
 from relstream.lbs.locks import Locks, chunks
 from relstream.lbs.names import SEPARATOR, Names, partition_of
-from relstream.net.connection import Backoff, is_retriable, raise_first
+from relstream.net.cluster.slots import SlotTable
 from relstream.net.discovery import POLL_EVERY
+from relstream.net.replies import raise_first
 from relstream.net.sentinel import SentinelMaster
-from relstream.net.topology import SlotTable
 from relstream.ownership.leases import pending_for
 from relstream.tasks import cancel_and_wait, new_event_loop, run_until_first_exit, within
 
 if TYPE_CHECKING:
-    from relstream.net.connection import Endpoint
     from relstream.net.deployment import Deployment
-    from relstream.net.topology import MasterResolver, Topology
+    from relstream.net.endpoint import Endpoint
+    from relstream.net.failover import MasterResolver
+    from relstream.net.topology import Topology
     from relstream.recorder import SafeRecorder
 
 # Locks renewed between two looks at what else there is to do.

@@ -18,6 +18,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from relstream._core import PENDING, Batch, EntryIds, PendingPage, Plan, jittered, pack, parse_id
+from relstream.backoff import Backoff
 from relstream.config import check_name
 from relstream.errors import (
     AlreadyClaimed,
@@ -25,6 +26,7 @@ from relstream.errors import (
     DeadlineExceeded,
     RelstreamError,
     ReplyError,
+    is_retriable,
 )
 from relstream.lbs.consumers import Group
 from relstream.lbs.delayed import DelayedEntries
@@ -50,9 +52,9 @@ from relstream.lbs.requeue import (
     plan_for,
     raise_if_all,
 )
-from relstream.net.connection import Backoff, is_retriable, raise_first
+from relstream.net.cluster.router import ClusterTopology
 from relstream.net.identity import Server
-from relstream.net.topology import ClusterTopology
+from relstream.net.replies import raise_first
 from relstream.notifications import LBSInfo
 from relstream.recovery.election import Leadership
 from relstream.recovery.grace import GracePeriods

@@ -13,8 +13,9 @@ from relstream.lbs.names import SEPARATOR
 from relstream.tasks import cancel_and_wait
 
 if TYPE_CHECKING:
-    from relstream.net.connection import Connection, Endpoint
-    from relstream.net.topology import ClusterTopology
+    from relstream.net.cluster.router import ClusterTopology
+    from relstream.net.connection import Connection
+    from relstream.net.endpoint import Endpoint
 
 # Seconds between two questions to each master, at most.
 ASK_EVERY = 0.2

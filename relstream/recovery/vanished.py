@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from relstream._core import ITEM, PENDING, Template
 from relstream.lbs.requeue import discard
-from relstream.net.connection import raise_first
+from relstream.net.replies import raise_first
 
 if TYPE_CHECKING:
     from relstream.lbs.consumers import Group

@@ -15,7 +15,7 @@ import uvloop
 
 from relstream import DeadLetters, Delayed, Producer, StreamClient, UsageError
 from relstream._core import key_slot
-from relstream.net.topology import ClusterTopology
+from relstream.net.cluster.router import ClusterTopology
 
 HEARTBEAT = 2.0
 

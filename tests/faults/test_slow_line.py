@@ -7,7 +7,7 @@ from helpers import eventually, names, take
 from wire import Proxy
 
 from relstream import RecoveryConfig
-from relstream.net.connection import endpoint_of
+from relstream.net.endpoint import endpoint_of
 
 pytestmark = pytest.mark.only("single", reason="behind a proxy")
 

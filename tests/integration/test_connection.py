@@ -22,6 +22,7 @@ from wire import GREETING, Proxy, command, listening, until_eof
 
 from relstream import Producer, StreamClient
 from relstream._core import pack
+from relstream.backoff import Backoff
 from relstream.errors import (
     AuthenticationFailed,
     ConnectionFailed,
@@ -33,14 +34,10 @@ from relstream.errors import (
     ReplyError,
     ServerTooOld,
 )
-from relstream.net.connection import (
-    Backoff,
-    Connection,
-    Endpoint,
-    connect,
-    endpoint_of,
-    raise_first,
-)
+from relstream.net.connection import Connection
+from relstream.net.endpoint import Endpoint, endpoint_of
+from relstream.net.handshake import connect
+from relstream.net.replies import raise_first
 from relstream.testing.server import Server, ServerStartFailed, TLSFiles
 
 pytestmark = pytest.mark.only("single", reason="about connections to one server")

@@ -11,7 +11,8 @@ from wire import GREETING, Proxy, command, listening
 
 from relstream import ClientTerminated, RecoveryConfig, RetryConfig, repeats
 from relstream.lbs.expiry_events import ExpiryEvents
-from relstream.net.connection import Connection, Endpoint
+from relstream.net.connection import Connection
+from relstream.net.endpoint import Endpoint
 from relstream.recovery import coordinator
 
 RETRY = RetryConfig(initial_delay=0.1, max_delay=0.4)

@@ -14,8 +14,8 @@ from relstream import (
     ReplyError,
     RetryConfig,
     StreamClient,
+    backoff,
 )
-from relstream.net import connection
 
 QUICK = RetryConfig(initial_delay=0.02, max_delay=0.1)
 
@@ -88,7 +88,7 @@ async def test_a_right_that_comes_back_ends_nothing(consumer, service, acl, how,
 
 
 async def test_what_stays_forbidden_ends_the_client(consumer, service, acl, monkeypatch):
-    monkeypatch.setattr(connection, "FORBIDDEN_FOR", 1.0)
+    monkeypatch.setattr(backoff, "FORBIDDEN_FOR", 1.0)
     client = consumer(url=acl.url, retry=QUICK)
     notes = await client.init()
     started = asyncio.get_running_loop().time()
@@ -100,7 +100,7 @@ async def test_what_stays_forbidden_ends_the_client(consumer, service, acl, monk
 
 async def test_a_password_that_is_refused_is_an_outage(consumer, service, acl, monkeypatch):
     """A server, or who gives passwords, may learn a new one late; however late."""
-    monkeypatch.setattr(connection, "FORBIDDEN_FOR", 0.5)
+    monkeypatch.setattr(backoff, "FORBIDDEN_FOR", 0.5)
     client = consumer(url=acl.url, retry=QUICK)
     notes = await client.init()
     refuse(acl, "password", service.redis)

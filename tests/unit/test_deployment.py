@@ -10,10 +10,13 @@ import redis.asyncio.sentinel
 from redis.asyncio.cluster import ClusterNode
 
 from relstream import InvalidOption
-from relstream.net.connection import Endpoint, SharedAddress
+from relstream.net.cluster.router import ClusterTopology
+from relstream.net.cluster.slots import SlotTable
+from relstream.net.connection import SharedAddress
 from relstream.net.deployment import deployment_of
+from relstream.net.endpoint import Endpoint
 from relstream.net.sentinel import SentinelMaster
-from relstream.net.topology import ClusterTopology, SingleTopology, SlotTable
+from relstream.net.topology import SingleTopology
 
 
 def addresses(endpoints: tuple[Endpoint, ...]) -> list[tuple[str, int]]:

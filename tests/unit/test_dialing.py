@@ -14,8 +14,9 @@ import pytest
 from wire import GREETING, command, listening, until_eof
 
 from relstream.errors import ConnectionFailed
-from relstream.net.connection import Endpoint, connect
 from relstream.net.dialing import dial
+from relstream.net.endpoint import Endpoint
+from relstream.net.handshake import connect
 
 NAME = "several.example"
 Resolve = Callable[..., None]

@@ -13,7 +13,8 @@ from wire import GREETING, command, listening
 from relstream import ProtocolError
 from relstream.lbs.expiry_events import ExpiryEvents
 from relstream.lbs.locks import Locks
-from relstream.net.connection import Connection, Endpoint
+from relstream.net.connection import Connection
+from relstream.net.endpoint import Endpoint
 
 LOGGER = logging.getLogger("relstream")
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from helpers import eventually
 
 from relstream import ConnectionLost
-from relstream.net import sentinel, topology
+from relstream.net import failover, sentinel
+from relstream.net.endpoint import Endpoint
+from relstream.net.failover import unless_replaced
 from relstream.net.sentinel import SentinelMaster
-from relstream.net.topology import unless_replaced
 
 EVERY = 0.05
 HERE, THERE = ("10.0.0.1", 6379), ("10.0.0.2", 6379)
@@ -20,7 +20,7 @@ HERE, THERE = ("10.0.0.1", 6379), ("10.0.0.2", 6379)
 
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(topology, "POLL_EVERY", EVERY)
+    monkeypatch.setattr(failover, "POLL_EVERY", EVERY)
     monkeypatch.setattr(sentinel, "POLL_EVERY", EVERY)
 
 
@@ -102,8 +102,8 @@ async def test_an_error_is_raised_as_it_is() -> None:
 
 
 def named_master(ask: Any, count: int = 3) -> SentinelMaster:
-    deployment: Any = SimpleNamespace(sentinels=range(count), master_name="m", remap=None)
-    master = SentinelMaster(deployment)
+    sentinels: Any = range(count)
+    master = SentinelMaster(Endpoint(), sentinels, "m")
     master._ask = ask
     return master
 

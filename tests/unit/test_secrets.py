@@ -16,8 +16,9 @@ from redis.credentials import CredentialProvider
 from wire import GREETING, command, listening, until_eof
 
 from relstream import InvalidOption, Producer, RelstreamError, StreamClient
-from relstream.net.connection import Connection, endpoint_of
+from relstream.net.connection import Connection
 from relstream.net.deployment import deployment_of
+from relstream.net.endpoint import endpoint_of
 from relstream.net.secrets import without_secrets
 
 SECRET = "hunter2"

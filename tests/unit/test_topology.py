@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 
 from relstream.errors import ConnectionFailed, ReplyError
-from relstream.net import sentinel, topology
-from relstream.net.connection import Endpoint, connect
+from relstream.net import sentinel
+from relstream.net.cluster import slots as slot_map
+from relstream.net.cluster.router import ClusterTopology
+from relstream.net.cluster.slots import SlotTable
 from relstream.net.deployment import deployment_of
-from relstream.net.topology import ClusterTopology, SlotTable
+from relstream.net.endpoint import Endpoint
+from relstream.net.handshake import connect
 
 ASKED = "redis+cluster://asked.example:7000"
 
@@ -22,7 +25,7 @@ def slots(monkeypatch: pytest.MonkeyPatch) -> SlotTable:
     async def ask(endpoint: Endpoint, *args: Any) -> Any:
         return table.rows
 
-    monkeypatch.setattr(topology, "query", ask)
+    monkeypatch.setattr(slot_map, "query", ask)
     table: Any = deployment_of(ASKED).guide()
     assert isinstance(table, SlotTable)
     return table
@@ -199,7 +202,7 @@ async def test_who_imports_a_slot_is_a_master_for_a_while(
     assert slots.noticed.is_set()
     await slots.refresh()
     assert new in slots.masters
-    monkeypatch.setattr(topology, "IMPORTING", 0.0)
+    monkeypatch.setattr(slot_map, "IMPORTING", 0.0)
     await slots.refresh()
     assert new not in slots.masters
 

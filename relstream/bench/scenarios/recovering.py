@@ -25,7 +25,7 @@ from relstream.bench.measure import (
 )
 from relstream.lbs.names import SEPARATOR, Names
 from relstream.lbs.server_clock import ServerClock
-from relstream.net.connection import raise_first
+from relstream.net.replies import raise_first
 from relstream.net.topology import KeyConnection
 from relstream.recovery.coordinator import Recoverer, ScanResult
 

@@ -1,0 +1,1 @@
+"""A Redis Cluster: its slots, and commands to its masters."""
