@@ -25,7 +25,7 @@ from relstream.lbs.names import (
     retry_count,
     start_after,
 )
-from relstream.lbs.requeue import fitting
+from relstream.lbs.stream import fitting
 from relstream.net.replies import raise_first
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ from relstream.net.replies import raise_first
 
 if TYPE_CHECKING:
     from relstream._core import Entry
+    from relstream.lbs.entries import Returning
     from relstream.net.topology import Topology
 
 
@@ -184,3 +185,27 @@ class Locks:
             else:  # one that we may not even read any more (ACL) can't be held either
                 outcomes.append(0 if value is None else -1)
         return outcomes
+
+
+async def holders(topology: Topology, locks: list[bytes]) -> list[bytes | ReplyError | None]:
+    """Who holds each lock, asked by its own GET, or what kept us from reading it.
+
+    A key of another type is nobody's lock, as MGET says too.
+    """
+    replies = await topology.each(Template(b"GET", ITEM).pack, locks)
+    return [None if isinstance(r, ReplyError) and r.code == "WRONGTYPE" else r for r in replies]
+
+
+def raise_if_all(replies: list[bytes | ReplyError | None]) -> list[bytes | ReplyError | None]:
+    """`replies` about locks; raises if no master could be asked for now, as in an outage."""
+    refusals = [reply for reply in replies if isinstance(reply, ReplyError) and is_retriable(reply)]
+    if refusals and len(refusals) == len(replies):
+        raise refusals[0]
+    return replies
+
+
+async def held_locks(topology: Topology, entries: Sequence[Returning]) -> set[bytes]:
+    """Locks of these entries that are held, or that we may not read."""
+    locks = [lock for _, _, lock in entries if lock is not None]
+    held = raise_if_all(await holders(topology, locks))
+    return {key for key, value in zip(locks, held, strict=True) if value is not None}

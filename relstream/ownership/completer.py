@@ -27,10 +27,11 @@ from relstream._core import (
 from relstream.backoff import Backoff, Forbidden
 from relstream.errors import ClientClosed, RelstreamError, ReplyError, StreamNotOwned, is_retriable
 from relstream.lbs.delayed import DelayedEntries, packed
+from relstream.lbs.entries import REQUEUED
 from relstream.lbs.names import known_fields, replace_fields
 from relstream.lbs.permissions import Denied, refused
-from relstream.lbs.requeue import REQUEUED, Entries
 from relstream.lbs.scripts import FAIL, FINISH, run
+from relstream.lbs.stream import Entries
 from relstream.net.replies import raise_first
 from relstream.ownership.leases import pending_for
 from relstream.tasks import cancel_and_wait, consume_exception
@@ -102,7 +103,7 @@ class Completer:
         self._retry = retry
         self._patience = patience
         self._on_lost = on_lost
-        self._dead_letters = requeuer
+        self._dead_letters = requeuer.dead_letters
         self._dlq_max_len = dlq_max_len
         self._put = requeuer.requeue
         self._delayed_entries = DelayedEntries(self._link, names, logger)
@@ -350,18 +351,18 @@ class Completer:
         if call.dead_letters is None:
             fields = await self._fields(heads)
             ids = [head.id for head in heads]
-            added = await self._dead_letters.add_dead_letters(
+            added = await self._dead_letters.add(
                 list(zip(ids, fields, reasons, strict=True)), self._dlq_max_len
             )
             error = first_error(added)
             copies = [each for each in added if isinstance(each, bytes)]
             if error is not None:
-                await self._dead_letters.delete_dead_letters(copies)
+                await self._dead_letters.delete(copies)
                 raise error
             call.dead_letters = copies
         lost = await self._finish_all(endings, entries, call)
         surplus = {h for h in heads if not lost.isdisjoint(_all(h))}
-        await self._dead_letters.delete_dead_letters(
+        await self._dead_letters.delete(
             [copy for head, copy in zip(heads, call.dead_letters, strict=True) if head in surplus]
         )
         self._complete(endings, lost, "failed")

@@ -23,6 +23,7 @@ from relstream.errors import (
     ReplyError,
     is_retriable,
 )
+from relstream.lbs.entries import REQUEUED, TOO_LATE
 from relstream.lbs.failures import with_detail
 from relstream.lbs.names import (
     INPUT_FIELD,
@@ -33,7 +34,7 @@ from relstream.lbs.names import (
     Names,
     partition_of,
 )
-from relstream.lbs.requeue import REQUEUED, TOO_LATE, fitting
+from relstream.lbs.stream import fitting
 from relstream.notifications import MAX_WAITING_BYTES
 from relstream.repeats import Repeats
 from relstream.tasks import cancel_and_wait

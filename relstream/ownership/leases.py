@@ -25,8 +25,9 @@ from relstream._core import (
     lock_keys,
 )
 from relstream.errors import ReplyError
+from relstream.lbs.entries import TOO_LATE
 from relstream.lbs.names import Names, split_lock_key, start_after
-from relstream.lbs.requeue import TOO_LATE, Entries
+from relstream.lbs.stream import Entries
 from relstream.net.replies import raise_first
 
 if TYPE_CHECKING:

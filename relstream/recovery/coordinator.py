@@ -30,8 +30,10 @@ from relstream.errors import (
 )
 from relstream.lbs.consumers import Group
 from relstream.lbs.delayed import DelayedEntries
+from relstream.lbs.entries import ALIVE, LOST, REFUSED, REQUEUED
 from relstream.lbs.failures import with_detail
 from relstream.lbs.go_json import name_for_go
+from relstream.lbs.locks import holders, raise_if_all
 from relstream.lbs.names import (
     REASON_MAX_RETRIES,
     REASON_UNPARSEABLE,
@@ -41,17 +43,8 @@ from relstream.lbs.names import (
     start_after,
 )
 from relstream.lbs.permissions import Denied, refused
-from relstream.lbs.requeue import (
-    ALIVE,
-    LOST,
-    REFUSED,
-    REQUEUED,
-    Entries,
-    Requeuer,
-    holders,
-    plan_for,
-    raise_if_all,
-)
+from relstream.lbs.requeue import Requeuer
+from relstream.lbs.stream import Entries, plan_for
 from relstream.net.cluster.router import ClusterTopology
 from relstream.net.identity import Server
 from relstream.net.replies import raise_first
@@ -65,7 +58,7 @@ from relstream.tasks import cancel_and_wait, run_until_first_exit
 
 if TYPE_CHECKING:
     from relstream.config import RecoveryConfig
-    from relstream.lbs.requeue import Fence, Returning
+    from relstream.lbs.entries import Fence, Returning
     from relstream.lbs.server_clock import ServerClock
     from relstream.net.topology import Topology
     from relstream.recorder import SafeRecorder

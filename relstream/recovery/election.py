@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from relstream._core import pack
 from relstream.errors import RelstreamError, ReplyError
+from relstream.lbs.entries import Fence
 from relstream.lbs.permissions import Denied
-from relstream.lbs.requeue import Fence
 
 if TYPE_CHECKING:
     from relstream.lbs.names import Names

@@ -11,7 +11,7 @@ from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
 
 from relstream._core import ITEM, PENDING, Template
-from relstream.lbs.requeue import discard
+from relstream.lbs.stream import discard
 from relstream.net.replies import raise_first
 
 if TYPE_CHECKING:

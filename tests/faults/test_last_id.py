@@ -156,10 +156,10 @@ async def test_a_stream_made_anew_gets_nothing_of_a_probe(consumer, service, red
     """Nor does one that never had an entry."""
     client = consumer(recovery=LEAVE_ALONE)
     await client.init()
-    await client._engine.partitions[0]._requeuer._check_adding()
+    await client._engine.partitions[0]._requeuer._two_phase._check_adding()
     assert service.entries() == []
     service.redis.delete(service.lbs)
-    await client._engine.partitions[0]._requeuer._check_adding()
+    await client._engine.partitions[0]._requeuer._two_phase._check_adding()
     assert not service.redis.exists(service.lbs) or service.entries() == []
 
 

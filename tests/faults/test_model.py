@@ -27,8 +27,9 @@ from hypothesis import strategies as st
 
 from relstream import LBSInfo, NotificationType, RecoveryConfig, RelstreamError, StreamClient
 from relstream.engine.engine import State
-from relstream.lbs.locks import Locks
-from relstream.lbs.requeue import Requeuer
+from relstream.lbs import requeue, two_phase
+from relstream.lbs.locks import Locks, held_locks
+from relstream.lbs.two_phase import TwoPhaseRequeue
 from relstream.net.connection import Connection
 from relstream.net.protocol import RedisProtocol
 from relstream.net.topology import SingleTopology
@@ -56,14 +57,14 @@ class Steps:
         self.under_way = 0
         # Ids of entries between two steps, by who puts them back; of all that ever were; and of
         # those whose locks really were free when that was looked at.
-        self.moving: list[tuple[Requeuer, set[str]]] = []
+        self.moving: list[tuple[TwoPhaseRequeue, set[str]]] = []
         self.moved: set[str] = set()
         self.seen_free: set[str] = set()
 
     @contextlib.contextmanager
     def installed(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         pipeline, send = Connection.pipeline, RedisProtocol.send
-        look, move = Requeuer._taken, Requeuer._move
+        look, move = held_locks, TwoPhaseRequeue._move
 
         async def stopping(link, *args, **options):
             if stepwise.get():
@@ -78,8 +79,8 @@ class Steps:
             future.add_done_callback(self._answered)
             return future
 
-        async def looked(requeuer, entries):
-            taken = await look(requeuer, entries)
+        async def looked(topology, entries):
+            taken = await look(topology, entries)
             held = self.service.locks()
             self.seen_free |= {
                 entry_id.decode()
@@ -98,8 +99,9 @@ class Steps:
                 self.moving.remove((requeuer, ids))
 
         with monkeypatch.context() as patch:
-            patch.setattr(Requeuer, "_taken", looked)
-            patch.setattr(Requeuer, "_move", noted)
+            patch.setattr(requeue, "held_locks", looked)
+            patch.setattr(two_phase, "held_locks", looked)
+            patch.setattr(TwoPhaseRequeue, "_move", noted)
             patch.setattr(Connection, "pipeline", stopping)
             patch.setattr(RedisProtocol, "send", counted)
             patch.setattr(intake_module, "BLOCK", 0.001)
@@ -140,7 +142,7 @@ class Life:
         self.notifications = client._engine.notifications
         self.leases = client._engine.partitions[0].leases
         part = client._engine.partitions[0]
-        self.requeuer = [part._requeuer, part.recoverer._requeuer]
+        self.requeuer = [part._requeuer._two_phase, part.recoverer._requeuer._two_phase]
         loop = asyncio.get_running_loop()
         client._engine.state = State.OPEN
         client._engine.renewer._app_loop = loop

@@ -10,8 +10,9 @@ import pytest
 from helpers import SEPARATOR, Heard, eventually, names, nothing_comes, take
 from wire import Proxy
 
-from relstream import ConnectionLost, RecoveryConfig, RetryConfig, client
-from relstream.lbs.requeue import Requeuer
+from relstream import ConnectionLost, RecoveryConfig, RetryConfig
+from relstream.engine import engine
+from relstream.lbs.two_phase import TwoPhaseRequeue
 
 SCAN_ONLY = RecoveryConfig(reconciliation_interval=0.3, min_idle_time=0.2)
 LEAVE_ALONE = RecoveryConfig(min_idle_time=3600)
@@ -51,7 +52,7 @@ def room(service):
 def full_in_between(service, monkeypatch):
     """Memory runs out just when it was found that there is some; tells how often it was asked."""
     asked = []
-    check = Requeuer._check_adding
+    check = TwoPhaseRequeue._check_adding
 
     async def check_and_fill(self):
         await check(self)
@@ -59,7 +60,7 @@ def full_in_between(service, monkeypatch):
             full(service)
         asked.append(self)
 
-    monkeypatch.setattr(Requeuer, "_check_adding", check_and_fill)
+    monkeypatch.setattr(TwoPhaseRequeue, "_check_adding", check_and_fill)
     return asked
 
 
@@ -127,7 +128,7 @@ async def test_memory_that_runs_out_while_a_stream_is_handed_over(
 async def test_closing_in_between_says_what_is_lost(
     consumer, service, url, full_in_between, caplog, monkeypatch
 ):
-    monkeypatch.setattr(client, "CLOSE_TIMEOUT", 0.5)
+    monkeypatch.setattr(engine, "CLOSE_TIMEOUT", 0.5)
     entry_id = service.announce("s0")
     owner = consumer("owner", url=url, recovery=LEAVE_ALONE)
     await take(await owner.init(), 1)
@@ -186,9 +187,9 @@ async def test_the_answer_to_the_first_step_gets_lost(consumer, service, url, by
         service.redis.xgroup_create(service.lbs, service.group, "0")
         service.redis.xreadgroup(service.group, "ghost", {service.lbs: ">"}, count=100)
         owner = consumer("owner", url=url, recovery=SCAN_ONLY)
-        requeuer = owner._engine.partitions[0].recoverer._requeuer
+        requeuer = owner._engine.partitions[0].recoverer._requeuer._two_phase
     else:
-        requeuer = owner._engine.partitions[0]._requeuer
+        requeuer = owner._engine.partitions[0]._requeuer._two_phase
     losing = requeuer._link = Losing(requeuer._link, carried_out)
     notes = await owner.init()
     if by == "release":
@@ -241,11 +242,11 @@ class Dead:
 
 
 async def test_closing_gives_up_what_is_being_routed(consumer, service, url, monkeypatch, caplog):
-    monkeypatch.setattr(client, "CLOSE_TIMEOUT", 0.5)
+    monkeypatch.setattr(engine, "CLOSE_TIMEOUT", 0.5)
     before = asyncio.all_tasks()
     service.redis.xadd(service.lbs, {"lbs-input": "announces nothing"})
     reader = consumer(url=url, recovery=LEAVE_ALONE)
-    requeuer = reader._engine.partitions[0]._requeuer
+    requeuer = reader._engine.partitions[0]._requeuer._two_phase
     requeuer._link = Dead(requeuer._link)
     await reader.init()
     await eventually(lambda: requeuer._moving)
