@@ -7,10 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from relstream._core import backoff
-from relstream.errors import (
-    RelstreamError,
-    is_forbidden,
-)
+from relstream.errors import RelstreamError, is_forbidden
 
 if TYPE_CHECKING:
     pass

@@ -6,13 +6,8 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from relstream._core import (
-    pack,
-)
-from relstream.errors import (
-    ConnectionFailed,
-    ReplyError,
-)
+from relstream._core import pack
+from relstream.errors import ConnectionFailed, ReplyError
 from relstream.lbs.names import (
     DLQ_REASON_FIELD,
     RETRY_FIELD,

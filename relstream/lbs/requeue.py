@@ -9,20 +9,12 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from relstream._core import (
-    Plan,
-    key_slot,
-    pack,
-)
-from relstream.errors import (
-    ReplyError,
-)
+from relstream._core import Plan, key_slot, pack
+from relstream.errors import ReplyError
 from relstream.lbs.dead_letter import DeadLetterQueue
 from relstream.lbs.entries import ALIVE, NOT_BY_SCRIPT, REFUSED, REQUEUED, Fence, Returning
 from relstream.lbs.locks import held_locks
-from relstream.lbs.names import (
-    Names,
-)
+from relstream.lbs.names import Names
 from relstream.lbs.permissions import Denied, refused
 from relstream.lbs.scripts import REQUEUE, SCRIPT_KEYS, run_packed
 from relstream.lbs.two_phase import TwoPhaseRequeue, check_fence

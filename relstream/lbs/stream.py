@@ -7,26 +7,9 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from relstream._core import (
-    ENTRIES,
-    ITEM,
-    Batch,
-    EntryIds,
-    Plan,
-    Template,
-    pack,
-)
-from relstream.errors import (
-    ConnectionFailed,
-    ProtocolError,
-)
-from relstream.lbs.names import (
-    INPUT_FIELD,
-    RETRY_FIELD,
-    SEPARATOR,
-    Names,
-    start_after,
-)
+from relstream._core import ENTRIES, ITEM, Batch, EntryIds, Plan, Template, pack, parse_id
+from relstream.errors import ConnectionFailed, ProtocolError
+from relstream.lbs.names import INPUT_FIELD, RETRY_FIELD, SEPARATOR, Names, start_after
 from relstream.net.replies import raise_first
 
 if TYPE_CHECKING:
@@ -116,3 +99,8 @@ async def discard(link: KeyConnection, names: Names, ids: Sequence[bytes]) -> in
     packed = pack(b"XACK", names.lbs, names.group, *ids) + pack(b"XDEL", names.lbs, *ids)
     acked: int = raise_first(await link.pipeline(packed, 2))[0]
     return acked
+
+
+def id_order(entry_id: bytes) -> tuple[int, int]:
+    """A key to sort ids of entries by."""
+    return parse_id(entry_id) or (0, 0)

@@ -8,29 +8,13 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from relstream._core import (
-    ITEM,
-    PENDING,
-    EntryIds,
-    Template,
-    pack,
-    scatter,
-)
+from relstream._core import ITEM, PENDING, EntryIds, Template, pack, scatter
 from relstream.backoff import Backoff
-from relstream.errors import (
-    ConnectionLost,
-    ProtocolError,
-    RelstreamError,
-    ReplyError,
-)
+from relstream.errors import ConnectionLost, ProtocolError, RelstreamError, ReplyError
 from relstream.lbs.dead_letter import DeadLetterQueue
 from relstream.lbs.entries import ALIVE, Fence, Returning
 from relstream.lbs.locks import held_locks
-from relstream.lbs.names import (
-    INPUT_FIELD,
-    REASON_EXHAUSTED,
-    Names,
-)
+from relstream.lbs.names import INPUT_FIELD, REASON_EXHAUSTED, Names
 from relstream.lbs.stream import Entries
 from relstream.net.replies import raise_first
 from relstream.tasks import cancel_and_wait

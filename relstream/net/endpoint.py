@@ -13,9 +13,7 @@ import redis.asyncio
 from redis.asyncio.connection import AbstractConnection, SSLConnection
 from redis.asyncio.connection import Connection as TCPConnection
 
-from relstream.errors import (
-    InvalidOption,
-)
+from relstream.errors import InvalidOption
 from relstream.net.secrets import may_be_quoted, shown_client, without_secrets
 from relstream.net.tls import TLS
 

@@ -6,9 +6,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
-from relstream.errors import (
-    ConnectionLost,
-)
+from relstream.errors import ConnectionLost
 from relstream.net.cluster.slots import SlotTable
 from relstream.net.connection import SharedAddress
 from relstream.net.discovery import POLL_EVERY

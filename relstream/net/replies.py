@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from relstream._core import first_error
-from relstream.errors import (
-    ReplyError,
-)
+from relstream.errors import ReplyError
 
 if TYPE_CHECKING:
     pass

@@ -12,15 +12,7 @@ from dataclasses import dataclass
 import redis
 from redis.crc import key_slot
 
-from relstream.testing.node import (
-    Node,
-    empty,
-    replication,
-    settles,
-    start_all,
-    stop_all,
-    wait,
-)
+from relstream.testing.node import Node, empty, replication, settles, start_all, stop_all, wait
 from relstream.testing.server import START_TIMEOUT, Binary, TLSFiles, find_binary
 
 SLOTS = 16384

@@ -14,7 +14,7 @@ from faults.processes import Tap
 from helpers import SEPARATOR, eventually
 
 from relstream import NotificationType, RecoveryConfig, StreamClient
-from relstream.recovery.vanished import HEARD
+from relstream.lbs.vanished import HEARD
 
 # Small pages: many steps.
 RECOVERY = {"reconciliation_interval": 1.0, "min_idle_time": 0.1, "batch_size": 3}

@@ -34,7 +34,7 @@ from relstream.net.connection import Connection
 from relstream.net.protocol import RedisProtocol
 from relstream.net.topology import SingleTopology
 from relstream.ownership import fetcher as intake_module
-from relstream.recovery.coordinator import ScanResult
+from relstream.recovery.result import ScanResult
 from relstream.testing.server import Server
 
 NAMES = ["c0", "c1", "c2"]
@@ -151,7 +151,7 @@ class Life:
         self.work = {
             "renew": lambda: client._engine.renewer._renew_all(self.keeping, locks, 0.0),
             "audit": lambda: client._engine.partitions[0].audit(TTL),
-            "recover": lambda: client._engine.partitions[0].recoverer._walk(0, ScanResult()),
+            "recover": lambda: client._engine.partitions[0].recoverer.scanner.walk(0, ScanResult()),
         }
         self.tasks: dict[str, asyncio.Task] = {}
         self.told: list[tuple[NotificationType, str]] = []

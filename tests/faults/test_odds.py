@@ -10,7 +10,7 @@ import redis
 from helpers import SEPARATOR, Monitor, eventually, names, nothing_comes, take
 
 from relstream import NotificationType, RecoveryConfig
-from relstream.recovery import coordinator
+from relstream.recovery.result import ScanResult
 
 SCAN_ONLY = RecoveryConfig(reconciliation_interval=0.3, min_idle_time=0.2, batch_size=50)
 
@@ -283,10 +283,10 @@ class RacingScan:
         self.recoverer._requeuer.requeue = put_late
 
     async def walk(self):
-        tally = coordinator.ScanResult()
-        await self.recoverer._walk(0, tally)
+        tally = ScanResult()
+        await self.recoverer.scanner.walk(0, tally)
         assert self.came
-        await self.recoverer._topology.close()
+        await self.recoverer.steps._topology.close()
         return tally
 
 
@@ -305,7 +305,7 @@ async def test_what_its_owner_finishes_while_it_is_buried_is_no_dead_letter(
         """It is late with its lock just then, and early enough to finish."""
         return [None for _ in keys()]
 
-    racing.recoverer._values = free
+    racing.recoverer.steps.holders = free
     tally = await racing.walk()
     assert tally.dead_letters == 0
     assert service.redis.xlen(service.dlq) == 0
@@ -336,8 +336,8 @@ async def test_what_another_buried_first_is_buried_once(consumer, service):
     first, second = consumer("first"), consumer("second")
 
     async def be_late():
-        tally = coordinator.ScanResult()
-        await first._engine.partitions[0].recoverer._walk(0, tally)
+        tally = ScanResult()
+        await first._engine.partitions[0].recoverer.scanner.walk(0, tally)
         assert tally.dead_letters == 3
         await first._engine._connections.recovering.close()
 
@@ -353,7 +353,7 @@ async def test_what_one_pass_is_routing_another_one_leaves(consumer, service):
     client = consumer("c1")
 
     async def pass_by():
-        await client._engine.partitions[0].recoverer._walk(0, coordinator.ScanResult())
+        await client._engine.partitions[0].recoverer.scanner.walk(0, ScanResult())
         assert service.redis.xlen(service.dlq) == 1
 
     tally = await RacingScan(client, pass_by).walk()

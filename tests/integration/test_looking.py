@@ -9,7 +9,7 @@ from helpers import SEPARATOR, eventually, names, nothing_comes, take
 
 from relstream import AlreadyClaimed, LBSInfo, RecoveryConfig
 from relstream.errors import ReplyError
-from relstream.recovery import coordinator
+from relstream.recovery import prober, scanner
 
 # By looking, or by expiry events alone.
 NO_SCANS = RecoveryConfig(reconciliation_interval=3600, min_idle_time=3600)
@@ -18,7 +18,7 @@ SHORT = 0.5
 
 
 async def test_a_walk_that_takes_long_holds_up_no_other(consumer, service, monkeypatch):
-    walk = coordinator.Recoverer._walk
+    walk = scanner.Scanner.walk
     under_way = asyncio.Event()
 
     async def endless(recoverer, min_idle_ms, tally, consumer=None):
@@ -28,7 +28,7 @@ async def test_a_walk_that_takes_long_holds_up_no_other(consumer, service, monke
         under_way.set()
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(coordinator.Recoverer, "_walk", endless)
+    monkeypatch.setattr(scanner.Scanner, "walk", endless)
     service.orphan(1, "stuck")
     notes = await consumer(heartbeat_interval=SHORT, recovery=NO_SCANS).init()
     await asyncio.wait_for(under_way.wait(), 10)
@@ -54,7 +54,7 @@ async def test_who_comes_just_after_an_outage_takes_nothing_from_the_living(cons
     for lock in service.locks():
         service.redis.delete(lock)
     await newcomer.init()
-    await eventually(lambda: newcomer._engine.partitions[0].recoverer._leading)
+    await eventually(lambda: newcomer._engine.partitions[0].recoverer.leads)
     await eventually(lambda: len(service.locks()) == 20)
     await nothing_comes(notes, 1.5)
     assert set(service.locks().values()) == {"living"}
@@ -63,14 +63,14 @@ async def test_who_comes_just_after_an_outage_takes_nothing_from_the_living(cons
 
 
 async def test_the_longer_nothing_can_be_done_the_less_it_is_tried(consumer, service, monkeypatch):
-    monkeypatch.setattr(coordinator, "PROBE_EVERY", 0.01)
-    monkeypatch.setattr(coordinator, "LOOK_AGAIN", 0.02)
+    monkeypatch.setattr(prober, "PROBE_EVERY", 0.01)
+    monkeypatch.setattr(prober, "PROBE_AGAIN", 0.02)
     service.redis.set(service.dlq, "in the way")
     stuck = service.orphan(1, _retry_count="3")
     client = consumer(heartbeat_interval=SHORT, recovery=NO_SCANS)
     await client.init()
     recoverer = client._engine.partitions[0].recoverer
-    await eventually(lambda: recoverer._fruitless.get(b"ghost", (0, 0))[1] > 10 * 0.02)
+    await eventually(lambda: recoverer.prober._fruitless.get(b"ghost", (0, 0))[1] > 10 * 0.02)
     assert service.pending("ghost") == stuck
     service.redis.delete(service.dlq)
     await eventually(lambda: not service.pending("ghost"))
@@ -81,7 +81,7 @@ async def test_behind_what_nothing_can_be_done_about_a_death_is_seen_at_once(
     consumer, service, monkeypatch
 ):
     """However long the pause has grown with which the former is tried."""
-    monkeypatch.setattr(coordinator, "LOOK_AGAIN", 3600.0)
+    monkeypatch.setattr(prober, "PROBE_AGAIN", 3600.0)
     service.redis.set(service.dlq, "in the way")
     stuck = service.orphan(4, "owner", _retry_count="3")
     ids = service.orphan(2, "owner")
@@ -91,7 +91,7 @@ async def test_behind_what_nothing_can_be_done_about_a_death_is_seen_at_once(
     client = consumer(heartbeat_interval=SHORT, recovery=NO_SCANS)
     notes = await client.init()
     recoverer = client._engine.partitions[0].recoverer
-    await eventually(lambda: recoverer._held.get(b"owner") == {i.encode() for i in ids})
+    await eventually(lambda: recoverer.prober._held.get(b"owner") == {i.encode() for i in ids})
     for lock in locks:  # no event tells of it
         service.redis.delete(lock)
     assert sorted(names(await take(notes, 2))) == ["s4", "s5"]
@@ -99,8 +99,8 @@ async def test_behind_what_nothing_can_be_done_about_a_death_is_seen_at_once(
 
 
 async def test_a_scan_that_broke_off_is_repeated_soon(consumer, service, monkeypatch):
-    monkeypatch.setattr(coordinator, "SCAN_AGAIN", 0.1)
-    walk = coordinator.Recoverer._walk
+    monkeypatch.setattr(scanner, "SCAN_AGAIN", 0.1)
+    walk = scanner.Scanner.walk
     broken = []
 
     async def breaking_off(recoverer, *args):
@@ -109,7 +109,7 @@ async def test_a_scan_that_broke_off_is_repeated_soon(consumer, service, monkeyp
             raise ReplyError("BUSY Redis is busy running a script")
         await walk(recoverer, *args)
 
-    monkeypatch.setattr(coordinator.Recoverer, "_walk", breaking_off)
+    monkeypatch.setattr(scanner.Scanner, "walk", breaking_off)
     service.orphan(1)
     await asyncio.sleep(0.05)
     once = RecoveryConfig(reconciliation_interval=3600, min_idle_time=0.01)
@@ -122,7 +122,7 @@ async def test_an_id_alone_makes_no_death(consumer, service):
     """Another service's stream may have an entry of the same id, and its lock no service's name."""
     client = consumer(recovery=NO_SCANS)  # looking comes a heartbeat later
     notes = await client.init()
-    await eventually(lambda: client._engine.partitions[0].recoverer._leading)
+    await eventually(lambda: client._engine.partitions[0].recoverer.leads)
     # As if it had been read, and were about to be locked.
     (entry_id,) = service.orphan(1, "busy")
     service.redis.set(f"other{SEPARATOR}{entry_id}", "whoever", px=1)
@@ -139,10 +139,10 @@ async def test_each_kind_of_trouble_is_said(consumer, service, caplog):
     service.orphan(1)
     client = consumer(heartbeat_interval=SHORT, recovery=NO_SCANS)
     recoverer = client._engine.partitions[0].recoverer
-    recoverer._complain(1, "put back", ReplyError("OOM as it was"))
+    recoverer.steps.complain(1, "put back", ReplyError("OOM as it was"))
     notes = await client.init()
     await take(notes, 1)
-    recoverer._complain(1, "put back", ReplyError("OOM as it is again"))
+    recoverer.steps.complain(1, "put back", ReplyError("OOM as it is again"))
     service.redis.set(service.dlq, "in the way")
     service.orphan(1, _retry_count="3")
     await eventually(lambda: f"dead-letter stream {service.dlq}" in caplog.text)

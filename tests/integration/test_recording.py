@@ -244,7 +244,11 @@ async def test_events_probes_and_scans_of_one_leader_are_in_nobodys_way(
     )
     recoverer = client._engine.partitions[0].recoverer
     came: dict[str, set[bytes]] = {"scan": set(), "probe": set(), "event": set()}
-    put, walk, heed = recoverer._requeuer.requeue_planned, recoverer._walk, recoverer._recover_ids
+    put, walk, heed = (
+        recoverer._requeuer.requeue_planned,
+        recoverer.scanner.walk,
+        recoverer.steps.recover_ids,
+    )
     origin: contextvars.ContextVar[str] = contextvars.ContextVar("origin")
 
     async def slowly(plan, **how):
@@ -261,7 +265,7 @@ async def test_events_probes_and_scans_of_one_leader_are_in_nobodys_way(
         return await heed(*args)
 
     recoverer._requeuer.requeue_planned = slowly
-    recoverer._walk, recoverer._recover_ids = walked, heeded
+    recoverer.scanner.walk, recoverer.steps.recover_ids = walked, heeded
     notes = await client.init()
     await eventually(lambda: recoverer.leads)
     wanted = []
@@ -311,12 +315,12 @@ async def test_where_another_recovers_first_is_a_failure_once(consumer, service)
 async def test_what_was_requeued_since_it_was_seen_pending_has_not_vanished(
     consumer, service, monkeypatch
 ):
-    monkeypatch.setattr("relstream.recovery.vanished.HEARD", 0.0)
+    monkeypatch.setattr("relstream.lbs.vanished.HEARD", 0.0)
     requeued, trimmed = service.orphan(2)
     heard = Heard()
     recovery = RecoveryConfig(reconciliation_interval=60.0, min_idle_time=0.1)
     client = consumer(recorder=heard, auto_claim=False, recovery=recovery)
-    entries = client._engine.partitions[0].recoverer._entries
+    entries = client._engine.partitions[0].recoverer.steps._entries
     read = entries.read
 
     def meanwhile(ids, *page_size):

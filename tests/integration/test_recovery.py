@@ -9,7 +9,7 @@ import pytest
 from helpers import ADDED, SEPARATOR, Heard, Renewals, eventually, names, nothing_comes, take
 
 from relstream import AlreadyClaimed, InvalidOption, LBSInfo, RecoveryConfig
-from relstream.recovery import coordinator, election
+from relstream.recovery import election, prober
 
 SCAN_ONLY = RecoveryConfig(reconciliation_interval=0.3, min_idle_time=0.5, batch_size=50)
 
@@ -123,7 +123,7 @@ async def test_a_refused_dead_letter_stays_pending(consumer, service, redis_url,
 
 @pytest.mark.parametrize("scripts", [True, False])
 async def test_the_recorder_hears_of_recovery(consumer, service, redis_url, scripts, monkeypatch):
-    monkeypatch.setattr("relstream.recovery.vanished.HEARD", 0.0)
+    monkeypatch.setattr("relstream.lbs.vanished.HEARD", 0.0)
     living = service.orphan(2, "slow")
     for i, entry_id in enumerate(living):
         service.redis.set(f"s{i}{SEPARATOR}{entry_id}", "slow")
@@ -201,7 +201,7 @@ async def test_a_burst_of_expiries_is_recovered_by_events_alone(consumer, servic
     async def no_look(self):
         pass
 
-    monkeypatch.setattr(coordinator.Recoverer, "_look", no_look)
+    monkeypatch.setattr(prober.Prober, "_look", no_look)
     count = 5000
     pipe = service.redis.pipeline()
     for i, entry_id in enumerate(service.orphan(count)):
@@ -266,8 +266,8 @@ async def test_one_leads_and_another_follows(consumer, service, monkeypatch):
     renewals = Renewals(service, [key])
     await eventually(lambda: renewals.seen() == 2)
     assert service.redis.get(key).decode() == leader
-    await next(client for client in clients if election.startswith(f"{client.id}#")).aclose()
-    assert service.redis.get(key) != election.encode()  # it does not keep the others waiting
+    await next(client for client in clients if leader.startswith(f"{client.id}#")).aclose()
+    assert service.redis.get(key) != leader.encode()  # it does not keep the others waiting
     await eventually(lambda: service.redis.get(key))
 
 

@@ -13,7 +13,7 @@ from relstream import ClientTerminated, RecoveryConfig, RetryConfig, repeats
 from relstream.lbs.expiry_events import ExpiryEvents
 from relstream.net.connection import Connection
 from relstream.net.endpoint import Endpoint
-from relstream.recovery import coordinator
+from relstream.recovery import scanner
 
 RETRY = RetryConfig(initial_delay=0.1, max_delay=0.4)
 # The server is asked for another group than the one that was created.
@@ -121,7 +121,7 @@ async def test_reads_that_fail_are_logged_once_then_by_count(
 @pytest.mark.parametrize("outage", [False, True])
 async def test_a_recovery_that_fails_is_logged_once(consumer, service, said, monkeypatch, outage):
     """Though several lead in turn, or wait for the end of an outage."""
-    monkeypatch.setattr(coordinator, "SCAN_AGAIN", 0.05)
+    monkeypatch.setattr(scanner, "SCAN_AGAIN", 0.05)
     scans = RecoveryConfig(reconciliation_interval=0.2)
     clients = [consumer(f"c{i}", recovery=scans, max_streams=1) for i in range(2)]
     for client in clients:
@@ -131,7 +131,7 @@ async def test_a_recovery_that_fails_is_logged_once(consumer, service, said, mon
     # Nobody reads, so nobody creates it again.
     service.redis.xgroup_destroy(service.lbs, service.group)
     for client in clients if outage else []:
-        client._engine.partitions[0].recoverer._outage = True
+        client._engine.partitions[0].recoverer._term.outage = True
     await eventually(lambda: said("recovery failed"))
     await asyncio.sleep(5)
     # One may begin in either way.

@@ -11,7 +11,7 @@ from helpers import SEPARATOR, Heard, Monitor, Renewals, eventually
 
 from relstream import RecoveryConfig
 from relstream.errors import ReplyError
-from relstream.recovery import coordinator
+from relstream.recovery import scanner, steps
 
 ONCE = RecoveryConfig(reconciliation_interval=3600, min_idle_time=0.05, batch_size=500)
 
@@ -63,7 +63,7 @@ async def test_others_have_their_turns(consumer, service, monkeypatch):
     await asyncio.sleep(0.06)
     turn = 0
     parts = Counter()
-    recover = coordinator.Recoverer._recover
+    recover = steps.Steps._recover
 
     async def turns():
         nonlocal turn
@@ -75,7 +75,7 @@ async def test_others_have_their_turns(consumer, service, monkeypatch):
         parts[turn] += 1
         return await recover(recoverer, *args, **how)
 
-    monkeypatch.setattr(coordinator.Recoverer, "_recover", counted)
+    monkeypatch.setattr(steps.Steps, "_recover", counted)
     heard = Heard()
     client = consumer(auto_claim=False, max_streams=1, recovery=ONCE, recorder=heard)
     others = asyncio.ensure_future(turns())
@@ -83,13 +83,13 @@ async def test_others_have_their_turns(consumer, service, monkeypatch):
     await eventually(lambda: scans(heard))
     others.cancel()
     assert scans(heard) == [(0, 50_000, 0)]
-    assert max(parts.values()) <= coordinator.PAGES
-    assert len(parts) >= 50_000 / 500 / coordinator.PAGES
+    assert max(parts.values()) <= steps.PAGES
+    assert len(parts) >= 50_000 / 500 / steps.PAGES
 
 
 @pytest.mark.parametrize(
     ("auto_claim", "most"),
-    [(False, coordinator.PAGES_AHEAD + 1), (True, coordinator.PAGES)],
+    [(False, scanner.PAGES_AHEAD + 1), (True, steps.PAGES)],
     ids=["scan", "scan-and-dead-consumers"],
 )
 async def test_pages_under_way_are_bounded(consumer, service, monkeypatch, auto_claim, most):
@@ -98,7 +98,7 @@ async def test_pages_under_way_are_bounded(consumer, service, monkeypatch, auto_
         service.orphan(100, f"ghost{ghost}")
     await asyncio.sleep(0.06)
     stuck, goes_on = 0, asyncio.Event()
-    recover = coordinator.Recoverer._recover
+    recover = steps.Steps._recover
 
     async def get_stuck(recoverer, *args, **how):
         nonlocal stuck
@@ -109,7 +109,7 @@ async def test_pages_under_way_are_bounded(consumer, service, monkeypatch, auto_
             stuck -= 1
         return await recover(recoverer, *args, **how)
 
-    monkeypatch.setattr(coordinator.Recoverer, "_recover", get_stuck)
+    monkeypatch.setattr(steps.Steps, "_recover", get_stuck)
     client = consumer(
         heartbeat_interval=1.0,
         auto_claim=auto_claim,
@@ -128,11 +128,11 @@ async def test_pages_under_way_are_bounded(consumer, service, monkeypatch, auto_
 
 
 async def test_a_first_scan_that_breaks_off_is_recorded(consumer, service, monkeypatch):
-    monkeypatch.setattr(coordinator, "SCAN_AGAIN", 0.1)
+    monkeypatch.setattr(scanner, "SCAN_AGAIN", 0.1)
     own(service, 3)
     await asyncio.sleep(0.06)
     broken = []
-    walk = coordinator.Recoverer._walk
+    walk = scanner.Scanner.walk
 
     async def breaking_off(recoverer, *args):
         if not broken:
@@ -140,7 +140,7 @@ async def test_a_first_scan_that_breaks_off_is_recorded(consumer, service, monke
             raise ReplyError("BUSY Redis is busy running a script")
         await walk(recoverer, *args)
 
-    monkeypatch.setattr(coordinator.Recoverer, "_walk", breaking_off)
+    monkeypatch.setattr(scanner.Scanner, "walk", breaking_off)
     heard = Heard()
     await consumer(auto_claim=False, max_streams=1, recovery=ONCE, recorder=heard).init()
     await eventually(lambda: len(scans(heard)) == 2)

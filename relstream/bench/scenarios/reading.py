@@ -10,15 +10,7 @@ from typing import Any
 
 from relstream._core import STREAMS, pack
 from relstream.bench import peer
-from relstream.bench.measure import (
-    PEER,
-    Figures,
-    Job,
-    Scenario,
-    Window,
-    link,
-    throughput,
-)
+from relstream.bench.measure import PEER, Figures, Job, Scenario, Window, link, throughput
 from relstream.lbs.names import INPUT_FIELD
 
 COUNT = 1000

@@ -27,7 +27,8 @@ from relstream.lbs.names import SEPARATOR, Names
 from relstream.lbs.server_clock import ServerClock
 from relstream.net.replies import raise_first
 from relstream.net.topology import KeyConnection
-from relstream.recovery.coordinator import Recoverer, ScanResult
+from relstream.recovery.coordinator import Recoverer
+from relstream.recovery.result import ScanResult
 
 OWNERS = 10
 """Consumers that the pending entries belong to, in turns of PAGE entries."""
@@ -106,7 +107,7 @@ async def _relstream(job: Job, counted: str) -> AsyncIterator[Walk]:
 
         async def walk() -> int:
             tally = ScanResult()
-            await recoverer._walk(0, tally)
+            await recoverer.scanner.walk(0, tally)
             count: int = getattr(tally, counted)
             return count
 

@@ -8,12 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from relstream._core import OBJECT, by_owner, commands, key_slot, pack, scatter
-from relstream.errors import (
-    ConnectionFailed,
-    ConnectionLost,
-    RelstreamError,
-    ReplyError,
-)
+from relstream.errors import ConnectionFailed, ConnectionLost, RelstreamError, ReplyError
 from relstream.net.cluster.slots import SlotTable
 from relstream.net.connection import Connection
 from relstream.net.discovery import ASK_NEXT
