@@ -20,7 +20,8 @@ from relstream.lbs.names import SEPARATOR
 from relstream.lbs.scripts import FINISH
 from relstream.net.connection import Connection
 from relstream.net.endpoint import endpoint_of
-from relstream.ownership.completer import BATCH, RECEIPT_MS
+from relstream.ownership.completer import BATCH
+from relstream.ownership.completion import RECEIPT_MS
 from relstream.testing.server import Server
 
 N = 100_000

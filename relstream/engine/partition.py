@@ -211,7 +211,7 @@ class Partition:
         outcomes = await asyncio.gather(*ending, return_exceptions=True)
         await self.completer.idle()  # completes earlier calls of the application, too
         await self.wait_until_idle()
-        await self.completer.tidy()
+        await self.completer.delete_receipts()
         # Read by this consumer but not owned: a reply that got lost, a lock that was refused.
         await self.fetcher.leave()
         with contextlib.suppress(ReplyError):  # the group is gone, say, and nothing is pending

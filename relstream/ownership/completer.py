@@ -5,35 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
-import time
 from collections.abc import Awaitable, Callable, Sequence
-from itertools import compress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from relstream._core import (
-    ITEM,
     CompletionQueue,
     Entry,
-    EntryIds,
-    Template,
-    entry_ids,
     first_error,
-    id_range,
-    key_slot,
     lock_keys,
-    pack,
 )
 from relstream.backoff import Backoff, Forbidden
 from relstream.errors import ClientClosed, RelstreamError, ReplyError, StreamNotOwned, is_retriable
-from relstream.lbs.delayed import DelayedEntries, packed
-from relstream.lbs.entries import REQUEUED
-from relstream.lbs.names import known_fields, replace_fields
-from relstream.lbs.permissions import Denied, refused
-from relstream.lbs.scripts import FAIL, FINISH, run
-from relstream.lbs.stream import Entries
-from relstream.net.replies import raise_first
-from relstream.ownership.leases import pending_for
+from relstream.lbs.delayed import packed
+from relstream.ownership.completion import BATCHES, Attempt, Completion, all_of
 from relstream.tasks import cancel_and_wait, consume_exception
 
 if TYPE_CHECKING:
@@ -49,28 +33,10 @@ if TYPE_CHECKING:
 
     Future = asyncio.Future[None]
 
-# Streams that are ended together, and batches of them under way at the same time: while the server
-# works on one, the next is being prepared.
+# Streams that are completed together.
 BATCH = 128
-BATCHES = 4
 # Of failed streams, whose entries go through here, about so many bytes at most.
 BATCH_BYTES = 1 << 20
-# Milliseconds for which a call of the script whose answer got lost can be sent again.
-RECEIPT_MS = 600_000
-
-
-class _Attempt:
-    """What tries to end the same batch share."""
-
-    def __init__(self, receipt: bytes) -> None:
-        self.receipt = receipt
-        self.token = secrets.token_hex(8).encode() + b":"
-        self.again = False
-        self.in_steps = False
-        # Of streams that fail: what waits, and when it is due; or their copies among the dead.
-        self.delayed: list[tuple[int, bytes]] | None = None
-        self.delayed_in_steps = False
-        self.dead_letters: list[bytes] | None = None
 
 
 class Completer:
@@ -93,11 +59,7 @@ class Completer:
         recorder: SafeRecorder | None,
         logger: logging.Logger,
     ) -> None:
-        self._link = topology.link(names.lbs)
-        self._topology = topology
         self._locks = locks
-        self._names = names
-        self._consumer = consumer
         self._leases = leases
         self._renewer = renewer
         self._retry = retry
@@ -105,21 +67,18 @@ class Completer:
         self._on_lost = on_lost
         self._dead_letters = requeuer.dead_letters
         self._dlq_max_len = dlq_max_len
-        self._put = requeuer.requeue
-        self._delayed_entries = DelayedEntries(self._link, names, logger)
-        # One for each batch under way, and those that are on the server.
-        self._receipts = [names.receipt(consumer, number) for number in range(BATCHES)]
-        self._written: set[bytes] = set()
-        # Where scripts or receipts are forbidden, or a receipt would be on another server.
-        slots = {key_slot(key) for key in (names.lbs, *self._receipts)}
-        self._apart = not topology.single and len(slots) > 1
-        self._no_scripts = Denied(self._link)
-        self._stored = Entries(self._link, names)
         self._recorder = recorder
         self._logger = logger
         self._failing = False
-        self._ack = Template(b"XACK", names.lbs, names.group, ITEM)
-        self._delete = Template(b"XDEL", names.lbs, ITEM)
+        self._completion = Completion(
+            topology,
+            locks,
+            names,
+            consumer,
+            requeuer=requeuer,
+            recorder=recorder,
+            logger=logger,
+        )
         self._asked = asyncio.Event()
         self._done = CompletionQueue(self._asked.set)
         self._released = CompletionQueue(self._asked.set)
@@ -171,11 +130,9 @@ class Completer:
             else:
                 return
 
-    async def tidy(self) -> None:
-        """Removes what only calls that are sent again would need; for when it is `idle`."""
-        if self._written:
-            with contextlib.suppress(RelstreamError):  # they expire
-                await self._link.execute(b"DEL", *self._written)
+    async def delete_receipts(self) -> None:
+        """Deletes what only repeated calls would need; for when this is `idle`."""
+        await self._completion.delete_receipts()
 
     async def run(self) -> None:
         """Serves `done`, `release`, `fail` and `requeue_rest` until cancelled."""
@@ -216,7 +173,7 @@ class Completer:
 
     async def _run_batch(
         self,
-        end: Callable[[CompletionQueue, list[Entry], _Attempt], Awaitable[None]],
+        end: Callable[[CompletionQueue, list[Entry], Attempt], Awaitable[None]],
         endings: CompletionQueue,
     ) -> None:
         """Tries until it works, as often as `retry` allows. Trying again is safe."""
@@ -226,7 +183,7 @@ class Completer:
         owned = end != self._hand_back_others
         handed_over = end in (self._hand_over, self._hand_back_others)
         failed = list(endings.heads) if self._failures else []
-        call = _Attempt(self._receipts.pop())
+        call = self._completion.begin()
         try:
             while True:
                 # Not renewed meanwhile, so that a lock just released does not look lost.
@@ -267,7 +224,7 @@ class Completer:
             self._give_up(endings, RelstreamError(f"a mistake of ours: {error!r}"), owned)
             raise
         finally:
-            self._receipts.append(call.receipt)
+            self._completion.end(call)
             for head in failed:
                 self._failures.pop(head, None)
 
@@ -287,60 +244,31 @@ class Completer:
         The lost one may have come to us again, under another id: finished by that and lost by the
         other, a stream would be nobody's.
         """
-        entries = [entry for head in endings.heads if head.again for entry in _all(head)]
-        lost = set(entries) - await self._pending(entries)
+        entries = [entry for head in endings.heads if head.again for entry in all_of(head)]
+        lost = set(entries) - await self._completion.pending(entries)
         for head in self._refuse(endings, lost):
-            self.requeue_rest(head, _all(head))
+            self.requeue_rest(head, all_of(head))
 
-    async def _finish(self, endings: CompletionQueue, entries: list[Entry], call: _Attempt) -> None:
-        self._complete(endings, await self._finish_all(endings, entries, call), "done")
+    async def _finish(self, endings: CompletionQueue, entries: list[Entry], call: Attempt) -> None:
+        self._complete(endings, await self._completion.finish(endings, entries, call), "done")
 
-    async def _finish_all(
-        self,
-        endings: CompletionQueue,
-        entries: list[Entry],
-        call: _Attempt,
-        delayed: Sequence[tuple[int, bytes]] = (),
-    ) -> set[Entry]:
-        """Finishes these, and delays what is given, one for each stream; returns entries lost."""
-        # What a try in steps may have acknowledged the script would take for lost.
-        if not (self._apart or self._no_scripts or call.in_steps) and len(entries) == len(endings):
-            lost = await self._finish_at_once(entries, call, delayed)
-            if lost is not None:
-                return lost
-        call.in_steps = True
-        # Only once: what is due may be gone again. A crash before the next step may let it come
-        # twice, and can't lose it.
-        if delayed and not call.delayed_in_steps:
-            await self._delayed_entries.add(delayed)
-            call.delayed_in_steps = True
-        lost = await self._finish_in_steps(entries, call.again)
-        surplus = [
-            member
-            for head, (_, member) in zip(endings.heads, delayed, strict=False)
-            if not lost.isdisjoint(_all(head))
-        ]
-        if surplus:
-            await self._delayed_entries.remove(surplus)
-        return lost
-
-    async def _delay(self, endings: CompletionQueue, entries: list[Entry], call: _Attempt) -> None:
+    async def _delay(self, endings: CompletionQueue, entries: list[Entry], call: Attempt) -> None:
         """Failed streams wait until they are due, each by its first entry; others are finished."""
         if call.delayed is None:
-            fields = await self._fields(endings.heads)
+            fields = await self._completion.fields(endings.heads, self._failures)
             call.delayed = [
                 (self._failures[head].due_ms, packed([head.id, *pairs]))
                 for head, pairs in zip(endings.heads, fields, strict=True)
             ]
         due_now = any(self._failures[head].now for head in endings.heads)
-        lost = await self._finish_all(endings, entries, call, call.delayed)
+        lost = await self._completion.finish(endings, entries, call, call.delayed)
         self._complete(endings, lost, "failed")
         if due_now:
             with contextlib.suppress(RelstreamError):  # the leader does it
-                await self._delayed_entries.move_due()
+                await self._completion.delayed_entries.move_due()
 
     async def _dead_letter(
-        self, endings: CompletionQueue, entries: list[Entry], call: _Attempt
+        self, endings: CompletionQueue, entries: list[Entry], call: Attempt
     ) -> None:
         """Failed streams become dead letters, each by its first entry; others are finished.
 
@@ -349,7 +277,7 @@ class Completer:
         heads = list(endings.heads)
         reasons = [self._failures[head].reason or b"" for head in heads]
         if call.dead_letters is None:
-            fields = await self._fields(heads)
+            fields = await self._completion.fields(heads, self._failures)
             ids = [head.id for head in heads]
             added = await self._dead_letters.add(
                 list(zip(ids, fields, reasons, strict=True)), self._dlq_max_len
@@ -360,8 +288,8 @@ class Completer:
                 await self._dead_letters.delete(copies)
                 raise error
             call.dead_letters = copies
-        lost = await self._finish_all(endings, entries, call)
-        surplus = {h for h in heads if not lost.isdisjoint(_all(h))}
+        lost = await self._completion.finish(endings, entries, call)
+        surplus = {h for h in heads if not lost.isdisjoint(all_of(h))}
         await self._dead_letters.delete(
             [copy for head, copy in zip(heads, call.dead_letters, strict=True) if head in surplus]
         )
@@ -378,225 +306,36 @@ class Completer:
             if self._recorder is not None:
                 self._recorder.dlq_routing(streams=names, reason=reason.decode())
 
-    async def _fields(self, heads: list[Entry]) -> list[list[bytes]]:
-        """Field names and values of failed entries, with what failed.
-
-        Of those that have more fields than we know they are read; one that was trimmed consists of
-        what we know.
-        """
-        stored: dict[bytes, list[bytes]] = {}
-        unknown = [head for head in heads if head.announcement is None]
-        async for part, batches in self._stored.read(EntryIds(entry_ids(unknown))):
-            for entry_id, batch in zip(part, batches, strict=True):
-                if len(batch):
-                    stored[entry_id] = batch.pairs(0) or []
-        fields = []
-        for head in heads:
-            pairs = stored.get(head.id) or known_fields(head)
-            fields.append(replace_fields(pairs, self._failures[head].fields))
-        return fields
-
-    async def _finish_at_once(
-        self, entries: list[Entry], call: _Attempt, delayed: Sequence[tuple[int, bytes]]
-    ) -> set[Entry] | None:
-        """Finishes by the script; returns entries that were lost, None where it can't be.
-
-        A cluster has the locks elsewhere: they are released then.
-        """
-        self._written.add(call.receipt)
-        together = self._topology.together
-        locks = lock_keys(entries) if together else []
-        keys = [self._names.lbs, call.receipt, *locks]
-        args = [self._names.group, self._consumer.encode(), call.token, b"%d" % RECEIPT_MS]
-        args += id_range(entries)
-        args += [b"%d" % len(entries), *entry_ids(entries)]
-        script = FINISH
-        if delayed:
-            script = FAIL
-            keys.append(self._names.delayed)
-            for due, member in delayed:
-                args += (b"%d" % due, member)
-        start = time.perf_counter()
-        (reply,) = await run(self._link, script, [(keys, args)])
-        if isinstance(reply, ReplyError):
-            if reply.code == "TRYAGAIN" and not call.again:
-                return None  # its slot moves: receipt and stream are in different places
-            if not refused(reply):
-                raise reply
-            if script is FINISH:  # else it may be the right to delay that lacks
-                await self._forbidden(reply, call.receipt)
-            return None
-        missed = list(map(int, reply[len(call.token) :].split()))
-        lost = {entries[-place - 1] for place in missed if place < 0}
-        if not together:
-            doubtful = [place for place, entry in enumerate(entries) if entry in lost]
-            lost -= await self._lost_with_group(
-                [entries[place] for place in doubtful],
-                call,
-                [delayed[place] for place in doubtful] if delayed else (),
-            )
-            await self._unlock([entry for entry in entries if entry not in lost])
-        elif self._recorder is not None:
-            self._released_locks(len(entries) - len(lost), len(missed) - len(lost), start)
-        return lost
-
-    async def _lost_with_group(
-        self, entries: list[Entry], call: _Attempt, delayed: Sequence[tuple[int, bytes]]
-    ) -> set[Entry]:
-        """Deletes those that are there and locked by us, and returns them; first they are delayed.
-
-        They were lost with their group: who puts an entry back deletes it in the same step. The new
-        group may have delivered them to another consumer, who could not lock them. In a second try
-        the lock is enough: the first may have deleted them.
-        """
-        held = await self._locks.held(lock_keys(entries), known=True)
-        locked = list(compress(entries, held))
-        if delayed and locked and not call.delayed_in_steps:
-            await self._delayed_entries.add(list(compress(delayed, held)))
-            call.delayed_in_steps = True
-        deleted = await self._deleted(locked)
-        ours = set(locked) if call.again else deleted
-        if delayed and len(ours) < len(locked):
-            members = zip(locked, compress(delayed, held), strict=True)
-            await self._delayed_entries.remove(
-                [member for entry, (_, member) in members if entry not in ours]
-            )
-        if ours:
-            ids = entry_ids(list(ours))
-            raise_first(await self._link.pipeline(self._ack.pack(ids), len(ids)))
-        return ours
-
-    async def _deleted(self, entries: list[Entry]) -> set[Entry]:
-        """Deletes entries; returns those that were there."""
-        ids = entry_ids(entries)
-        counts = (
-            raise_first(await self._link.pipeline(self._delete.pack(ids), len(ids))) if ids else []
-        )
-        return {entry for entry, count in zip(entries, counts, strict=True) if count}
-
-    async def _forbidden(self, refusal: ReplyError, receipt: bytes) -> None:
-        """Whether it is for good that the script must not be run, or for one of these locks."""
-        if not refusal.about_keys:
-            self._no_scripts.remember()  # who releases locks says so
-            return
-        (reply,) = await self._link.pipeline(pack(b"GET", receipt), 1)
-        if isinstance(reply, ReplyError) and reply.code == "NOPERM":
-            if not self._no_scripts.remember():
-                return
-            rule = receipt[: receipt.index(b"-finished-")] + b"-finished-*"
-            self._logger.warning(
-                "the key %r is forbidden: streams are finished in three steps; grant ~%s to make "
-                "that one atomic step",
-                receipt.decode(errors="replace"), rule.decode(),
-            )  # fmt: skip
-
-    async def _finish_in_steps(self, entries: list[Entry], again: bool) -> set[Entry]:
-        """XACK first, then XDEL and the release for what was ours; returns what was lost."""
-        asked = [entry for entry in entries if not entry.acked] if again else entries
-        ids = entry_ids(asked)
-        acked = raise_first(await self._link.pipeline(self._ack.pack(ids), len(ids)))
-        lost: set[Entry] = set()
-        if 0 in acked:
-            lost = await self._lost(asked, acked, again)
-            entries = [entry for entry in entries if entry not in lost]
-        if entries:
-            if again or lost:
-                ids = entry_ids(entries)
-            # Sent in this order, and not awaited in between: what has been acknowledged is nobody's
-            # any more, locked or not, deleted or not.
-            try:
-                await _together(
-                    self._link.execute(b"XDEL", self._names.lbs, *ids), self._unlock(entries)
-                )
-            except RelstreamError:
-                for entry in entries:
-                    entry.acked = True
-                raise
-        return lost
-
-    async def _lost(self, entries: list[Entry], acked: list[int], again: bool) -> set[Entry]:
-        """Those of `entries` that were not pending, and that we did not acknowledge before.
-
-        If the lock of one is ours and it is still there, an earlier try, whose answer got lost, has
-        acknowledged it, or the group is gone: what is put back for another owner is deleted. Where
-        that takes several steps the lock alone proves nothing at first: it may have been taken anew
-        just after it was seen free. In a second try one of the two is enough.
-        """
-        doubtful = [
-            entry
-            for entry, count in zip(entries, acked, strict=True)
-            if not count and not entry.acked
-        ]
-        held = await self._locks.held(lock_keys(doubtful))
-        pairs = list(zip(doubtful, held, strict=True))
-        lost = {entry for entry, ours in pairs if not (again and ours)}
-        return lost - await self._deleted([entry for entry, ours in pairs if again != ours])
-
     async def _hand_over(
-        self, endings: CompletionQueue, entries: list[Entry], call: _Attempt
+        self, endings: CompletionQueue, entries: list[Entry], call: Attempt
     ) -> None:
         held = await self._locks.held(lock_keys(entries), known=True)
         doubtful = [entry for entry, locked in zip(entries, held, strict=True) if not locked]
-        theirs = set(doubtful) - await self._pending(doubtful)
-        ours = await self._requeuer([entry for entry in entries if entry not in theirs])
+        theirs = set(doubtful) - await self._completion.pending(doubtful)
+        ours = await self._completion.requeue([entry for entry in entries if entry not in theirs])
         # What an earlier try has put back is not pending any more.
         lost = set() if call.again else {entry for entry in entries if entry not in ours}
-        await self._unlock([entry for entry in entries if entry not in lost])
+        await self._completion.unlock([entry for entry in entries if entry not in lost])
         self._complete(endings, lost, "released")
 
     async def _hand_back_others(
-        self, endings: CompletionQueue, entries: list[Entry], call: _Attempt
+        self, endings: CompletionQueue, entries: list[Entry], call: Attempt
     ) -> None:
         others = [entry for head in endings.heads for entry in self._others[head]]
         if others:
-            ours = await self._pending(others)
-            await self._requeuer([entry for entry in others if entry in ours])
-        await self._unlock(entries)
+            ours = await self._completion.pending(others)
+            await self._completion.requeue([entry for entry in others if entry in ours])
+        await self._completion.unlock(entries)
         for head in endings.heads:
             del self._others[head]
         self._complete(endings, set(), "lost")
-
-    async def _pending(self, entries: list[Entry]) -> set[Entry]:
-        """Those pending for us: others' are theirs, under the same id even (XCLAIM)."""
-        keys, ids = lock_keys(entries), entry_ids(entries)
-        mine = await pending_for(self._link, self._names, self._consumer, keys, ids)
-        return {entry for entry in entries if entry.lock_key in mine}
-
-    async def _requeuer(self, entries: list[Entry]) -> set[Entry]:
-        """Puts entries back as they are; returns those that were still pending."""
-        returned: set[Entry] = set()
-        by_id = {entry.id: entry for entry in entries}
-        async for part, batches in self._stored.read(EntryIds(entry_ids(entries))):
-            there = []
-            for entry_id, batch in zip(part, batches, strict=True):
-                entry = by_id[entry_id]
-                stored = batch.pairs(0) if len(batch) else None
-                there.append((entry, stored or known_fields(entry)))
-            # Without their locks: these are ours.
-            outcomes = await self._put([(entry.id, pairs, None) for entry, pairs in there])
-            returned.update(
-                entry for (entry, _), how in zip(there, outcomes, strict=True) if how == REQUEUED
-            )
-        return returned
-
-    async def _unlock(self, entries: list[Entry]) -> None:
-        start = time.perf_counter()
-        missed = await self._locks.release(lock_keys(entries))
-        if self._recorder is not None:
-            self._released_locks(len(entries), len(missed), start)
-
-    def _released_locks(self, count: int, failed: int, start: float) -> None:
-        assert self._recorder is not None
-        if count:
-            took = time.perf_counter() - start
-            self._recorder.lock_release(succeeded=count - failed, failed=failed, duration=took)
 
     def _refuse(self, endings: CompletionQueue, lost: set[Entry]) -> list[Entry]:
         """Takes out what is lost, and tells those who wait for it; returns the first entries."""
         refused = []
         for i in reversed(range(len(endings.heads))):
             head = endings.heads[i]
-            if lost.isdisjoint(_all(head)):
+            if lost.isdisjoint(all_of(head)):
                 continue
             future = endings.futures[i]
             del endings.heads[i], endings.futures[i]
@@ -616,20 +355,6 @@ class Completer:
             self._refuse(endings, lost)
         self._leases.drop(endings.heads, outcome)
         endings.succeed()
-
-
-def _all(head: Entry) -> list[Entry]:
-    """All entries by which a stream is owned."""
-    return [head, *(head.again or ())]
-
-
-async def _together(*awaitables: Awaitable[Any]) -> list[Any]:
-    """What they return, or the first error, once all have ended."""
-    outcomes = await asyncio.gather(*awaitables, return_exceptions=True)
-    for outcome in outcomes:
-        if isinstance(outcome, BaseException):
-            raise outcome
-    return outcomes
 
 
 def _closed() -> ClientClosed:

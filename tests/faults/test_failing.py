@@ -141,7 +141,7 @@ async def test_a_reply_that_is_lost(consumer, service, user, redis_url, name, en
     service.announce("s1")
     (got,) = await take(notes, 1)
     completer = client._engine.partitions[0].completer
-    link = completer._link = LosesTheReply(completer._link, name)
+    link = completer._completion._link = LosesTheReply(completer._completion._link, name)
     if end == "fail":
         await client.fail(got.payload, delay=60)
         assert service.redis.zcard("{svc-input}-delayed") == 1

@@ -214,7 +214,7 @@ async def test_finishing_is_tried_again_when_the_answer_gets_lost(
     service.announce("s0")
     await take(notes, 1)
     completer = owner._engine.partitions[0].completer
-    losing = completer._link = Losing(completer._link, carried_out)
+    losing = completer._completion._link = Losing(completer._completion._link, carried_out)
     if by == "application":
         with pytest.raises(ConnectionLost):
             await owner.done_stream("s0")

@@ -55,7 +55,7 @@ async def test_an_answer_that_gets_lost_is_given_again(consumer, service, monkey
     service.redis.delete(f"s1{SEPARATOR}{ids[1]}", f"s2{SEPARATOR}{ids[2]}")
     new_id = service.requeuer(ids[1])  # s2 has only lost its lock
     completer = client._engine.partitions[0].completer
-    losing = completer._link = Losing(completer._link)
+    losing = completer._completion._link = Losing(completer._completion._link)
     ended = [client.done_stream(f"s{i}") for i in range(4)]
     outcomes = await asyncio.gather(*ended, return_exceptions=True)
     assert losing.calls == 2

@@ -62,7 +62,7 @@ async def test_what_is_ours_is_found_whatever_else_is_pending(consumer, service,
 async def test_a_try_in_steps_is_repeated_in_steps(owner, service):
     """What it acknowledged is not pending any more, and would look lost to the script."""
     completer = owner._engine.partitions[0].completer
-    at_once, link = completer._finish_at_once, completer._link
+    at_once, link = completer._completion._finish_at_once, completer._completion._link
     asked = []
 
     async def not_at_first(*args):
@@ -84,17 +84,17 @@ async def test_a_try_in_steps_is_repeated_in_steps(owner, service):
                 raise ConnectionLost("just now")
             return await link.execute(*args, **options)
 
-    completer._finish_at_once = not_at_first
-    completer._link = Cut()
+    completer._completion._finish_at_once = not_at_first
+    completer._completion._link = Cut()
     await owner.done_stream("s1")
-    assert completer._link.cut
+    assert completer._completion._link.cut
     assert (service.entries(), service.pending(), service.locks()) == ([], [], {})
 
 
 async def test_a_slot_in_flight_is_waited_for(owner, service):
     """Two masters that point at each other, until both know who has it."""
     completer = owner._engine.partitions[0].completer
-    at_once = completer._finish_at_once
+    at_once = completer._completion._finish_at_once
     asked = []
 
     async def moved_at_first(*args):
@@ -103,6 +103,6 @@ async def test_a_slot_in_flight_is_waited_for(owner, service):
             raise ReplyError("MOVED 1 127.0.0.1:1")
         return await at_once(*args)
 
-    completer._finish_at_once = moved_at_first
+    completer._completion._finish_at_once = moved_at_first
     await owner.done_stream("s1")
     assert service.entries() == []

@@ -10,7 +10,7 @@ import pytest
 from helpers import DISOWNED, QUICK, SEPARATOR, Heard, eventually, names, take
 
 from relstream import Producer, RecoveryConfig, RetryConfig, StreamNotOwned
-from relstream.ownership import completer
+from relstream.ownership import completion
 
 # Finds nothing by itself within a test.
 NEVER = RecoveryConfig(reconciliation_interval=60.0)
@@ -121,8 +121,8 @@ async def test_a_stream_announced_again_while_it_is_found_lost_ends_once(
         await again.wait()
         return await run(*args)
 
-    run = completer.run
-    monkeypatch.setattr(completer, "run", late)
+    run = completion.run
+    monkeypatch.setattr(completion, "run", late)
     finishing = asyncio.create_task(client.done_stream("s1"))
     await asyncio.sleep(0)
     take_away(service, "s1", first)  # no renewal finds that any more
@@ -181,8 +181,8 @@ async def test_locks_that_are_gone_when_they_are_released_count_as_failed(
         assert service.redis.delete(lock) == 1
         return await run(*args)
 
-    run = completer.run
-    monkeypatch.setattr(completer, "run", after_the_lock)
+    run = completion.run
+    monkeypatch.setattr(completion, "run", after_the_lock)
     await asyncio.gather(client.done_stream("s1"), client.done_stream("s2"))
     assert totals(heard, "lock_release") == (1, 1)
     assert ended(heard) == {"s1": "done", "s2": "done"}
