@@ -112,8 +112,8 @@ class Partition:
             names,
             consumer,
             notifications=notifications,
-            room=room,
-            take=self.leases.acquire,
+            capacity=room,
+            acquire=self.leases.acquire,
             audit=self._put_strays_back,
             hand_back=self._return,
             unlock=self.leases.unlock,
@@ -213,7 +213,7 @@ class Partition:
         await self.wait_until_idle()
         await self.completer.delete_receipts()
         # Read by this consumer but not owned: a reply that got lost, a lock that was refused.
-        await self.fetcher.leave()
+        await self.fetcher.admission.leave()
         with contextlib.suppress(ReplyError):  # the group is gone, say, and nothing is pending
             await self.recoverer.hand_back(await self.audit())
         if alone:
@@ -255,7 +255,7 @@ class Partition:
         It may be another's who bears our name and was frozen: an id must not be shared with it.
         """
         strays = await self.audit(min_idle)
-        in_hand = self.fetcher.in_hand()
+        in_hand = self.fetcher.admission.in_hand()
         try:
             await self.recoverer.hand_back([each for each in strays if each not in in_hand])
         except RelstreamError as error:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 import orjson
 
-from relstream._core import STREAMS, Batch, Entry, announcements, lock_keys, pack
+from relstream._core import STREAMS, Batch, Entry, announcements, pack
 from relstream.backoff import Backoff, Forbidden
 from relstream.errors import (
     DeadlineExceeded,
@@ -23,26 +21,21 @@ from relstream.errors import (
     ReplyError,
     is_retriable,
 )
-from relstream.lbs.entries import REQUEUED, TOO_LATE
-from relstream.lbs.failures import with_detail
 from relstream.lbs.names import (
     INPUT_FIELD,
-    REASON_UNPARSEABLE,
-    REASON_WRONG_PARTITION,
     RETRY_FIELD,
     SEPARATOR,
     Names,
-    partition_of,
 )
 from relstream.lbs.stream import fitting
-from relstream.notifications import MAX_WAITING_BYTES
+from relstream.ownership.admission import Admission
+from relstream.ownership.rejects import Rejects
 from relstream.repeats import Repeats
 from relstream.tasks import cancel_and_wait
 
 if TYPE_CHECKING:
     from relstream.config import RecoveryConfig, RetryConfig
     from relstream.lbs.requeue import Requeuer
-    from relstream.net.endpoint import Endpoint
     from relstream.net.topology import KeyConnection, Topology
     from relstream.notifications import Notifications
     from relstream.ownership.capacity import Capacity
@@ -56,10 +49,6 @@ BLOCK_OTHERS = 0.1
 # Entries a read at most, and the bytes of reply that it should not exceed.
 LARGEST_READ = 1000
 READ_BYTES = 4 << 20
-# Entries that may wait for locks which are refused for now; with more, little is read.
-MOST_REFUSED = 10_000
-# Bad entries of a batch that are logged one by one.
-TOLD = 5
 
 
 class Fetcher:
@@ -76,8 +65,8 @@ class Fetcher:
         consumer: str,
         *,
         notifications: Notifications,
-        room: Capacity,
-        take: Callable[..., Awaitable[tuple[list[Entry], list[tuple[Entry, ReplyError]]]]],
+        capacity: Capacity,
+        acquire: Callable[..., Awaitable[tuple[list[Entry], list[tuple[Entry, ReplyError]]]]],
         audit: Callable[[], Awaitable[None]],
         hand_back: Callable[[list[Entry]], Awaitable[list[bytes]]],
         unlock: Callable[[list[bytes]], Awaitable[list[bytes]]],
@@ -95,40 +84,31 @@ class Fetcher:
         self._names = names
         self._consumer = consumer
         self._notifications = notifications
-        self._capacity = room
-        self._acquire_leases = take
+        self._capacity = capacity
         self._audit = audit
-        self._hand_back = hand_back
-        self._unlock = unlock
         self._retry = retry
         self._patience = patience
-        self._recovery = recovery
-        self._requeuer = requeuer
-        self._recorder = recorder
         self._logger = logger
+        self._rejects = Rejects(names, requeuer, recovery, recorder, logger)
+        self.admission = Admission(
+            topology,
+            notifications=notifications,
+            capacity=capacity,
+            acquire=acquire,
+            hand_back=hand_back,
+            unlock=unlock,
+            on_late=self._read_less,
+            recovered_after=recovered_after,
+            retry=retry,
+            logger=logger,
+        )
         # Small enough that two batches fit: one is read while the other is locked or told.
         self._largest = max(1, min(LARGEST_READ, notifications.room // 2))
         self._count = 1
         self._taking: deque[asyncio.Task[None]] = deque()
-        # Entries whose locks were refused for now (OOM, say, or one master of several hangs). It is
-        # tried again long before others may take them for a dead owner's.
-        self._refused: list[Entry] = []
-        self._refused_since = self._again_at = 0.0
-        self._refused_asked_at = 0.0  # when the first of them was asked for
-        soon = max(recovered_after, 0.1)
-        self._refused_for = soon / 3
-        self._refusals = Backoff(retry.initial_delay, min(retry.max_delay, 2.0, soon / 4))
-        # The server lets us lock nothing, or too much waits: what is in hand is tried until it goes
-        # back, and then one by one is read, to see whether that has changed.
-        self._probing = False
-        # Servers of locks that were refused since one was taken.
-        self._refusing: set[Endpoint | None] = set()
-        # Batches whose locks are being asked for: no audit may take these for strays.
-        self._locking: list[list[Entry]] = []
         self._forbidden = Forbidden()
         self._backoff = Backoff(retry.initial_delay, retry.max_delay)
         self._reading_fails = Repeats("reading", logger)
-        self._locking_fails = Repeats("locking", logger, logging.ERROR)
         self._recreated = False  # the group, and nothing has worked since
         self._audited = False
         self._stopping = False
@@ -141,7 +121,6 @@ class Fetcher:
         self.asked: tuple[float, float] | None = None
         """When what has no answer yet was sent, on that clock, and for how many seconds the server
         may take its time; None: nothing is asked."""
-        self._dlq_failed = False
 
     # --- from outside -------------------------------------------------------------------------
 
@@ -159,7 +138,7 @@ class Fetcher:
     def settled(self) -> bool:
         """Whether nothing is being read, being locked, or waits for a lock."""
         taking = any(not task.done() for task in self._taking)
-        return self._ended or not (self._blocked or self._locking or self._refused or taking)
+        return self._ended or not (self._blocked or taking or not self.admission.idle)
 
     async def _end_read(self, wanted: Callable[[], bool]) -> None:
         """Returns when the read under way is answered, or its end is `wanted` no more."""
@@ -174,18 +153,6 @@ class Fetcher:
             except RelstreamError:  # not allowed, or no connection: the read ends by itself
                 await asyncio.sleep(BLOCK)
             await asyncio.sleep(0.01)
-
-    def in_hand(self) -> set[bytes]:
-        """Ids of entries that were read, and are neither owned yet nor put back."""
-        return {entry.id for entries in (*self._locking, self._refused) for entry in entries}
-
-    async def leave(self) -> None:
-        """Puts back what was refused; for after `run` has ended."""
-        keys = lock_keys(self._refused)
-        with contextlib.suppress(RelstreamError):  # locks taken unheard of, if any, expire
-            await self._unlock(keys)
-        self._refused_since = -math.inf
-        await self._return_refused()
 
     # --- the loop -----------------------------------------------------------------------------
 
@@ -228,7 +195,7 @@ class Fetcher:
             return
         self.failing = str(error)
         if isinstance(error, (DeadlineExceeded, ProtocolError)):
-            self._count = max(self._count // 8, 1)  # it may have been too large a reply
+            self._read_less()
         if isinstance(error, ReplyError) and error.code in ("NOPERM", "WRONGTYPE", "NOAUTH"):
             error = ReplyError(f"{error} ({self._names.lbs.decode()!r})")
             if error.code == "WRONGTYPE":
@@ -241,6 +208,10 @@ class Fetcher:
         pause = self._forbidden.pause(error, self._backoff.failed())
         self._reading_fails.failed("reading failed, trying again in %.2f s: %s", pause, error)
         await asyncio.sleep(pause)
+
+    def _read_less(self) -> None:
+        """The last reply may have been too large."""
+        self._count = max(self._count // 8, 1)
 
     def _worked(self) -> None:
         """What was read is owned, or there was nothing to read."""
@@ -283,32 +254,32 @@ class Fetcher:
             await self._audit()
             self._audited = True
         loop = asyncio.get_running_loop()
-        if self._probing:
-            await asyncio.sleep(self._again_at - loop.time())
-        if self._refused and loop.time() >= self._again_at:
+        if self.admission.probing:
+            await asyncio.sleep(self.admission.again_at - loop.time())
+        if self.admission.deferred and loop.time() >= self.admission.again_at:
             await self._finish_locking()
-            await self._take_refused()
-        if self._probing and self._refused:
+            await self.admission.retry()
+        if self.admission.probing and self.admission.deferred:
             return
         if self._stopping:
             return
         room = self._capacity.available_for(self)
-        wanted = 1 if self._probing else self._count
+        wanted = 1 if self.admission.probing else self._count
         if room < wanted and self._taking:
             await self._taking.popleft()  # rather than reading in small portions
             return
         block = BLOCK
         if self._taking:  # some of them may be refused
-            block = min(block, self._refused_for / 2)
-        if self._refused:
-            block = min(block, max(self._again_at - loop.time(), 0.001))
+            block = min(block, self.admission.defer_for / 2)
+        if self.admission.deferred:
+            block = min(block, max(self.admission.again_at - loop.time(), 0.001))
         if room <= 0:
             self.failing = None
             self._worked()
             self._capacity.wait_turn(self)
             made = self._notifications.room_made.wait()
             try:
-                await asyncio.wait({made}, timeout=block if self._refused else None)
+                await asyncio.wait({made}, timeout=block if self.admission.deferred else None)
             finally:
                 made.cancel()
             return
@@ -331,7 +302,7 @@ class Fetcher:
         # How large many of them are is not known from one.
         most = min(max(self._count, 2 * len(batch)), self._largest)
         self._count = min(most, fitting([batch], READ_BYTES))
-        if self._taking or (len(batch) == count and not self._probing):
+        if self._taking or (len(batch) == count and not self.admission.probing):
             # There is more: it is read while these are being locked.
             before = self._taking[-1] if self._taking else None
             self._taking.append(asyncio.ensure_future(self._take(batches, asked_at, before)))
@@ -397,171 +368,21 @@ class Fetcher:
                 good, bad, _ = announcements(
                     batch, INPUT_FIELD, RETRY_FIELD, SEPARATOR, orjson.loads
                 )
-                if self._names.partitions > 1 and (elsewhere := self._of_others(good)):
+                if self._names.partitions > 1 and (elsewhere := self._rejects.misplaced(good)):
                     misplaced.append((batch, elsewhere))
                     good = [entry for entry in good if entry not in elsewhere]
                 entries += good
                 if bad:
                     unreadable.append((batch, bad))
             if entries:
-                new = await self._lock(entries, asked_at)
+                new = await self.admission.lock(entries, asked_at)
                 if before is not None and not before.done():
                     await asyncio.wait({before})
                 self._notifications.added(new)
             for batch, bad in unreadable:
-                await self._route_to_dlq(batch, bad)
+                await self._rejects.route(batch, bad)
             for batch, elsewhere in misplaced:
-                await self._route_misplaced(batch, elsewhere)
+                await self._rejects.route_misplaced(batch, elsewhere)
             self._worked()
         finally:
             self._capacity.release(sum(map(len, batches)))
-
-    async def _lock(
-        self, entries: list[Entry], asked_at: float, *, again: bool = False
-    ) -> list[Entry]:
-        """Takes locks; returns entries of new streams. What is refused for now is `_refused`."""
-        self._locking.append(entries)
-        try:
-            new, refusals = await self._acquire_leases(entries, asked_at, again=again)
-            late = [entry for entry, error in refusals if error is TOO_LATE]
-            if late:
-                self._count = max(self._count // 8, 1)  # it may have been too large a reply
-                stay = set(await self._hand_back(late))
-                refusals = [
-                    (entry, error)
-                    for entry, error in refusals
-                    if error is not TOO_LATE or entry.id in stay
-                ]
-        except RelstreamError:  # the locks may be ours, or not
-            self._keep(entries, asked_at)
-            raise
-        finally:
-            self._locking.remove(entries)
-        hopeless = next((error for _, error in refusals if not is_retriable(error)), None)
-        if hopeless is not None:
-            self._locking_fails.failed(
-                "locks were refused, their entries stay pending: %s", hopeless
-            )
-        waiting = [entry for entry, error in refusals if is_retriable(error)]
-        if waiting:
-            if not self._refusals.failures:
-                self._logger.warning("locks are refused for now, trying again: %s", refusals[-1][1])
-            self._keep(waiting, asked_at)
-            self._try_later()
-        elif not self._refused:
-            self._refusals.reset()
-        if len(waiting) < len(entries):
-            self._refusing.clear()
-        else:
-            self._refusing.update(self._topology.group_by_node(lock_keys(waiting)))
-        self._probing = (
-            (bool(self._refusing) and self._refusing >= self._topology.servers)
-            or len(self._refused) > MOST_REFUSED
-            or sum([entry.cost for entry in self._refused]) > MAX_WAITING_BYTES
-        )
-        return new
-
-    def _keep(self, entries: list[Entry], asked_at: float) -> None:
-        if not self._refused:
-            self._refused_since = asyncio.get_running_loop().time()
-            self._refused_asked_at = asked_at
-        self._refused_asked_at = min(self._refused_asked_at, asked_at)
-        self._refused += entries
-
-    def _try_later(self) -> None:
-        now = asyncio.get_running_loop().time()
-        if now >= self._again_at:
-            self._again_at = now + self._refusals.failed()
-
-    async def _take_refused(self) -> None:
-        """Tries once more to lock what was refused."""
-        room = max(self._capacity.available_for(self), 0)
-        since, asked_at = self._refused_since, self._refused_asked_at
-        failure: RelstreamError | None = None
-        fitting, self._refused = self._refused[:room], self._refused[room:]
-        if fitting:
-            self._capacity.reserve(len(fitting))
-            try:
-                self._notifications.added(await self._lock(fitting, asked_at, again=True))
-            except RelstreamError as error:
-                failure = error
-            finally:
-                self._capacity.release(len(fitting))
-                self._refused_since = since
-        await self._return_refused()
-        if failure is not None:
-            raise failure
-
-    async def _return_refused(self) -> None:
-        """Puts back what was refused for so long that it might be taken for a dead owner's.
-
-        A retry would be counted then; and others may be able to lock what we are not.
-        """
-        now = asyncio.get_running_loop().time()
-        if self._refused and now - self._refused_since >= self._refused_for:
-            stay = set(await self._hand_back(self._refused))
-            self._refused = [entry for entry in self._refused if entry.id in stay]
-            self._refused_since = now
-        if self._refused:
-            self._try_later()
-
-    def _of_others(self, entries: list[Entry]) -> list[Entry]:
-        """Those whose streams are announced elsewhere by all who know how many partitions we have.
-
-        Under that name a stream is looked for there, by whoever finishes it too.
-        """
-        ours, of = self._names.partition, self._names.partitions
-        return [entry for entry in entries if partition_of(entry.data_stream_name, of) != ours]
-
-    async def _route_misplaced(self, batch: Batch, entries: list[Entry]) -> None:
-        places = {batch.id(index): index for index in range(len(batch))}
-        names = {places[entry.id]: entry.data_stream_name for entry in entries}
-        of = self._names.partitions
-        bad = [
-            (i, f"{name!r} is of partition {partition_of(name, of)}: give partitions={of}")
-            for i, name in names.items()
-        ]
-        await self._route_to_dlq(batch, bad, REASON_WRONG_PARTITION, names)
-
-    async def _route_to_dlq(
-        self,
-        batch: Batch,
-        bad: list[tuple[int, str]],
-        reason: bytes = REASON_UNPARSEABLE,
-        names: Mapping[int, str] = MappingProxyType({}),
-    ) -> None:
-        """Moves what can't be served to the dead-letter stream; tells of it once a batch.
-
-        `names` of data streams, by the same places in the batch as in `bad`.
-        """
-        what = "announce no stream" if reason == REASON_UNPARSEABLE else "are not of this partition"
-        letters = [
-            (batch.id(index), with_detail(batch.pairs(index) or [], why), None)
-            for index, why in bad
-        ]
-        told = [f"{batch.id(index).decode()} ({why})" for index, why in bad[:TOLD]]
-        which = ", ".join(told) + (f" and {len(bad) - TOLD} more" if len(bad) > TOLD else "")
-        dlq = self._names.dlq.decode()
-        try:
-            outcomes = await self._requeuer.route_to_dlq(
-                letters, self._recovery.dlq_max_len, reason
-            )
-        except ReplyError as error:
-            if not self._dlq_failed:  # it is tried again as long as they are pending
-                self._dlq_failed = True
-                self._logger.error(
-                    "the dead-letter stream %r can't be written (%s), so LBS entries that %s stay "
-                    "pending: %s",
-                    dlq, error, what, which,
-                )  # fmt: skip
-            return
-        self._dlq_failed = False
-        self._logger.warning(
-            "LBS entries that %s went to the dead-letter stream %r: %s", what, dlq, which
-        )
-        if self._recorder is not None:
-            routed = [
-                names.get(i) for (i, _), how in zip(bad, outcomes, strict=True) if how == REQUEUED
-            ]
-            if routed:
-                self._recorder.dlq_routing(streams=routed, reason=reason.decode())

@@ -17,7 +17,7 @@ from relstream.config import RecoveryConfig, RetryConfig
 from relstream.errors import ConnectionLost, DeadlineExceeded, ReplyError
 from relstream.lbs.names import Names
 from relstream.notifications import Notifications
-from relstream.ownership import fetcher
+from relstream.ownership import admission
 from relstream.ownership.capacity import Capacity
 from relstream.ownership.fetcher import Fetcher
 
@@ -62,7 +62,7 @@ class Reading:
 
 
 class Setting:
-    """An fetcher with everything around it made up."""
+    """A fetcher with everything around it made up."""
 
     def __init__(
         self,
@@ -101,8 +101,8 @@ class Setting:
             Names.of("svc"),
             "c1",
             notifications=self.notes,
-            room=self.room,
-            take=take,
+            capacity=self.room,
+            acquire=take,
             audit=nothing,
             hand_back=hand_back,
             unlock=unlock,
@@ -154,7 +154,7 @@ async def test_a_batch_is_taken_though_the_one_before_it_fails() -> None:
     await setting.end()
     assert setting.room.available_for(setting.fetcher) == 1000
     assert setting.handed_back == []
-    assert setting.fetcher.in_hand() == set()
+    assert setting.fetcher.admission.in_hand() == set()
 
 
 @pytest.mark.parametrize("code", ["MASTERDOWN", "MOVED"])
@@ -162,21 +162,21 @@ async def test_what_stays_refused_is_requeued_before_it_looks_like_a_dead_owners
     setting = Setting(batch(1, 30), take=refusing(code), single=False)
     await asyncio.sleep(HEARTBEAT / 6)
     assert setting.handed_back == []
-    assert setting.fetcher.in_hand() == {b"%d-0" % i for i in range(1, 31)}
+    assert setting.fetcher.admission.in_hand() == {b"%d-0" % i for i in range(1, 31)}
     await asyncio.sleep(HEARTBEAT / 2)
     assert setting.handed_back == [[b"%d-0" % i for i in range(1, 31)]]
     await setting.end()
     assert setting.room.available_for(setting.fetcher) == 1000
-    assert setting.fetcher.in_hand() == set()
+    assert setting.fetcher.admission.in_hand() == set()
 
 
 async def test_what_is_refused_is_requeued_on_leaving() -> None:
     setting = Setting(batch(1, 30), take=refusing("OOM"))
     await asyncio.sleep(0.005)
     await setting.end()
-    await setting.fetcher.leave()
+    await setting.fetcher.admission.leave()
     assert setting.handed_back == [[b"%d-0" % i for i in range(1, 31)]]
-    assert setting.fetcher.in_hand() == set()
+    assert setting.fetcher.admission.in_hand() == set()
 
 
 async def test_of_several_masters_one_that_refuses_keeps_the_others_streams_from_nobody() -> None:
@@ -193,13 +193,13 @@ async def test_of_several_masters_one_that_refuses_keeps_the_others_streams_from
 
 async def test_of_several_masters_one_that_refuses_bounds_what_is_kept(monkeypatch: Any) -> None:
     """However much there is to read, and others do not refuse."""
-    monkeypatch.setattr(fetcher, "MOST_REFUSED", 5)
+    monkeypatch.setattr(admission, "MOST_DEFERRED", 5)
     kept = 0
 
     async def take(entries: list[Entry], asked_at: float, **how: Any) -> Any:
         nonlocal kept
         odd = [entry for entry in entries if int(entry.data_stream_name[1:]) % 2]
-        kept = max(kept, len(setting.fetcher._refused) + len(odd))
+        kept = max(kept, len(setting.fetcher.admission.deferred) + len(odd))
         return [e for e in entries if e not in odd], [(e, ReplyError("OOM not now")) for e in odd]
 
     setting = Setting(*[batch(i, 1) for i in range(1, 101)], take=take, single=False)
