@@ -1,1 +1,1 @@
-"""`python -m relstream.bench`: relstream beside redis-py at the same work (docs/benchmarks.md)."""
+"""`python -m relstream.bench`: relstream beside redis-py (docs/internals/benchmarks.md)."""

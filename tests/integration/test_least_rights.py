@@ -1,4 +1,4 @@
-"""The rights that docs/server.md has for a consumer, and no more: it works, and asks in peace."""
+"""The rights that docs/reference/server.md has for a consumer, no more: it works in peace."""
 
 from __future__ import annotations
 
