@@ -35,7 +35,7 @@ def lasting(make: Callable[..., Cluster]) -> Cluster:
 
 
 @pytest.fixture
-def group_by_node(lasting: Cluster) -> Iterator[ClusterService]:
+def apart(lasting: Cluster) -> Iterator[ClusterService]:
     """A service in it whose keys, but for locks, are all on one master."""
 
     def together(name: str) -> bool:

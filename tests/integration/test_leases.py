@@ -386,7 +386,7 @@ async def test_a_finish_that_failed_leaves_one_ownership_though_it_was_announced
     service.announce("s1")
     await eventually(lambda: owned.get("s1") is not head)
     head.finishing = False
-    owned.keep(head)  # ... and Redis refuses to finish it
+    owned.restore(head)  # ... and Redis refuses to finish it
     await nothing_comes(notes, 0.1)  # it was told of, and is owned as before
     await client.done_stream(told.payload)
     assert (service.entries(), service.pending(), service.locks()) == ([], [], {})

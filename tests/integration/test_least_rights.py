@@ -13,7 +13,7 @@ from helpers import eventually, names, take
 from relstream import RecoveryConfig
 from relstream.lbs import permissions
 
-DOCS = pathlib.Path(__file__).parents[2] / "docs" / "server.md"
+DOCS = pathlib.Path(__file__).parents[2] / "docs" / "reference" / "server.md"
 IN_A_CLUSTER = ["+cluster|slots", "+asking"]
 # What is asked for once a connection, or by each part of a client; it has six connections.
 OFTEN = 8
